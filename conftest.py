@@ -1,0 +1,3 @@
+"""Names the fixture plugins, options and markers; holds no fixtures of its own."""
+
+pytest_plugins: list[str] = []

@@ -1,0 +1,1 @@
+"""Who trains: ranks, their process group, every collective, and torchrun from Python."""

@@ -1,0 +1,1 @@
+"""How the model moves: optimizers, learning-rate schedules, gradient norm and clipping."""

@@ -1,0 +1,1 @@
+"""The loop: build, step, evaluate, report, save, stop."""
