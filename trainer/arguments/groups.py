@@ -1,0 +1,150 @@
+"""The options, in small groups: what a part of the trainer needs is its group and no more.
+
+Fields carry the names of transformers' TrainingArguments wherever the meaning is the same. Only declarations stand here;
+what two options may not say together is in `training.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from trainer.arguments.options import option
+
+
+@dataclass
+class ModelArguments:
+    """Model and tokenizer."""
+
+    model_name_or_path: str | None = option(None, "Folder or hub name of the model to fine-tune.")
+    model_config: str | None = option(None, "A config.json, or its folder, to start from random weights instead.")
+    tokenizer_name_or_path: str | None = option(None, "Folder or hub name of the tokenizer; by default the model's own.")
+    trust_remote_code: bool = option(False, "Run code that comes with the model. Only for sources you trust.")
+    attn_implementation: str = option("auto", "auto, packed_sdpa, varlen, flash_attention_2 or sdpa.")
+    bf16: bool = option(False, "Compute in bfloat16; master weights, gradients summed and optimizer stay in float32.")
+    gradient_checkpointing: bool = option(False, "Recompute activations in backward: less memory, a third more compute.")
+    torch_compile: bool = option(False, "Compile each transformer block.")
+    use_liger_kernels: bool = option(False, "Use Liger's fused kernels (GPU only).")
+    freeze_patterns: list[str] = option([], "Regular expressions; parameters whose name matches one are not trained.")
+
+
+@dataclass
+class DataArguments:
+    """Training and validation data."""
+
+    data_path: str | None = option(None, "JSONL with messages, prompt/completion, text or token ids, or a prepared folder.")
+    validation_data_path: str | None = option(None, "Held-out data in the same form.")
+    validation_split: float = option(0.0, "Fraction of the documents held out for evaluation.", minimum=0, below=1)
+    train_on: Literal["assistant", "all", "last"] = option(
+        "assistant", "Which turns are trained: every assistant turn, all turns, or the last assistant turn."
+    )
+    chat_template: str | None = option(None, "A Jinja file to use instead of the tokenizer's own chat template.")
+    max_length: int | None = option(None, "Longest sample allowed, in tokens; by default what one rank can hold.", above=0)
+    overlong: Literal["error", "drop", "truncate", "split"] = option("error", "What to do with longer samples.")
+    on_untrainable: Literal["error", "drop"] = option("error", "What to do with samples without a trained token.")
+    block_size: int | None = option(None, "Join documents with EOS and cut blocks of so many tokens (pretraining).", above=1)
+    dataset_num_proc: int | None = option(None, "Processes that tokenise; by default one per core.", above=0)
+    data_cache_dir: str | None = option(None, "Where prepared data is kept; by default ~/.cache/trainer/prepared.")
+
+
+@dataclass
+class BatchArguments:
+    """Global batch and token budget."""
+
+    batch_size: int = option(64, "Samples per optimizer step, over all ranks.", above=0)
+    max_tokens_per_rank: int = option(8192, "Token budget of one rank in one micro-batch.", above=0)
+    packing_cost: Literal["attention", "tokens"] = option(
+        "attention", "What packing balances over ranks: tokens plus squared lengths, or tokens alone."
+    )
+    label_smoothing_factor: float = option(0.0, "Share of the target spread over the vocabulary.", minimum=0, below=1)
+
+
+@dataclass
+class OptimizerArguments:
+    """Optimizer."""
+
+    optim: str = option("adamw_torch_fused", "Name of the optimizer.")
+    learning_rate: float = option(5e-5, "Peak learning rate.", minimum=0)
+    weight_decay: float = option(0.0, "Decoupled weight decay; never applied to norms and biases.", minimum=0)
+    adam_beta1: float = option(0.9, "Decay of AdamW's first moment.", minimum=0, below=1)
+    adam_beta2: float = option(0.999, "Decay of AdamW's second moment.", minimum=0, below=1)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon.", above=0)
+    max_grad_norm: float = option(1.0, "Clip the global gradient norm to this; 0 never clips.", minimum=0)
+
+
+@dataclass
+class ScheduleArguments:
+    """Length of training and learning-rate schedule."""
+
+    num_train_epochs: float = option(3.0, "Passes over the data, fractions allowed; inf never stops.", above=0)
+    max_steps: int = option(-1, "Stop after so many optimizer steps, whatever num_train_epochs says.", minimum=-1)
+    max_tokens: int | None = option(None, "Stop once so many loss tokens were trained.", above=0)
+    max_samples: int | None = option(None, "Stop once so many samples were trained.", above=0)
+    lr_scheduler_type: str = option("linear", "Name of one of transformers' schedules.")
+    lr_scheduler_kwargs: dict[str, Any] = option({}, "Extra settings of the schedule, as JSON.")
+    warmup_steps: float = option(0, "Steps of warm-up; below 1 a share of all steps.", minimum=0)
+
+
+@dataclass
+class EvaluationArguments:
+    """Evaluation on held-out data."""
+
+    eval_strategy: Literal["no", "steps", "epoch"] = option("no", "When to evaluate during training.")
+    eval_steps: int | None = option(None, "Steps between evaluations, with eval_strategy=steps.", above=0)
+    min_samples_per_evaluation: int | None = option(None, "Evaluate each time so many samples were trained.", above=0)
+    eval_on_start: bool = option(False, "Evaluate before the first step.")
+    eval_at_end: bool = option(False, "Evaluate after the last step.")
+    metric_for_best_model: str = option("loss", "Evaluation metric that tells the best model.")
+    greater_is_better: bool | None = option(None, "Whether more of that metric is better; by default not for a loss.")
+    eval_exact_match: bool = option(False, "Answer held-out chats greedily and count exact answers at each evaluation.")
+    num_generation_samples: int = option(0, "Held-out chats whose answers are shown before and after.", minimum=0)
+    generation_max_new_tokens: int = option(128, "Longest generated answer, in tokens.", above=0)
+
+
+@dataclass
+class ExportArguments:
+    """What is written, and where."""
+
+    output_dir: str = option("outputs", "Folder of everything that the run writes.")
+    overwrite_output_dir: bool = option(False, "Start afresh in a folder that already holds a run.")
+    min_samples_per_checkpoint: int | None = option(
+        None, "Export Hugging Face weights each time so many samples were trained.", above=0
+    )
+    export_at_epoch: bool = option(False, "Export Hugging Face weights after each epoch.")
+    export_best: bool = option(False, "Export Hugging Face weights whenever metric_for_best_model improves.")
+    export_final: bool = option(True, "Export Hugging Face weights after the last step.")
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        None, "Type of exported weights; by default the type in which the model was stored."
+    )
+
+
+@dataclass
+class LoggingArguments:
+    """Logging and progress."""
+
+    logging_strategy: Literal["no", "steps", "epoch"] = option("steps", "When callbacks and the log history get a line.")
+    logging_steps: int = option(10, "Steps between two such lines; metrics.jsonl has every step.", above=0)
+    logging_first_step: bool = option(False, "Log the first step too.")
+    disable_tqdm: bool = option(False, "Plain lines instead of a progress bar.")
+
+
+@dataclass
+class MachineArguments:
+    """Seeds and machine."""
+
+    seed: int = option(42, "Seed of weights, data order and dropout.", minimum=0)
+    use_cpu: bool = option(False, "Stay on the CPU although a GPU is there.")
+    ddp_timeout: int = option(1800, "Seconds a rank waits for the others before the job ends.", above=0)
+
+
+GROUPS = (
+    ModelArguments,
+    DataArguments,
+    BatchArguments,
+    OptimizerArguments,
+    ScheduleArguments,
+    EvaluationArguments,
+    ExportArguments,
+    LoggingArguments,
+    MachineArguments,
+)

@@ -1,0 +1,87 @@
+"""How one option is declared and checked: default, help text, allowed range.
+
+Knows nothing of which options exist. A declared range is checked for every value, wherever it came from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Iterable
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from trainer.errors import UsageError
+
+_RANGES = {
+    "minimum": (lambda value, bound: value >= bound, "at least"),
+    "above": (lambda value, bound: value > bound, "above"),
+    "maximum": (lambda value, bound: value <= bound, "at most"),
+    "below": (lambda value, bound: value < bound, "below"),
+}
+
+
+def option(default: Any, help: str, **ranges: float) -> Any:
+    """Declare one option of a group: its default, its help, and any of minimum=, above=, maximum=, below=.
+
+    A list or dict default is copied for every instance.
+    """
+    unknown = ranges.keys() - _RANGES.keys()
+    assert not unknown, unknown
+    metadata = {"help": help, **ranges}
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_options(configuration: Any) -> None:
+    """Raise UsageError where a value of the dataclass has the wrong type or lies outside its declared range."""
+    hints = get_type_hints(type(configuration))
+    for field in dataclasses.fields(configuration):
+        value, hint = getattr(configuration, field.name), hints[field.name]
+        if not _fits(value, hint):
+            raise UsageError(f"{field.name} = {value!r}: expected {describe(hint)}")
+        _check_range(field, value)
+
+
+def unknown_option(name: str, allowed: Iterable[str]) -> UsageError:
+    """Build the error for an option that does not exist, naming the nearest one that does."""
+    near = difflib.get_close_matches(name.replace("-", "_"), list(allowed), n=1, cutoff=0.5)
+    advice = f"did you mean {near[0]!r}?" if near else "`trainer train --help` lists them all"
+    return UsageError(f"unknown option {name!r}: {advice}")
+
+
+def describe(hint: Any) -> str:
+    """Say in words which values a type annotation allows."""
+    if hint is type(None):
+        return "nothing"
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(str(choice) for choice in get_args(hint))
+    if _is_union(hint):
+        return " or ".join(describe(part) for part in get_args(hint))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) in (Union, types.UnionType)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if _is_union(hint):
+        return any(_fits(value, part) for part in get_args(hint))
+    origin = get_origin(hint) or hint
+    if origin is Literal:
+        return value in get_args(hint)
+    if origin is list:
+        return isinstance(value, list | tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if origin in (int, float) and isinstance(value, bool):
+        return False
+    return origin is Any or isinstance(value, (int, float) if origin is float else origin)
+
+
+def _check_range(field: dataclasses.Field[Any], value: Any) -> None:
+    if not isinstance(value, int | float):
+        return
+    for key, bound in field.metadata.items():
+        if key in _RANGES and not _RANGES[key][0](value, bound):
+            raise UsageError(f"{field.name} = {value!r}: must be {_RANGES[key][1]} {bound}")
