@@ -1,7 +1,7 @@
 """The options, in small groups: what a part of the trainer needs is its group and no more.
 
-Fields carry the names of transformers' TrainingArguments wherever the meaning is the same. Only declarations stand here;
-what two options may not say together is in `training.py`.
+Fields carry the names of transformers' TrainingArguments wherever the meaning is the same. Only declarations stand
+here; what two options may not say together is in `training.py`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ class ModelArguments:
 
     model_name_or_path: str | None = option(None, "Folder or hub name of the model to fine-tune.")
     model_config: str | None = option(None, "A config.json, or its folder, to start from random weights instead.")
-    tokenizer_name_or_path: str | None = option(None, "Folder or hub name of the tokenizer; by default the model's own.")
+    tokenizer_name_or_path: str | None = option(None, "Folder or hub name of the tokenizer, if not the model's own.")
     trust_remote_code: bool = option(False, "Run code that comes with the model. Only for sources you trust.")
     attn_implementation: str = option("auto", "auto, packed_sdpa, varlen, flash_attention_2 or sdpa.")
     bf16: bool = option(False, "Compute in bfloat16; master weights, gradients summed and optimizer stay in float32.")
-    gradient_checkpointing: bool = option(False, "Recompute activations in backward: less memory, a third more compute.")
+    gradient_checkpointing: bool = option(False, "Recompute activations in backward to save memory.")
     torch_compile: bool = option(False, "Compile each transformer block.")
     use_liger_kernels: bool = option(False, "Use Liger's fused kernels (GPU only).")
     freeze_patterns: list[str] = option([], "Regular expressions; parameters whose name matches one are not trained.")
@@ -32,17 +32,21 @@ class ModelArguments:
 class DataArguments:
     """Training and validation data."""
 
-    data_path: str | None = option(None, "JSONL with messages, prompt/completion, text or token ids, or a prepared folder.")
+    data_path: str | None = option(
+        None, "JSONL of messages, prompt/completion, text or token ids; or a prepared folder."
+    )
     validation_data_path: str | None = option(None, "Held-out data in the same form.")
     validation_split: float = option(0.0, "Fraction of the documents held out for evaluation.", minimum=0, below=1)
     train_on: Literal["assistant", "all", "last"] = option(
         "assistant", "Which turns are trained: every assistant turn, all turns, or the last assistant turn."
     )
     chat_template: str | None = option(None, "A Jinja file to use instead of the tokenizer's own chat template.")
-    max_length: int | None = option(None, "Longest sample allowed, in tokens; by default what one rank can hold.", above=0)
+    max_length: int | None = option(None, "Longest sample allowed, in tokens; by default the token budget.", above=0)
     overlong: Literal["error", "drop", "truncate", "split"] = option("error", "What to do with longer samples.")
     on_untrainable: Literal["error", "drop"] = option("error", "What to do with samples without a trained token.")
-    block_size: int | None = option(None, "Join documents with EOS and cut blocks of so many tokens (pretraining).", above=1)
+    block_size: int | None = option(
+        None, "Pretraining: join documents with EOS, cut blocks of so many tokens.", above=1
+    )
     dataset_num_proc: int | None = option(None, "Processes that tokenise; by default one per core.", above=0)
     data_cache_dir: str | None = option(None, "Where prepared data is kept; by default ~/.cache/trainer/prepared.")
 
@@ -122,7 +126,7 @@ class ExportArguments:
 class LoggingArguments:
     """Logging and progress."""
 
-    logging_strategy: Literal["no", "steps", "epoch"] = option("steps", "When callbacks and the log history get a line.")
+    logging_strategy: Literal["no", "steps", "epoch"] = option("steps", "When callbacks and log history get a line.")
     logging_steps: int = option(10, "Steps between two such lines; metrics.jsonl has every step.", above=0)
     logging_first_step: bool = option(False, "Log the first step too.")
     disable_tqdm: bool = option(False, "Plain lines instead of a progress bar.")

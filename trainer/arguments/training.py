@@ -84,7 +84,7 @@ class TrainingArguments(  # the last base's options come first
         return [
             (
                 bool(self.model_name_or_path and self.model_config),
-                "model_name_or_path and model_config exclude each other: the first loads weights, the second draws them",
+                "model_name_or_path (loads weights) and model_config (draws them) exclude each other: give one",
             ),
             (
                 bool(self.validation_split and self.validation_data_path),
@@ -96,7 +96,7 @@ class TrainingArguments(  # the last base's options come first
             ),
             (
                 self.eval_steps is not None and self.eval_strategy != "steps",
-                f"eval_steps={self.eval_steps} has no effect with eval_strategy={self.eval_strategy}: say eval_strategy=steps",
+                f"eval_steps has no effect with eval_strategy={self.eval_strategy}: say eval_strategy=steps",
             ),
             (self.max_steps == 0, "max_steps = 0 would train nothing: give a positive number, or -1 for no limit"),
             (
