@@ -1,3 +1,5 @@
 """Names the fixture plugins, options and markers; holds no fixtures of its own."""
 
-pytest_plugins: list[str] = []
+pytest_plugins: list[str] = [
+    "tests.fixtures.ranks.plugin",
+]

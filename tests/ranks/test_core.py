@@ -1,0 +1,36 @@
+"""The harness on itself: what a test body sees on its ranks."""
+
+import os
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+
+@pytest.mark.world_size(1, 2, 3)
+def test_every_rank_runs_the_body(ranks):
+    x = torch.tensor([float(ranks.rank + 1)])
+    dist.all_reduce(x)
+    assert x.item() == sum(range(1, ranks.world_size + 1))
+    assert dist.get_rank() == ranks.rank
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_parametrisation_and_fixtures_work_inside(ranks, n, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SOMETHING", str(n))
+    os.write(1, b"to the log\n")
+    sys.stdout.write(f"hello {n}\n")
+    assert capsys.readouterr().out == f"hello {n}\n"
+    (ranks.tmp_path / f"{ranks.rank}").write_text("x")
+    ranks.barrier()
+    assert sorted(path.name for path in ranks.tmp_path.iterdir()) == ["0", "1"]
+
+
+def test_fsdp2(ranks):
+    from torch.distributed.fsdp import fully_shard
+
+    ranks.seeded()
+    model = torch.nn.Linear(4, 4)
+    fully_shard(model, mesh=ranks.mesh())
+    model(torch.ones(1, 4)).sum().backward()
