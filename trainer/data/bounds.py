@@ -1,0 +1,111 @@
+"""What no plan can beat: fewest micro-batches for given lengths, and the least cost of a step.
+
+Owns lower bounds only; knows nothing of how plans are made. Lengths come sorted, longest first, as int64; no bound is
+above what some valid plan reaches.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data.costs import CostModel
+
+LARGEST_DUAL_FEASIBLE_STEP = 12
+
+Integers = NDArray[np.int64]
+
+
+def least_packs(lengths: Integers, capacity: int) -> int:
+    """A lower bound on the number of packs of `capacity` tokens that hold all samples.
+
+    The greatest of three: Martello and Toth's L2 (which contains the total), the number of samples of at least one
+    length that a pack can hold, and the dual feasible functions of Fekete and Schepers.
+    """
+    lengths = lengths[lengths > 0]
+    if lengths.size == 0:
+        return 0
+    return max(
+        _martello_toth(lengths, capacity),
+        _by_count(lengths, capacity),
+        _dual_feasible(lengths, capacity),
+    )
+
+
+def _martello_toth(lengths: Integers, capacity: int) -> int:
+    """L2: samples over half a pack need one each; what then finds no room beside them needs more.
+
+    For a threshold t <= capacity / 2, samples longer than capacity - t share with none of the samples of t and more.
+    """
+    totals = np.concatenate(([0], np.cumsum(lengths)))
+    num_large = _count_longer(lengths, capacity // 2)
+    thresholds = np.unique(np.append(lengths[num_large:], 1)) if num_large < lengths.size else np.ones(1, np.int64)
+    num_alone = _counts_longer(lengths, capacity - thresholds)
+    num_counted = _counts_longer(lengths, thresholds - 1)
+    beside = (num_large - num_alone) * capacity - (totals[num_large] - totals[num_alone])
+    rest = np.maximum(totals[num_counted] - totals[num_large] - beside, 0)
+    return int((num_large - (-rest // capacity)).max())
+
+
+def _by_count(lengths: Integers, capacity: int) -> int:
+    """The j longest samples are all at least as long as the j-th, and only so many of that length fit one pack."""
+    j = np.arange(1, lengths.size + 1)
+    return int((-(-j // (capacity // lengths))).max())
+
+
+def _dual_feasible(lengths: Integers, capacity: int) -> int:
+    """u_k rounds each length to a k-th of a pack such that any pack that fits still fits."""
+    best = 0
+    for k in range(2, LARGEST_DUAL_FEASIBLE_STEP + 1):
+        whole, remainder = np.divmod((k + 1) * lengths, capacity)
+        rounded = np.where(remainder == 0, k * lengths, whole * capacity)
+        best = max(best, -(-int(rounded.sum()) // (k * capacity)))
+    return best
+
+
+def dearest_floors(lengths: Integers, capacity: int, num_ranks: int, num_micro_batches: int) -> Integers:
+    """For m = 0, 1, ...: length of the first sample that cannot be in the m dearest micro-batches (0 if there is none).
+
+    A prefix of the samples needs one pack for each sample over half the capacity, and one for each `capacity` tokens.
+    When it needs more than m * num_ranks packs, its shortest sample bounds the m-th dearest micro-batch from below.
+    """
+    if lengths.size == 0:
+        return np.zeros(num_micro_batches, np.int64)
+    large = np.minimum(np.arange(1, lengths.size + 1), _count_longer(lengths, capacity // 2))
+    needed = np.maximum(large, -(-np.cumsum(lengths) // capacity))
+    first = np.searchsorted(needed, np.arange(num_micro_batches) * num_ranks, side="right")
+    return np.where(first < lengths.size, lengths[np.minimum(first, lengths.size - 1)], 0)
+
+
+def least_step_cost(lengths: Integers, capacity: int, num_ranks: int, num_micro_batches: int, cost: CostModel) -> int:
+    """A lower bound on the sum, over micro-batches, of the dearest rank's cost.
+
+    For every k: the k dearest micro-batches cost at least their floors, and they hold no more than what the longest
+    samples within k * num_ranks * capacity tokens cost; the rest is shared by num_ranks at best.
+    """
+    floors = cost.of(dearest_floors(lengths, capacity, num_ranks, num_micro_batches))
+    first = np.concatenate(([0], np.cumsum(floors)))
+    held = most_cost_within(lengths, cost, np.arange(num_micro_batches + 1) * (num_ranks * capacity))
+    total = int(cost.of(lengths).sum())
+    shared = -(-(total - held) // num_ranks)
+    return int((first + np.maximum(shared, first[-1] - first)).max())
+
+
+def most_cost_within(lengths: Integers, cost: CostModel, tokens: Integers) -> Integers:
+    """The most that samples of that many tokens in sum can cost (rounded up): the longest, the last one in part."""
+    token_totals = np.concatenate(([0], np.cumsum(lengths)))
+    cost_totals = np.concatenate(([0], np.cumsum(cost.of(lengths))))
+    whole = np.searchsorted(token_totals, tokens, side="right") - 1
+    partial = np.append(lengths, 0)[whole]
+    extra = np.minimum(tokens - token_totals[whole], partial)
+    rate = cost.per_token + cost.per_square * partial
+    return np.asarray(cost_totals[whole] + extra * rate, np.int64)
+
+
+def _count_longer(lengths: Integers, than: int) -> int:
+    return int(_counts_longer(lengths, np.array([than]))[0])
+
+
+def _counts_longer(lengths: Integers, than: Integers) -> Integers:
+    """How many samples are longer than each value; lengths are in descending order."""
+    return np.asarray(lengths.size - np.searchsorted(lengths[::-1], than, side="right"), np.int64)
