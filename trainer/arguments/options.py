@@ -5,19 +5,22 @@ Knows nothing of which options exist. A declared range is checked for every valu
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
+import json
+import operator
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from trainer.errors import UsageError
 
-_RANGES = {
-    "minimum": (lambda value, bound: value >= bound, "at least"),
-    "above": (lambda value, bound: value > bound, "above"),
-    "maximum": (lambda value, bound: value <= bound, "at most"),
-    "below": (lambda value, bound: value < bound, "below"),
+_RANGES: dict[str, tuple[Callable[[float, float], bool], str]] = {
+    "minimum": (operator.ge, "at least"),
+    "above": (operator.gt, "above"),
+    "maximum": (operator.le, "at most"),
+    "below": (operator.lt, "below"),
 }
 
 
@@ -30,7 +33,7 @@ def option(default: Any, help: str, **ranges: float) -> Any:
     assert not unknown, unknown
     metadata = {"help": help, **ranges}
     if isinstance(default, list | dict):
-        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+        return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -60,6 +63,21 @@ def describe(hint: Any) -> str:
     if _is_union(hint):
         return " or ".join(describe(part) for part in get_args(hint))
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
+
+
+def parse_json(text: str) -> dict[str, Any]:
+    """Read a JSON object given as one word.
+
+    Raises:
+        UsageError: it is not JSON, or not an object.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(f'{text!r} is not JSON ({error}); write it as {{"name": value}}') from error
+    if not isinstance(value, dict):
+        raise UsageError(f'{text!r} is not a JSON object; write it as {{"name": value}}')
+    return value
 
 
 def _is_union(hint: Any) -> bool:

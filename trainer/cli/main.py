@@ -1,0 +1,78 @@
+"""The command `trainer`: finds the subcommand, and turns errors into messages and exit codes.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 and 143 stopped by a signal after saving. Imports no torch; the module
+of a subcommand is imported only when it is called, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+from trainer import __version__
+from trainer.errors import TrainerError, UsageError
+
+COMMANDS = {
+    "train": "prepare the data, train, evaluate, save",
+    "prepare": "tokenise a data set and report what is in it",
+    "plan": "foretell steps, micro-batches and packing, for any number of ranks",
+    "export": "write Hugging Face weights in another type",
+}
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and give its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if words else EXIT_USAGE
+    if words[0] == "--version":
+        print(f"trainer {__version__}")
+        return 0
+    return run_command(words[0], words[1:])
+
+
+def run_command(name: str, words: list[str]) -> int:
+    """Find and run one subcommand."""
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        advice = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(COMMANDS)}"
+        return fail(f"unknown command {name!r}: {advice}", EXIT_USAGE)
+    return report_errors(importlib.import_module(f"trainer.cli.{name}").run, words)
+
+
+def report_errors(run: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:
+    """Run a command; a user's error becomes one message on stderr and an exit code."""
+    try:
+        return run(words)
+    except UsageError as error:
+        return fail(str(error), EXIT_USAGE)
+    except TrainerError as error:
+        return fail(str(error), EXIT_FAILED)
+    except KeyboardInterrupt:
+        return fail("interrupted", EXIT_INTERRUPTED)
+
+
+def fail(message: str, code: int) -> int:
+    """Print an error and give its exit code."""
+    print(f"trainer: error: {message}", file=sys.stderr)
+    return code
+
+
+def usage() -> str:
+    """Give the overview of all commands."""
+    lines = [f"  {name:<9} {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: trainer COMMAND [CONFIG.yaml] [--option value ...]",
+            "",
+            "The reference trainer for fine-tuning language models.",
+            "",
+            *lines,
+            "",
+            "`trainer COMMAND --help` lists the options of a command; --version prints the version.",
+        ]
+    )

@@ -1,0 +1,114 @@
+"""The flags of mini_trainer 0.9's command line, read as our options, for scripts that start `-m trainer.train`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import tyro
+
+from trainer.arguments.options import option, parse_json
+from trainer.arguments.training import TrainingArguments
+from trainer.errors import UsageError
+
+NOT_HERE = {
+    "serialized_callbacks": "pickled callbacks are never executed; give Trainer(callbacks=[...]) from Python",
+}
+
+
+@dataclass
+class MiniTrainerFlags:
+    """Names and defaults as mini_trainer's command line has them."""
+
+    model_name_or_path: str
+    data_path: str
+    batch_size: int
+    max_tokens_per_gpu: int
+    learning_rate: float
+    output_dir: str
+    num_warmup_steps: int = 0
+    lr_scheduler: str = "constant_with_warmup"
+    lr_scheduler_kwargs: str = option("{}", "Settings of the schedule, as JSON.")
+    seed: int = 67
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    use_liger_kernels: bool = False
+    min_samples_per_checkpoint: int | None = None
+    training_mode: Literal["epoch", "step", "token", "infinite"] = "epoch"
+    max_epochs: int = option(1, "Epochs, in mode epoch.")
+    max_steps: int = option(0, "Steps, in mode step.")
+    max_tokens: int = option(0, "Loss tokens, in mode token.")
+    checkpoint_at_epoch: bool = False
+    save_final_checkpoint: bool = False
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    train_dtype: Literal["float32", "bfloat16"] = option("float32", "Compute type; master weights are float32.")
+    validation_split: float = 0.0
+    validation_data_path: str | None = None
+    validation_frequency: int | None = option(None, "Steps between validations.")
+    validate_at_epoch: bool = False
+    min_samples_per_validation: int | None = None
+    validate_at_final: bool = False
+    save_best_val_loss: bool = False
+    trust_remote_code: bool = False
+    block_size: int | None = None
+
+    def to_arguments(self) -> TrainingArguments:
+        """Say the same in our options."""
+        return TrainingArguments(**self._renamed(), **self._length(), **self._validation())
+
+    def _renamed(self) -> dict[str, Any]:
+        same = ("model_name_or_path", "data_path", "batch_size", "max_tokens_per_gpu", "learning_rate", "output_dir")
+        same += ("seed", "weight_decay", "use_liger_kernels", "min_samples_per_checkpoint", "save_dtype")
+        same += ("validation_split", "validation_data_path", "trust_remote_code", "block_size")
+        return {name: getattr(self, name) for name in same} | {
+            "warmup_steps": self.num_warmup_steps,
+            "lr_scheduler_type": self.lr_scheduler,
+            "lr_scheduler_kwargs": parse_json(self.lr_scheduler_kwargs),
+            "adam_beta1": self.beta1,
+            "adam_beta2": self.beta2,
+            "adam_epsilon": self.eps,
+            "bf16": self.train_dtype == "bfloat16",
+            "export_at_epoch": self.checkpoint_at_epoch,
+            "export_final": self.save_final_checkpoint,
+            "export_best": self.save_best_val_loss,
+        }
+
+    def _length(self) -> dict[str, Any]:
+        modes: dict[str, dict[str, Any]] = {
+            "epoch": {"num_train_epochs": float(self.max_epochs)},
+            "step": {"max_steps": self.max_steps},
+            "token": {"max_tokens": self.max_tokens},
+            "infinite": {"num_train_epochs": float("inf")},
+        }
+        return modes[self.training_mode]
+
+    def _validation(self) -> dict[str, Any]:
+        if self.validation_frequency is not None and self.validate_at_epoch:
+            raise UsageError("validation_frequency and validate_at_epoch exclude each other: give one")
+        by_steps = self.validation_frequency is not None
+        return {
+            "eval_strategy": "steps" if by_steps else "epoch" if self.validate_at_epoch else "no",
+            "eval_steps": self.validation_frequency,
+            "min_samples_per_evaluation": self.min_samples_per_validation,
+            "eval_at_end": self.validate_at_final,
+        }
+
+
+def run(words: Sequence[str]) -> int:
+    """Parse mini_trainer's flags and train; give the exit code."""
+    from trainer.cli.train import train
+
+    refuse(words)
+    flags = tyro.cli(MiniTrainerFlags, args=list(words), prog="trainer.train", description="Train one run.")
+    return train(flags.to_arguments())
+
+
+def refuse(words: Sequence[str]) -> None:
+    """Raise UsageError for a flag of mini_trainer's that is left out on purpose, saying what to do instead."""
+    for word in words:
+        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and name in NOT_HERE:
+            raise UsageError(f"--{name} is not supported: {NOT_HERE[name]}")

@@ -1,0 +1,48 @@
+"""`trainer train`: one run, on this process or on several that it starts itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trainer.arguments.groups import GROUPS
+from trainer.arguments.options import option
+from trainer.arguments.training import TrainingArguments
+from trainer.cli.parse import parse
+
+
+@dataclass
+class LaunchArguments:
+    """Processes on this machine."""
+
+    nproc_per_node: int = option(1, "Processes to train on; more than 1 starts torchrun.", above=0)
+
+
+def run(words: Sequence[str]) -> int:
+    """Parse, launch if asked, train; give the exit code."""
+    args, launch = parse("train", words, GROUPS, LaunchArguments, "Prepare the data, train, evaluate, save.")
+    if launch.nproc_per_node > 1 and not _is_under_torchrun():
+        from trainer.distributed.launch import run_on_ranks
+
+        return run_on_ranks(launch.nproc_per_node, "trainer", ["train", *words])
+    return train(args)
+
+
+def train(args: TrainingArguments) -> int:
+    """Train in this process, with progress; give the exit code."""
+    from trainer.cli.progress import ProgressDisplay, show_answers, show_summary
+    from trainer.training.trainer import Trainer
+
+    trainer = Trainer(args=args, callbacks=[ProgressDisplay()])
+    trainer.train()
+    if trainer.group.is_lead:
+        show_answers(trainer.answers, args.num_generation_samples)
+        show_summary(trainer)
+    trainer.group.close()
+    return 128 + trainer.stop_signal if trainer.stop_signal else 0
+
+
+def _is_under_torchrun() -> bool:
+    from trainer.distributed.topology import Topology
+
+    return Topology.from_environment().world_size > 1

@@ -1,0 +1,104 @@
+"""Life of the process group, and every collective of ours. One process is a group of one: callers never ask.
+
+Joins a group that exists already (a notebook, a test), else starts the one that torchrun's environment describes, and
+ends only what it started. Knows nothing of models and data.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from types import TracebackType
+from typing import Self
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from trainer.arguments.groups import MachineArguments
+from trainer.distributed.topology import Topology
+
+
+class Group:
+    """All ranks of a run as seen from one of them."""
+
+    def __init__(self, topology: Topology, device: torch.device, *, owns_process_group: bool = False) -> None:
+        self.topology, self.device = topology, device
+        self._owns_process_group = owns_process_group
+        self.mesh: DeviceMesh | None = None
+        if topology.world_size > 1:
+            self.mesh = init_device_mesh(device.type, (topology.world_size,), mesh_dim_names=("data",))
+
+    @classmethod
+    def join(cls, args: MachineArguments) -> Group:
+        """Join the group that exists, or start the one that the environment describes."""
+        topology = Topology.from_environment()
+        if dist.is_initialized():
+            topology = Topology(dist.get_rank(), dist.get_world_size(), topology.local_rank, topology.local_world_size)
+            return cls(topology, choose_device(args, topology))
+        device = choose_device(args, topology)
+        if topology.world_size > 1:
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(
+                backend,
+                rank=topology.rank,
+                world_size=topology.world_size,
+                timeout=timedelta(seconds=args.ddp_timeout),
+                device_id=device if device.type == "cuda" else None,
+            )
+        return cls(topology, device, owns_process_group=topology.world_size > 1)
+
+    @property
+    def rank(self) -> int:
+        """This rank, from 0."""
+        return self.topology.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.topology.world_size
+
+    @property
+    def is_lead(self) -> bool:
+        """Whether this rank writes and prints for all."""
+        return self.topology.is_lead
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sum each value over ranks, in float64, in one collective; every rank gets the same result."""
+        return self.sum_tensor(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+
+    def sum_tensor(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over ranks in place, and give it back."""
+        if self.mesh is not None:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return self.sum([float(flag)])[0] > 0
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+        self.any(False)
+
+    def close(self) -> None:
+        """End the process group if this object started it."""
+        if self._owns_process_group and dist.is_initialized():
+            dist.destroy_process_group()
+        self._owns_process_group = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def choose_device(args: MachineArguments, topology: Topology) -> torch.device:
+    """Give this process its GPU, or the CPU where there is none or `use_cpu` asks for it."""
+    if args.use_cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", topology.local_rank)
+    torch.cuda.set_device(device)
+    return device
