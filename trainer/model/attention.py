@@ -1,0 +1,303 @@
+"""Attention over packs: each sample sees itself only, whatever it is packed with.
+
+Registers two functions with transformers and chooses for each model: `packed_sdpa` calls torch's attention once per
+sample (exact on CPU, knows windows, soft caps and sinks), `varlen` is torch's variable-length kernel on CUDA. Both
+read the borders that `packed_inputs` passes through the model, and act as ordinary attention where no borders come
+(padded batches, generation).
+
+T tokens in a pack, S samples, H query heads, G key heads, E head size, B rows (1 for a pack).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+from trainer.errors import MissingPackageError, ModelError
+
+PACKED_SDPA = "packed_sdpa"
+VARLEN = "varlen"
+OWN_IMPLEMENTATIONS = (PACKED_SDPA, VARLEN)
+FLASH_PACKAGES = {"flash_attention_2": ("flash_attn", "flash-attn"), "flash_attention_3": ("flash_attn_interface", "")}
+ALLOWED = ("auto", *OWN_IMPLEMENTATIONS, *FLASH_PACKAGES, "sdpa", "eager")
+VARLEN_MAX_HEAD_SIZE = 256
+HEAD_SIZE_UNIT = 8
+
+
+def packed_inputs(micro_batch: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a transformers model needs to keep the samples of a pack apart, with its cache off.
+
+    Every model reads some of these: position_ids (1,T), cu_seq_lens_q and _k (S+1,) with max_length_q and _k (attention
+    kernels), seq_idx (1,T) (recurrent kernels).
+    """
+    borders, length = micro_batch["cu_seq_lens"], int(micro_batch["max_length"])
+    num_tokens = micro_batch["input_ids"].shape[1]
+    samples = torch.arange(len(borders) - 1, dtype=torch.int32, device=borders.device)
+    seq_idx = torch.repeat_interleave(samples, borders.diff().long(), output_size=num_tokens)
+    return {
+        "input_ids": micro_batch["input_ids"],
+        "position_ids": micro_batch["position_ids"],
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": length,
+        "max_length_k": length,
+        "seq_idx": seq_idx[None],
+        "use_cache": False,
+    }
+
+
+def use_packed_attention(
+    model: PreTrainedModel,
+    implementation: str = "auto",
+    device: torch.device | str = "cpu",
+    compute_dtype: torch.dtype | None = None,
+) -> str:
+    """Set the attention implementation of a model and of all its parts, and return its name.
+
+    Args:
+        model: Any transformers model; weights are not needed yet.
+        implementation: `auto`, or one of `ALLOWED`.
+        device: Where the model will run.
+        compute_dtype: Format of queries and keys; None for the model's own.
+
+    Raises:
+        ModelError: The name is unknown, or this model or device cannot run it.
+        MissingPackageError: Its package is not installed.
+    """
+    device, dtype = torch.device(device), compute_dtype or model.dtype
+    name = _choose(model, device, dtype) if implementation == "auto" else implementation
+    if name not in ALLOWED:
+        raise ModelError(f"attn_implementation: {name!r} is unknown; allowed: {', '.join(ALLOWED)}")
+    if name in OWN_IMPLEMENTATIONS and _is_chunked(model):
+        raise ModelError(
+            f"attn_implementation: {name!r} does not know the chunked attention of {model.config.model_type}; "
+            "use 'sdpa' or 'auto'"
+        )
+    if name == VARLEN and (obstacle := _varlen_obstacle(model, device, dtype)):
+        raise ModelError(f"attn_implementation: 'varlen' cannot run here: {obstacle}; use 'auto' or 'packed_sdpa'")
+    if name in OWN_IMPLEMENTATIONS:
+        _assign(model, name)
+    else:
+        _assign_foreign(model, name)
+    return name
+
+
+def packed_sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention of each sample to itself: (B,H,T,E), (B,G,T,E) -> (B,T,H,E).
+
+    Borders come from `cu_seq_lens_q`, or from restarting `position_ids` where a model drops the former. Without borders
+    this is ordinary causal attention under the mask given.
+    """
+    if options.get("position_bias") is not None:
+        raise ModelError(
+            f"{type(module).__name__} adds a position bias, which 'packed_sdpa' does not know; use 'eager'"
+        )
+    borders = _borders(query, key, attention_mask, options)
+    if len(borders) <= 2:
+        output = _attend(module, query, key, value, attention_mask, options)
+    else:
+        parts = []
+        for start, stop in zip(borders, borders[1:], strict=False):
+            mask = None if attention_mask is None else attention_mask[..., start:stop, start:stop]
+            rows = (tensor[:, :, start:stop] for tensor in (query, key, value))
+            parts.append(_attend(module, *rows, mask, options))
+        output = torch.cat(parts, dim=2)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def varlen(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Torch's variable-length kernel where borders are given, else `packed_sdpa`; shapes as there."""
+    borders = options.get("cu_seq_lens_q")
+    if borders is None:
+        return packed_sdpa(module, query, key, value, attention_mask, **options)
+    if options.get("softcap") is not None or options.get("s_aux") is not None:
+        raise ModelError(f"{type(module).__name__} uses a soft cap or sinks, which 'varlen' does not know; use 'auto'")
+    kernel = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    window = options.get("sliding_window")
+    length = options["max_length_q"]
+    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+    output = kernel(
+        *rows,
+        borders,
+        borders,
+        length,
+        length,
+        scale=options.get("scaling"),
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output[None], None
+
+
+def packed_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    *args: Any,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> Tensor | None:
+    """No mask where the attention function can tell from borders and windows alone; else transformers' own."""
+    if attention_mask is None and q_length == kv_length and not use_vmap:
+        return None
+    return sdpa_mask(batch_size, q_length, kv_length, *args, attention_mask=attention_mask, use_vmap=use_vmap, **kwargs)
+
+
+AttentionInterface.register(PACKED_SDPA, torch.compiler.disable(packed_sdpa))
+AttentionInterface.register(VARLEN, varlen)
+for _name in OWN_IMPLEMENTATIONS:
+    AttentionMaskInterface.register(_name, packed_mask)
+
+
+def _borders(query: Tensor, key: Tensor, mask: Tensor | None, options: Mapping[str, Any]) -> list[int]:
+    """Where samples begin and the last one ends, or [] for attention over the whole row."""
+    borders = options.get("cu_seq_lens_q")
+    if borders is not None:
+        return borders.tolist()
+    positions = options.get("position_ids")
+    if mask is not None or positions is None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        return []
+    positions = positions.reshape(-1, query.shape[2])[0]
+    starts = (positions[1:] != positions[:-1] + 1).nonzero().flatten() + 1
+    return [0, *starts.tolist(), query.shape[2]]
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Mapping[str, Any]
+) -> Tensor:
+    """Attention of queries over all keys given, in (B,H,T,E)."""
+    window, causal = options.get("sliding_window"), options.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    dropout, scale = options.get("dropout", 0.0), options.get("scaling")
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if mask is None and causal and window is not None and num_keys > window:
+        mask = _window_mask(num_queries, num_keys, window, query.device)
+    if options.get("softcap") is not None or options.get("s_aux") is not None:
+        if mask is None and causal and num_queries > 1:
+            mask = _window_mask(num_queries, num_keys, num_keys, query.device)
+        return _attend_by_hand(query, key, value, mask, options)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None and causal and num_queries > 1,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _attend_by_hand(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Mapping[str, Any]
+) -> Tensor:
+    """Attention with soft cap (c * tanh(x / c) on the scores) or sinks (one more column that takes weight and gives none)."""
+    softcap, sinks = options.get("softcap"), options.get("s_aux")
+    groups = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    scale = options.get("scaling") or query.shape[-1] ** -0.5
+    scores = query @ key.transpose(2, 3) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:
+        column = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], -1)
+        scores = torch.cat([scores, column.to(scores.dtype)], dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    weights = F.dropout(weights[..., : key.shape[2]], options.get("dropout", 0.0))
+    return weights @ value
+
+
+def _window_mask(num_queries: int, num_keys: int, window: int, device: torch.device) -> Tensor:
+    """Each query sees itself and the window - 1 keys before it; (queries, keys), True where it sees."""
+    ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+    offset = num_keys - num_queries
+    return ones.tril(offset).triu(offset - window + 1)
+
+
+def _choose(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str:
+    if _is_chunked(model):
+        return "sdpa"
+    return PACKED_SDPA if _varlen_obstacle(model, device, dtype) else VARLEN
+
+
+def _varlen_obstacle(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernel cannot run this model here, or None."""
+    if device.type != "cuda":
+        return f"it needs CUDA, the device is {device.type}"
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return f"torch {torch.__version__} has no torch.nn.attention.varlen"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in bfloat16 or float16, not {dtype}; set bf16"
+    config = model.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "the model caps attention scores"
+    if any(name.rpartition(".")[2] in ("sinks", "sink") for name, _ in model.named_parameters()):
+        return "the model has attention sinks"
+    return _head_size_obstacle(config)
+
+
+def _head_size_obstacle(config: Any) -> str | None:
+    nope, rope = getattr(config, "qk_nope_head_dim", None), getattr(config, "qk_rope_head_dim", None)
+    if nope is not None and nope + (rope or 0) != getattr(config, "v_head_dim", None):
+        return "queries and values have different head sizes"
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if size > VARLEN_MAX_HEAD_SIZE or size % HEAD_SIZE_UNIT:
+        return f"head size {size}: allowed are multiples of {HEAD_SIZE_UNIT} up to {VARLEN_MAX_HEAD_SIZE}"
+    return None
+
+
+def _is_chunked(model: PreTrainedModel) -> bool:
+    layers = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    return "chunked_attention" in layers
+
+
+def _configurations(model: PreTrainedModel) -> Iterator[Any]:
+    seen: set[int] = set()
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation") and id(config) not in seen:
+            seen.add(id(config))
+            yield config
+
+
+def _assign(model: PreTrainedModel, name: str) -> None:
+    # Not set_attn_implementation: models without sdpa of their own refuse any custom function there.
+    for config in _configurations(model):
+        config._attn_implementation = name
+
+
+def _assign_foreign(model: PreTrainedModel, name: str) -> None:
+    module, package = FLASH_PACKAGES.get(name, ("torch", ""))
+    if importlib.util.find_spec(module) is None:
+        remedy = f"pip install {package}" if package else "see its project page"
+        raise MissingPackageError(f"attn_implementation: {name!r} needs the package {module}; {remedy}, or use 'auto'")
+    set_implementation: Callable[[str], None] = model.set_attn_implementation
+    try:
+        set_implementation(name)
+    except (ValueError, ImportError) as error:
+        raise ModelError(f"attn_implementation: {model.config.model_type} cannot use {name!r}: {error}") from error

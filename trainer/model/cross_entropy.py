@@ -1,0 +1,150 @@
+"""Sum of cross-entropies of a linear head, in pieces: the logits of all positions never exist at once.
+
+Gradients are computed along with the loss, piece by piece, so that backward needs no logits either. Knows nothing of
+models. Invariant: equal to cross-entropy over whole logits in value and gradient; memory does not grow with N * V.
+
+N trained positions, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from trainer.model.precision import accumulation_dtype
+
+# Logits held at once. A GPU wants large products, a CPU wants to stay in its cache.
+LOGITS_PER_PIECE = {"cpu": 2**21, "cuda": 2**27}
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """What a model does to the output x of its head: s * x, then c * tanh(. / c) where it has a soft cap."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def apply(self, values: Tensor) -> Tensor:
+        """The logits made of a head's output."""
+        scaled = values if self.scale == 1.0 else values * self.scale
+        return scaled if self.softcap is None else torch.tanh(scaled / self.softcap) * self.softcap
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """Derivative of logits with respect to the head's output."""
+        if self.softcap is None:
+            return self.scale
+        return self.scale * (1 - (logits / self.softcap) ** 2)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    head_output: HeadOutput
+    label_smoothing: float
+    dtype: torch.dtype
+    needs_gradients: bool
+
+
+def cross_entropy_sum(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Sum over positions of the cross-entropy of logits (N,V) with targets (N,), in float32 or more."""
+    logits = logits.to(accumulation_dtype(logits.dtype))
+    return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+
+
+def linear_cross_entropy_sum(
+    hidden: Tensor, head: nn.Linear, targets: Tensor, head_output: HeadOutput, label_smoothing: float = 0.0
+) -> Tensor:
+    """The same, from the head's input (N,D); float32 or more. Backward may run once."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    settings = _Settings(head_output, label_smoothing, dtype, torch.is_grad_enabled())
+    return _LinearCrossEntropySum.apply(hidden, head.weight, head.bias, targets, settings)
+
+
+class _LinearCrossEntropySum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: _Settings
+    ) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            total, gradients = _loss_and_gradients((hidden, weight, bias), targets, settings, ctx.needs_input_grad[:3])
+        ctx.gradients = gradients
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("backward ran twice through one loss; its gradients are kept for one run only")
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = [
+            None if gradient is None else gradient.mul_(grad_output).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, None, None)
+
+
+def _loss_and_gradients(
+    inputs: tuple[Tensor, Tensor, Tensor | None],
+    targets: Tensor,
+    settings: _Settings,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Loss sum, and its gradients for hidden states, weight and bias where wanted, in the accumulation format."""
+    hidden, weight, bias = inputs
+    accumulation = accumulation_dtype(settings.dtype)
+    total = torch.zeros((), dtype=accumulation, device=hidden.device)
+    gradients = [
+        torch.zeros_like(tensor, dtype=accumulation) if tensor is not None and is_wanted else None
+        for tensor, is_wanted in zip(inputs, wanted, strict=True)
+    ]
+    is_training = settings.needs_gradients and any(wanted)
+    matrix = weight.to(settings.dtype)
+    rows = max(1, LOGITS_PER_PIECE.get(hidden.device.type, 2**21) // weight.shape[0])
+    for start in range(0, hidden.shape[0], rows):
+        piece = hidden[start : start + rows].to(settings.dtype)
+        output = F.linear(piece, matrix, None if bias is None else bias.to(settings.dtype)).to(accumulation)
+        logits = settings.head_output.apply(output)
+        total += _piece_loss(logits, targets[start : start + rows], settings.label_smoothing)
+        if is_training:
+            slope = _logit_gradients(logits, targets[start : start + rows], settings).to(settings.dtype)
+            _add_gradients(gradients, slope, (piece, matrix), start)
+    return total, gradients
+
+
+def _piece_loss(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    """Sum of log-sum-exp minus the smoothed target's logit."""
+    expected = logits.gather(1, targets[:, None])[:, 0]
+    if label_smoothing:
+        expected = (1 - label_smoothing) * expected + label_smoothing * logits.mean(dim=1)
+    return (logits.logsumexp(dim=1) - expected).sum()
+
+
+def _logit_gradients(logits: Tensor, targets: Tensor, settings: _Settings) -> Tensor:
+    """Gradient of the piece's loss for the head's output: (softmax - smoothed target) * slope, (rows,V)."""
+    gradients = logits.softmax(dim=1)
+    if settings.label_smoothing:
+        gradients -= settings.label_smoothing / logits.shape[1]
+    expected = torch.full_like(targets, -1, dtype=gradients.dtype) * (1 - settings.label_smoothing)
+    gradients.scatter_add_(1, targets[:, None], expected[:, None])
+    return gradients.mul_(settings.head_output.slope(logits))
+
+
+def _add_gradients(gradients: list[Tensor | None], slope: Tensor, factors: tuple[Tensor, Tensor], start: int) -> None:
+    """Add one piece's share to the gradients of hidden states, weight and bias."""
+    piece, matrix = factors
+    grad_hidden, grad_weight, grad_bias = gradients
+    if grad_hidden is not None:
+        grad_hidden[start : start + len(piece)] = slope @ matrix
+    if grad_weight is not None:
+        if slope.dtype == grad_weight.dtype:
+            grad_weight.addmm_(slope.t(), piece)
+        else:
+            grad_weight += slope.t() @ piece
+    if grad_bias is not None:
+        grad_bias += slope.sum(dim=0)

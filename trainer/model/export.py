@@ -1,0 +1,128 @@
+"""A trained model as a Hugging Face folder: config, generation config, tokenizer, safetensors.
+
+All ranks call, the lead rank writes. Knows nothing of how training resumes. Invariants: the folder appears whole or
+not at all; its weights, loaded by transformers, give the logits of the trained model in the format saved; tied
+weights are stored once, under the names of the hub.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trainer.errors import CheckpointError
+from trainer.model.shard import any_rank, is_lead, whole
+
+MAX_SHARD_SIZE = "5GB"
+
+
+def export_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    directory: str | os.PathLike[str],
+    save_dtype: torch.dtype | None = None,
+    max_shard_size: str = MAX_SHARD_SIZE,
+) -> None:
+    """Write a model for others to use; an older export in `directory` is replaced.
+
+    Args:
+        model: Plain or sharded.
+        tokenizer: Saved beside the model, if given.
+        directory: The folder to make.
+        save_dtype: Format of the weights; None for the one in which the model was stored before training.
+        max_shard_size: Largest safetensors file.
+
+    Raises:
+        CheckpointError: The lead rank could not write, or `directory` holds something else than an export.
+    """
+    target = Path(directory)
+    dtype = save_dtype or model.config.dtype or torch.float32
+    tensors = _gather(model, dtype)
+    error: Exception | None = None
+    if is_lead(model):
+        try:
+            _publish(model, tokenizer, tensors, target, max_shard_size)
+        except (OSError, ValueError, RuntimeError) as caught:
+            error = caught
+    if error is not None:
+        any_rank(True, model)
+        raise CheckpointError(f"could not export to {target}: {error}") from error
+    if any_rank(False, model):
+        raise CheckpointError(f"could not export to {target}: the lead rank failed; see its message")
+
+
+def _gather(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every stored tensor, whole, on the CPU of the lead rank; floating-point ones in `dtype`."""
+    lead, tied = is_lead(model), set(model.all_tied_weights_keys)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if name in tied:
+            continue
+        gathered = whole(tensor)
+        if lead:
+            kept = dtype if gathered.is_floating_point() else gathered.dtype
+            tensors[name] = gathered.to("cpu", kept, copy=True)
+    return tensors
+
+
+def _publish(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    tensors: dict[str, Tensor],
+    target: Path,
+    max_shard_size: str,
+) -> None:
+    """Write into a hidden folder beside the target, then rename it."""
+    if target.exists() and not (target / "config.json").is_file() and any(target.iterdir()):
+        raise ValueError("the folder holds something else than an export; choose another")
+    hidden = target.with_name(f".{target.name}.writing")
+    former = target.with_name(f".{target.name}.former")
+    for leftover in (hidden, former):
+        shutil.rmtree(leftover, ignore_errors=True)
+    hidden.mkdir(parents=True)
+    try:
+        _write(model, tokenizer, tensors, hidden, max_shard_size)
+        _flush(hidden)
+        if target.exists():
+            target.rename(former)
+        hidden.rename(target)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    tensors: dict[str, Tensor],
+    directory: Path,
+    max_shard_size: str,
+) -> None:
+    dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    trained_config = model.config
+    # save_pretrained writes into the config, and takes the dtype from the float32 parameters.
+    model.config = copy.deepcopy(trained_config)
+    try:
+        model.save_pretrained(directory, state_dict=tensors, max_shard_size=max_shard_size)
+        model.config.dtype = dtype
+        model.config.save_pretrained(directory)
+    finally:
+        model.config = trained_config
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+
+
+def _flush(directory: Path) -> None:
+    """Have the operating system put every file on disk, so that the rename cannot outrun them."""
+    for path in [*directory.rglob("*"), directory]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,219 @@
+"""A model from a folder, a hub name or a config, ready to train: aligned, packed, frozen, sharded, filled with weights.
+
+`load_model` is the order of small public steps; who must change modules (low-rank or orthogonal layers) runs them with
+a step of their own between `build_on_meta` and `prepare_model`. Invariants: no rank holds more than its shards and one
+tensor of the whole model; the weights are those of a plain load, bit for bit; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from trainer.arguments.groups import ModelArguments
+from trainer.errors import ModelError, UsageError
+from trainer.model.attention import use_packed_attention
+from trainer.model.isolation import check_isolation
+from trainer.model.kernels import apply_liger_kernels
+from trainer.model.parameters import freeze
+from trainer.model.precision import use_compute_dtype
+from trainer.model.shard import checkpoint_activations, compile_blocks, local_part, shard_model
+from trainer.model.tokenizer import align_special_ids, fit_vocabulary, train_padding_rows
+from trainer.model.weights import FileWeights, SeededWeights, Weights
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.py", "*.model", "*.txt", "*.jinja"]
+
+
+def load_model(
+    args: ModelArguments,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    mesh: DeviceMesh | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    seed: int,
+) -> PreTrainedModel:
+    """Load or create the model that the options describe, ready for `token_loss_sum`; every rank of the mesh calls.
+
+    Args:
+        args: Where the model is and how it trains.
+        tokenizer: Its ids are the model's afterwards; None leaves vocabulary and special ids alone.
+        mesh: Ranks to shard over; None for one process.
+        device: This rank's device.
+        seed: Seed of weights that are not loaded; they do not depend on the number of ranks.
+
+    Raises:
+        ModelError: The model cannot be found, built, or trained as asked.
+        IsolationError: Packed samples would see each other.
+    """
+    folder = find_model(args)
+    config = read_config(args, folder)
+    if tokenizer is not None:
+        fit_vocabulary(config, tokenizer)
+    model = build_on_meta(config, trust_remote_code=args.trust_remote_code)
+    weights = open_weights(model, args, folder, seed)
+    if tokenizer is not None:
+        align_special_ids(model, tokenizer)
+    prepare_model(model, args, mesh, device)
+    materialise(model, weights, device)
+    check_isolation(model)
+    return model
+
+
+def find_model(args: ModelArguments) -> Path:
+    """The folder that holds the model's files, fetched from the hub if need be."""
+    place = args.model_name_or_path or args.model_config
+    if place is None or (args.model_name_or_path and args.model_config):
+        raise UsageError("give either model_name_or_path (weights to fine-tune) or model_config (random weights)")
+    path = Path(place)
+    if path.is_dir():
+        return path
+    if args.model_config is not None or path.is_file():
+        if path.is_file() and path.suffix == ".json":
+            return path.parent
+        raise ModelError(f"no model at {place!r}; give a folder with a config.json, or the file itself")
+    try:
+        return Path(snapshot_download(place, allow_patterns=HUB_PATTERNS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(f"no folder {place!r} here, and the hub does not give it: {error}") from error
+
+
+def read_config(args: ModelArguments, folder: Path) -> Any:
+    """Read the model's configuration.
+
+    Raises:
+        ModelError: There is none, it needs code that is not trusted, or it describes quantised weights.
+    """
+    place = Path(args.model_config) if args.model_config is not None else folder
+    try:
+        config = AutoConfig.from_pretrained(place, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"no usable config.json in {place}: {error}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"{place}: quantised weights cannot be trained; start from the original model")
+    return config
+
+
+def build_on_meta(config: Any, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model with float32 parameters on the meta device and real buffers (rotary tables and the like).
+
+    `config.dtype` keeps the format in which the model is stored: exports go back to it.
+    """
+    stored_dtype = config.dtype
+    try:
+        with _parameters_on_meta():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
+    except (ValueError, ImportError) as error:
+        raise ModelError(f"model type {config.model_type!r} is no causal language model here: {error}") from error
+    model.config.dtype = stored_dtype
+    train_padding_rows(model)
+    return model
+
+
+def open_weights(model: PreTrainedModel, args: ModelArguments, folder: Path, seed: int) -> Weights:
+    """Where the weights of a model from `build_on_meta` come from: the folder's safetensors, or the seed."""
+    if args.model_name_or_path is None:
+        return SeededWeights(build_on_meta(model.config, trust_remote_code=args.trust_remote_code), seed)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return FileWeights(model, find_files(folder))
+
+
+def find_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint.
+
+    Raises:
+        ModelError: There are none; pickled weights are named and refused.
+    """
+    if (folder / INDEX_NAME).is_file():
+        names = sorted(set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values()))
+    else:
+        names = [SINGLE_NAME]
+    absent = [name for name in names if not (folder / name).is_file()]
+    if not absent:
+        return [folder / name for name in names]
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    if pickles:
+        raise ModelError(
+            f"{folder} holds {pickles[0]}: pickled weights can run code when read and are refused; convert them where "
+            "you trust them: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+        )
+    raise ModelError(f"{folder} lacks {', '.join(absent)}; fetch or export the model again")
+
+
+def prepare_model(
+    model: PreTrainedModel, args: ModelArguments, mesh: DeviceMesh | None, device: torch.device | str
+) -> None:
+    """Everything between building and filling: attention, kernels, freezing, recomputation, compilation, sharding."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    if args.use_liger_kernels:
+        apply_liger_kernels(model, device)
+    use_packed_attention(model, args.attn_implementation, device, dtype)
+    freeze(model, args.freeze_patterns)
+    if args.gradient_checkpointing:
+        checkpoint_activations(model)
+    if args.torch_compile:
+        compile_blocks(model)
+    if mesh is not None:
+        shard_model(model, mesh, dtype)
+    elif args.bf16:
+        use_compute_dtype(model, dtype, by_autocast=True)
+    model.train()
+
+
+def materialise(model: PreTrainedModel, weights: Weights, device: torch.device | str) -> None:
+    """Give a model on the meta device its memory on `device` and its weights; a sharded rank reads its shards only."""
+    _allocate(model, torch.device(device))
+    persistent = set(model.state_dict())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in persistent:
+            local, region = local_part(tensor)
+            if local.numel():
+                local.copy_(weights.read(name, region))
+
+
+def _allocate(model: nn.Module, device: torch.device) -> None:
+    """Move parameters from meta to uninitialised memory and buffers as they are; tied parameters stay one."""
+    replacements: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.is_meta:
+                continue
+            if id(parameter) not in replacements:
+                empty = torch.empty_like(parameter, device=device)
+                replacements[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            module._parameters[name] = replacements[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters registered inside the context lie on the meta device; buffers and other tensors are real."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and not parameter.is_meta:
+            moved = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+            module._parameters[name] = moved
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

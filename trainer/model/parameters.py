@@ -1,0 +1,69 @@
+"""Which parameters are trained: freezing by regular expressions on their names.
+
+Knows nothing of optimizers or sharding. Invariant: a pattern that freezes nothing, or patterns that leave nothing to
+train, are errors, never ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from trainer.errors import ModelError
+
+NUM_NEAR_NAMES = 5
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Stop training the parameters whose name matches a pattern (`re.search`); tied weights answer to both names.
+
+    Returns:
+        The names frozen, in the model's order.
+
+    Raises:
+        ModelError: A pattern is no regular expression or matches nothing, or nothing is left to train.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    frozen: set[str] = set()
+    for pattern in patterns:
+        expression = _compile(pattern)
+        matches = [name for name in parameters if expression.search(name)]
+        if not matches:
+            raise ModelError(
+                f"freeze_patterns: {pattern!r} matches no parameter of this model; "
+                f"names like it: {', '.join(near_names(pattern, parameters))}"
+            )
+        frozen.update(matches)
+    for name in frozen:
+        parameters[name].requires_grad_(False)
+    if patterns and not any(parameter.requires_grad for parameter in parameters.values()):
+        raise ModelError(
+            f"freeze_patterns: {', '.join(map(repr, patterns))} freeze all {len(parameters)} parameters; "
+            "leave at least one to train"
+        )
+    return [name for name in parameters if name in frozen]
+
+
+def near_names(pattern: str, names: Iterable[str]) -> list[str]:
+    """The names nearest to a pattern, one for each kind of parameter (layer numbers count as one kind)."""
+    kinds = {re.sub(r"\.\d+\.", ".0.", name): name for name in reversed(list(names))}
+    plain = re.sub(r"[^\w.]", "", pattern)
+
+    def likeness(name: str) -> float:
+        parts = [name, *name.split("."), ".".join(name.split(".")[-2:])]
+        return max(difflib.SequenceMatcher(None, plain, part).ratio() for part in parts)
+
+    return sorted(kinds.values(), key=likeness, reverse=True)[:NUM_NEAR_NAMES]
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ModelError(
+            f"freeze_patterns: {pattern!r} is not a regular expression ({error}); "
+            "escape special characters with a backslash"
+        ) from error

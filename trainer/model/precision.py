@@ -1,0 +1,38 @@
+"""Which number format a model computes in: float32 master weights always, bfloat16 compute where asked.
+
+A sharded model gets its compute format from FSDP2's policy (`shard.py`); a model on one process from autocast, entered
+through `compute_context` by everyone who runs a forward pass. Invariant: parameters and their gradients stay float32.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+_DTYPE, _AUTOCAST = "_trainer_compute_dtype", "_trainer_autocast"
+
+
+def use_compute_dtype(model: nn.Module, dtype: torch.dtype, *, by_autocast: bool) -> None:
+    """Record that a model computes in `dtype`, and whether `compute_context` must see to it."""
+    setattr(model, _DTYPE, dtype)
+    setattr(model, _AUTOCAST, by_autocast)
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """The format in which a model computes."""
+    dtype: torch.dtype = getattr(model, _DTYPE, None) or next(model.parameters()).dtype
+    return dtype
+
+
+def compute_context(model: nn.Module) -> AbstractContextManager[object]:
+    """Context in which to call a model, so that it computes in its format."""
+    if not getattr(model, _AUTOCAST, False):
+        return nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, dtype=compute_dtype(model))
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Format for sums over values of `dtype`: never less than float32."""
+    return torch.promote_types(dtype, torch.float32)
