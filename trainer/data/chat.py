@@ -1,0 +1,219 @@
+"""Chats to text and trained spans, through the tokenizer's own template.
+
+Owns which characters of a rendered chat are trained: by the template's generation marks, or by incremental rendering
+verified to be a prefix. Must not know token ids. Invariant: a span is right or the document is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]
+Span = tuple[int, int]
+"""First character and the one after the last."""
+
+_MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_PROBE = "Zx7qPW"
+_REMEDY = (
+    "use train_on='last' (or 'all'), make each turn a document of its own, or give a chat_template with "
+    "{% generation %} marks around what the assistant writes"
+)
+
+
+class TemplateError(Exception):
+    """What a template made of a chat cannot be trained on; the text is the reason."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A chat as text, the spans that are trained, and how many trained turns have no end-of-turn token."""
+
+    text: str
+    spans: tuple[Span, ...]
+    num_open_turns: int = 0
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """A chat template with all it reads from its tokenizer: plain strings, so that it can be hashed and sent."""
+
+    template: str
+    tool_template: str
+    special_tokens: dict[str, str]
+    added_tokens: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> ChatFormat:
+        """Take the tokenizer's template, or the Jinja file given instead."""
+        if chat_template is not None:
+            template = tool_template = _read_template(chat_template)
+        elif tokenizer.chat_template is None:
+            remedy = "give one with chat_template=FILE, or use 'prompt'/'completion' strings or 'text'"
+            raise UsageError(f"the tokenizer has no chat template: {remedy}")
+        else:
+            template = tokenizer.get_chat_template()
+            tool_template = tokenizer.get_chat_template(tools=[{}])
+        special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if not _is_list(token)}
+        return cls(template, tool_template, special, tuple(tokenizer.get_added_vocab()))
+
+    @cached_property
+    def has_marks(self) -> bool:
+        """Whether the template marks what the assistant writes."""
+        return _MARKS.search(self.template) is not None and _MARKS.search(self.tool_template) is not None
+
+    @cached_property
+    def reads_clock(self) -> bool:
+        """Whether the template writes today's date into the text."""
+        return "strftime_now" in self.template
+
+    @cached_property
+    def ends_of_turn(self) -> tuple[str, ...]:
+        """Tokens with which the template ends an assistant turn, last or not; EOS if it refuses to be asked."""
+        asked: Message = {"role": "user", "content": "Q"}
+        answered: Message = {"role": "assistant", "content": _PROBE}
+        try:
+            header = self.render([asked], prompt=True)[0][len(self.render([asked])[0]) :]
+            texts = [self.render(messages)[0] for messages in ([asked, answered], [asked, answered, asked])]
+        except TemplateError:
+            return tuple(filter(None, [self.special_tokens.get("eos_token")]))
+        candidates = [token for token in self.added_tokens if token.strip() and token not in header]
+        ends = {_first_token(text.rpartition(_PROBE)[2], candidates) for text in texts}
+        return tuple(sorted(end for end in ends if end is not None))
+
+    def render(self, messages: Sequence[Message], tools: Any = None, prompt: bool = False) -> tuple[str, list[Span]]:
+        """Return the chat as text and its marked spans; with `prompt`, ending where the assistant begins to write."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        template = self.tool_template if tools else self.template
+        options: dict[str, Any] = {"tools": tools or None, "add_generation_prompt": prompt, **self.special_tokens}
+        try:
+            rendered: Any = render_jinja_template(
+                conversations=[given],
+                chat_template=template,
+                return_assistant_tokens_mask=self.has_marks,
+                **options,
+            )
+        except Exception as error:  # noqa: BLE001  a template is a program: it may raise anything
+            raise TemplateError(f"the chat template refuses it: {error or type(error).__name__}") from error
+        texts, spans = rendered
+        return texts[0], [(start, stop) for start, stop in spans[0]] if self.has_marks else []
+
+    def render_trained(
+        self, messages: Sequence[Message], tools: Any = None, train_on: str = "assistant", first: int = 0
+    ) -> Rendered:
+        """Render a chat with the spans that are trained; turns before message number `first` never are."""
+        if not self.ends_of_turn:
+            raise TemplateError(
+                "the chat template writes no end-of-turn token after an assistant turn, so that the model would never "
+                "learn to stop"
+            )
+        text, marked = self.render(messages, tools)
+        if train_on == "all" and first == 0:
+            return Rendered(text, ((0, len(text)),))
+        if train_on == "all":
+            start = self._verified_prefix(text, messages[:first], tools, False)
+            return Rendered(text, ((start, len(text)),))
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        trained = [i for i in turns if i >= first][-1 if train_on == "last" else 0 :]
+        if self.has_marks:
+            spans = _marked_spans(marked, turns, trained)
+        else:
+            spans = [self._incremental_span(text, messages, i, tools) for i in trained]
+        return self._with_ends(text, spans)
+
+    def _incremental_span(self, text: str, messages: Sequence[Message], i: int, tools: Any) -> Span:
+        start = self._verified_prefix(text, messages[:i], tools, True)
+        if i + 1 == len(messages):
+            return start, len(text)
+        return start, self._verified_prefix(text, messages[: i + 1], tools, False)
+
+    def _verified_prefix(self, text: str, messages: Sequence[Message], tools: Any, prompt: bool) -> int:
+        """Length of the chat up to here, which must be the beginning of the whole chat."""
+        part, _ = self.render(messages, tools, prompt)
+        if text.startswith(part):
+            return len(part)
+        at = next((k for k, (a, b) in enumerate(zip(part, text, strict=False)) if a != b), len(text))
+        raise TemplateError(
+            "the chat template has no {% generation %} marks, and renders the first "
+            f"{len(messages)} messages alone otherwise than within the whole chat: {part[at : at + 30]!r} alone, "
+            f"{text[at : at + 30]!r} within, so what the assistant writes cannot be told"
+        )
+
+    def _with_ends(self, text: str, spans: list[Span]) -> Rendered:
+        """Stretch each span over the end-of-turn token that follows it; count those that have none."""
+        ends, stretched, num_open = self.ends_of_turn, [], 0
+        for start, stop in spans:
+            following = next((end for end in ends if text.startswith(end, stop)), "")
+            if text[start:stop].rstrip().endswith(ends):
+                following = ""
+            elif not following:
+                num_open += 1
+            stretched.append((start, stop + len(following)))
+        return Rendered(text, tuple(stretched), num_open)
+
+
+def generation_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: Any = None,
+    chat_template: str | None = None,
+) -> tuple[list[int], str]:
+    """Return the token ids from which the last assistant turn is to be generated, and that turn's text."""
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        raise DataError("found no assistant turn", "generation needs one as its reference", field="messages")
+    try:
+        text, _ = ChatFormat.from_tokenizer(tokenizer, chat_template).render(messages[: turns[-1]], tools, True)
+    except TemplateError as error:
+        raise DataError(str(error), "see the template's own rules", field="messages") from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]), _content_text(messages[turns[-1]])
+
+
+def refusal_remedy(error: TemplateError) -> str:
+    """What to do about a chat that its template refuses or hides."""
+    return _REMEDY if "marks" in str(error) else "see the template's own rules, or give another chat_template"
+
+
+def _marked_spans(marked: list[Span], turns: list[int], trained: list[int]) -> list[Span]:
+    if len(marked) == len(turns):
+        return [span for span, turn in zip(marked, turns, strict=True) if turn in trained]
+    if trained == turns:
+        return marked
+    raise TemplateError(
+        f"the chat template marks {len(marked)} spans for {len(turns)} assistant turns, so which of its "
+        "{% generation %} marks belong to the trained turns cannot be told"
+    )
+
+
+def _first_token(text: str, tokens: Sequence[str]) -> str | None:
+    places = [(text.find(token), -len(token), token) for token in tokens if token in text]
+    return min(places)[2] if places else None
+
+
+def _content_text(message: Message) -> str:
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(str(part.get("text", "")) for part in content)
+    return content or ""
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"chat_template={path!r} cannot be read as text: {error}") from None
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple | dict)

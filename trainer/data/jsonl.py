@@ -1,0 +1,224 @@
+"""JSONL files: bytes to documents, with file, line and field in every refusal.
+
+Owns what a line may look like: its encoding, its JSON, its kind and the types of its fields. Must not know tokenizers
+or templates. Invariant: whatever the bytes are, a line gives a valid document, nothing (blank), or a DataError that
+names file and line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+from trainer.errors import DataError
+
+Kind = Literal["messages", "prompt_completion", "text", "tokens"]
+
+PRETRAIN_ROLE = "pretrain"
+"""Role of a message whose content is raw text, trained whole."""
+
+FIELDS: dict[Kind, frozenset[str]] = {
+    "tokens": frozenset({"input_ids", "labels", "len", "num_loss_counted_tokens"}),
+    "messages": frozenset({"messages", "tools"}),
+    "prompt_completion": frozenset({"prompt", "completion", "tools"}),
+    "text": frozenset({"text"}),
+}
+"""The fields that are read, by kind. Others are ignored, and reported as ignored."""
+
+_SIGNS: tuple[tuple[str, Kind], ...] = (
+    ("input_ids", "tokens"),
+    ("messages", "messages"),
+    ("prompt", "prompt_completion"),
+    ("text", "text"),
+)
+_KINDS_ALLOWED = "each line needs 'messages', 'prompt' and 'completion', 'text', or 'input_ids'"
+_NUM_FIRST_LINES = 100
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Document:
+    """One line of a JSONL file as read: `line` counts from 1, `fields` are checked for the document's kind."""
+
+    path: str
+    line: int
+    fields: dict[str, Any]
+
+    @property
+    def kind(self) -> Kind:
+        """The kind that its fields say it is."""
+        for sign, kind in _SIGNS:
+            if sign in self.fields:
+                return kind
+        names = ", ".join(map(repr, islice(self.fields, 8))) or "no fields"
+        raise self.refusal(f"found {names}", _KINDS_ALLOWED)
+
+    def refusal(self, found: str, allowed: str, field: str | None = None) -> DataError:
+        """Build the error that refuses this document."""
+        return DataError(found, allowed, self.path, self.line, field)
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """The kind of a file, and the line that shows it."""
+
+    kind: Kind
+    line: int
+
+
+def read_documents(path: str | PathLike[str]) -> Iterator[Document]:
+    """Yield the checked documents of a file in order; all of the kind of the first. Blank lines hold no document."""
+    expected = detect_file_kind(path)
+    with _open(path) as file:
+        yield from parse_documents(file, str(path), 1, expected)
+
+
+def detect_kind(path: str | PathLike[str]) -> Kind:
+    """Say what the documents of a file are, from its first lines."""
+    return detect_file_kind(path).kind
+
+
+def detect_file_kind(path: str | PathLike[str]) -> FileKind:
+    """Say what the documents of a file are and which line shows it; refuse first lines of several kinds."""
+    with _open(path) as file:
+        lines = islice(enumerate(file, 1), _NUM_FIRST_LINES)
+        parsed = (parse_line(raw, str(path), number) for number, raw in lines)
+        documents = [document for document in parsed if document is not None]
+    if not documents:
+        raise DataError(f"found no document in the first {_NUM_FIRST_LINES} lines", _KINDS_ALLOWED, path)
+    expected = FileKind(documents[0].kind, documents[0].line)
+    for document in documents:
+        _check_kind(document, expected)
+    return expected
+
+
+def parse_documents(lines: Iterable[bytes], path: str, first_line: int, expected: FileKind) -> Iterator[Document]:
+    """Parse and check lines numbered from `first_line`, which must all be of the expected kind."""
+    for number, raw in enumerate(lines, first_line):
+        document = parse_line(raw, path, number)
+        if document is not None:
+            _check_kind(document, expected)
+            check_fields(document, expected.kind)
+            yield document
+
+
+def parse_line(raw: bytes, path: str, line: int) -> Document | None:
+    """Decode one line; None if it is blank."""
+    if line == 1:
+        raw = raw.removeprefix(_BYTE_ORDER_MARK)
+    if not raw.strip():
+        return None
+    try:
+        fields = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+        if b"\\u" in raw:
+            json.dumps(fields, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        found = f"byte {raw[error.start : error.start + 1]!r} at position {error.start}"
+        raise DataError(f"{found} is not UTF-8", "a line must be JSON in UTF-8", path, line) from None
+    except UnicodeEncodeError as error:
+        found = f"half a surrogate pair, {error.object[error.start]!a}, in a string"
+        raise DataError(found, "strings must be valid Unicode", path, line) from None
+    except (ValueError, RecursionError) as error:
+        found = "JSON nested too deeply" if isinstance(error, RecursionError) else f"not JSON ({error})"
+        raise DataError(found, "each line must be one JSON object", path, line) from None
+    if not isinstance(fields, dict):
+        raise DataError(f"found {describe(fields)}", "each line must be one JSON object", path, line)
+    return Document(path, line, fields)
+
+
+def check_fields(document: Document, kind: Kind) -> None:
+    """Raise DataError where a field that this kind reads is missing or of the wrong type."""
+    if kind == "messages":
+        check_messages(document, "messages")
+        _check_pretrain(document)
+    elif kind == "prompt_completion":
+        _check_prompt_completion(document)
+    elif kind == "text" and not isinstance(document.fields["text"], str):
+        raise document.refusal(f"found {describe(document.fields['text'])}", "'text' must be a string", "text")
+    tools = document.fields.get("tools")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise document.refusal(f"found {describe(tools)}", "'tools' must be a list of objects", "tools")
+
+
+def check_messages(document: Document, field: str) -> None:
+    """Raise DataError where the field is not a list of messages, each with a role and a content."""
+    messages = document.fields[field]
+    if not isinstance(messages, list) or not messages:
+        raise document.refusal(f"found {describe(messages)}", "it must be a list of messages", field)
+    for i, message in enumerate(messages):
+        _check_message(document, message, f"{field}[{i}]")
+
+
+def describe(value: Any) -> str:
+    """Say what a JSON value is, in few words."""
+    if value is None or isinstance(value, bool | int | float):
+        return json.dumps(value)[:40]
+    if isinstance(value, str):
+        return f"the string {value[:40]!r}{'...' if len(value) > 40 else ''}"
+    noun = "list" if isinstance(value, list) else "object"
+    return f"{'a' if noun == 'list' else 'an'} {noun} of {len(value)}" if value else f"an empty {noun}"
+
+
+def _open(path: str | PathLike[str]) -> Any:
+    try:
+        return Path(path).open("rb")
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror})", "give the path of a JSONL file", path) from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _check_kind(document: Document, expected: FileKind) -> None:
+    kind = document.kind
+    if kind != expected.kind:
+        found = f"line {document.line} is {kind!r}, but line {expected.line} is {expected.kind!r}"
+        raise document.refusal(found, "a file holds documents of one kind; put each kind into a file of its own")
+
+
+def _check_message(document: Document, message: Any, place: str) -> None:
+    if not isinstance(message, dict):
+        raise document.refusal(f"found {describe(message)}", "a message must be an object", place)
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not role:
+        raise document.refusal(f"found {describe(role)}", "a role must be a string that is not empty", f"{place}.role")
+    if content is None and len(message.keys() - {"role", "content"}) == 0:
+        raise document.refusal("found nothing", "a message needs a content or tool calls", f"{place}.content")
+    if not (content is None or isinstance(content, str) or _is_parts(content)):
+        allowed = "a content must be a string or a list of objects"
+        raise document.refusal(f"found {describe(content)}", allowed, f"{place}.content")
+
+
+def _is_parts(content: Any) -> bool:
+    return isinstance(content, list) and all(isinstance(part, dict) for part in content)
+
+
+def _check_pretrain(document: Document) -> None:
+    messages = document.fields["messages"]
+    if not any(message["role"] == PRETRAIN_ROLE for message in messages):
+        return
+    if len(messages) > 1:
+        allowed = f"a {PRETRAIN_ROLE!r} message must be the only one of its document"
+        raise document.refusal(f"found {len(messages)} messages", allowed, "messages")
+    if not isinstance(messages[0].get("content"), str):
+        found = f"found {describe(messages[0].get('content'))}"
+        raise document.refusal(found, f"a {PRETRAIN_ROLE!r} content must be a string", "messages[0].content")
+
+
+def _check_prompt_completion(document: Document) -> None:
+    if "completion" not in document.fields:
+        raise document.refusal("found 'prompt' without 'completion'", "both are needed", "completion")
+    prompt, completion = document.fields["prompt"], document.fields["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return
+    if isinstance(prompt, str) or isinstance(completion, str):
+        found = f"found prompt {describe(prompt)}, completion {describe(completion)}"
+        raise document.refusal(found, "both must be strings, or both lists of messages", "completion")
+    check_messages(document, "prompt")
+    check_messages(document, "completion")

@@ -1,0 +1,235 @@
+"""A data file to a store of samples: tokenised in parallel, cached by content, everything refused counted.
+
+Owns the order of preparing, the report and the split for validation. Must not know what a training step is. Invariant:
+the same data, tokenizer, template and options give the same store, whoever prepares it, however often, in however many
+processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data.blocks import BlockCutter, end_with_eos
+from trainer.data.cache import fingerprint, open_or_build
+from trainer.data.jsonl import detect_file_kind
+from trainer.data.store import StoreWriter, TokenBatch, TokenStore
+from trainer.data.tokenise import Recipe, Tokeniser
+from trainer.data.worker import Chunk, Tokenised, TokeniserPool, tokenise_chunk
+from trainer.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from trainer.arguments.groups import DataArguments
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all) as a file is tokenised."""
+
+CHUNK_BYTES = 2**20
+_BYTES_PER_PROCESS = 2**24
+"""A process takes about as long to start as tokenising so much."""
+
+_COUNTS = (
+    "documents",
+    "overlong_dropped",
+    "overlong_truncated",
+    "overlong_split",
+    "split_pieces",
+    "tokens_dropped",
+    "tokens_truncated",
+    "untrainable_dropped",
+    "untrainable_pieces_dropped",
+    "turns_without_end_of_turn",
+    "stated_loss_tokens_differ",
+)
+"""What the report always says, 0 included."""
+
+
+def prepare(
+    path: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: DataArguments,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> TokenStore:
+    """Return the samples of a JSONL file, or of a folder prepared before.
+
+    `limit` is the longest sample in tokens that training can hold; `tokenizer` may be None for tokenised data. The
+    store's metadata holds `report` (counts of documents, samples, tokens, loss tokens and everything refused), `kind`,
+    `source`, `fingerprint`, and whether it was `cached`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_prepared(path, limit)
+    expected = detect_file_kind(path)
+    recipe = Recipe.build(expected, tokenizer, args, limit)
+    source = _scan(path)
+    key = fingerprint(source.digest, recipe.to_json(), args.validation_split if args.block_size else None)
+    job = _Job(source, recipe, args, key, progress)
+    store, cached = open_or_build(args.data_cache_dir, key, job.build)
+    store.metadata.update(source=str(path), cached=cached)
+    if len(store) == 0:
+        raise DataError(f"no sample is left to train on ({store.metadata['report']})", "at least one is needed", path)
+    return store
+
+
+def split_validation(store: TokenStore, fraction: float, seed: int) -> tuple[TokenStore, TokenStore]:
+    """Return (training, validation): disjoint, complete, and no document on both sides.
+
+    Blocks hold parts of several documents, so their documents were divided when the store was prepared, by the
+    fraction it was prepared with; the seed decides for all other stores.
+    """
+    if store.metadata.get("block_size"):
+        if store.metadata["validation_split"] != fraction:
+            found = (
+                f"validation_split={fraction}, but the blocks were prepared with {store.metadata['validation_split']}"
+            )
+            raise UsageError(f"{found}: prepare them again with this one")
+        held_out = _are_held_out(store.documents, fraction)
+    else:
+        documents = np.unique(store.documents)
+        num_held_out = max(1, round(fraction * len(documents)))
+        order = np.argsort(_hash(documents, seed), kind="stable")
+        held_out = np.isin(store.documents, documents[order[:num_held_out]])
+    if held_out.all() or not held_out.any():
+        raise UsageError(f"validation_split={fraction} of {len(store)} samples leaves one side without any")
+    return store.select(np.flatnonzero(~held_out)), store.select(np.flatnonzero(held_out))
+
+
+@dataclass(frozen=True)
+class _Source:
+    path: Path
+    digest: str
+    chunks: list[Chunk]
+    stamp: tuple[int, int]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.stamp[0]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that building one store needs."""
+
+    source: _Source
+    recipe: Recipe
+    args: DataArguments
+    key: str
+    progress: Progress | None
+
+    def build(self, directory: Path) -> None:
+        report = Counter(dict.fromkeys(_COUNTS, 0))
+        with StoreWriter(directory) as writer, _tokenised(self.source, self.recipe, self._num_processes()) as results:
+            for batch in self._with_blocks(self._counted(results, report)):
+                report.update(samples=len(batch.lengths), tokens=len(batch.input_ids))
+                report["loss_tokens"] += int(batch.count_loss_tokens().sum())
+                writer.append_batch(batch)
+            if _stamp(self.source.path) != self.source.stamp:
+                raise DataError("the file changed while it was read", "prepare it again", self.source.path)
+            writer.metadata.update(self._facts(report))
+
+    def _counted(self, results: Iterator[Tokenised], report: Counter[str]) -> Iterator[TokenBatch]:
+        done = 0
+        for chunk, (batch, counts) in zip(self.source.chunks, results, strict=True):
+            report.update(counts)
+            done += chunk.size
+            if self.progress is not None:
+                self.progress(done, self.source.num_bytes)
+            yield batch
+
+    def _with_blocks(self, batches: Iterator[TokenBatch]) -> Iterator[TokenBatch]:
+        """Cut blocks if asked to; those of held-out documents are cut apart from the others."""
+        if not self.args.block_size:
+            yield from batches
+            return
+        assert self.recipe.eos_id is not None
+        sides = (BlockCutter(self.args.block_size), BlockCutter(self.args.block_size))
+        for batch in batches:
+            joined = end_with_eos(batch, self.recipe.eos_id)
+            held_out = _are_held_out(joined.documents, self.args.validation_split)
+            yield from (side.cut(joined.where(held_out == bool(k))) for k, side in enumerate(sides))
+        yield from (side.finish() for side in sides)
+
+    def _num_processes(self) -> int:
+        wanted = self.args.dataset_num_proc
+        if wanted is None:
+            wanted = min(len(os.sched_getaffinity(0)), self.source.num_bytes // _BYTES_PER_PROCESS)
+        return max(1, min(wanted, len(self.source.chunks)))
+
+    def _facts(self, report: Counter[str]) -> dict[str, Any]:
+        prefix = "ignored_field:"
+        ignored = {name.removeprefix(prefix): n for name, n in report.items() if name.startswith(prefix)}
+        counts = {name: n for name, n in report.items() if not name.startswith(prefix)}
+        return {
+            "fingerprint": self.key,
+            "kind": self.recipe.expected.kind,
+            "block_size": self.args.block_size,
+            "validation_split": self.args.validation_split if self.args.block_size else None,
+            "template_reads_clock": self.recipe.chat is not None and self.recipe.chat.reads_clock,
+            "report": {**counts, "ignored_fields": ignored},
+        }
+
+
+@contextmanager
+def _tokenised(source: _Source, recipe: Recipe, num_processes: int) -> Iterator[Iterator[Tokenised]]:
+    path = str(source.path)
+    if num_processes == 1:
+        tokeniser = Tokeniser(recipe)
+        yield (tokenise_chunk(tokeniser, path, chunk) for chunk in source.chunks)
+    else:
+        with TokeniserPool(recipe, path, num_processes) as pool:
+            yield pool.map(source.chunks)
+
+
+def _scan(path: Path) -> _Source:
+    """Hash a file and find whole lines to hand out, in one pass."""
+    digest, chunks, stamp = hashlib.sha256(), [], _stamp(path)
+    begin = offset = 0
+    line = 1
+    with path.open("rb") as file:
+        while block := file.read(CHUNK_BYTES):
+            digest.update(block)
+            end = offset + block.rfind(b"\n") + 1
+            if end > offset:
+                chunks.append(Chunk(begin, end - begin, line))
+                begin, line = end, line + block.count(b"\n")
+            offset += len(block)
+    if offset > begin:
+        chunks.append(Chunk(begin, offset - begin, line))
+    return _Source(path, digest.hexdigest(), chunks, stamp)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _open_prepared(path: Path, limit: int | None) -> TokenStore:
+    store = TokenStore.open(path)
+    longest = int(store.lengths.max(initial=0))
+    if limit is not None and longest > limit:
+        raise DataError(f"holds a sample of {longest:,} tokens", f"at most {limit:,} are allowed; prepare again", path)
+    return store
+
+
+def _are_held_out(documents: NDArray[np.int64], fraction: float) -> NDArray[np.bool_]:
+    return _hash(documents, 0) < np.uint64(int(fraction * 2**64))
+
+
+def _hash(documents: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
+    """Spread line numbers evenly over 64 bits (SplitMix64)."""
+    x = documents.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64((seed * 0xD1342543DE82EF95) % 2**64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,282 @@
+"""Documents to samples: one pure function of a recipe and the lines of a file.
+
+Owns the recipe (all that decides which tokens come out), the label mask, and the policies for over-long and untrainable
+samples. Must not know processes, caches or stores. Invariant: every document ends as samples, as a count in the report,
+or as a DataError.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trainer.data.chat import ChatFormat, Rendered, TemplateError, refusal_remedy
+from trainer.data.encode import Encoded, Encoder
+from trainer.data.jsonl import FIELDS, PRETRAIN_ROLE, Document, FileKind
+from trainer.data.store import Sample, TokenBatch
+from trainer.data.tokens import IGNORED, agrees_on_loss_tokens, read_tokens
+from trainer.errors import TrainerError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from trainer.arguments.groups import DataArguments
+
+_NUM_DOCUMENTS_AT_ONCE = 512
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides which tokens come out of a line, as plain values: hashed for the cache, sent to processes."""
+
+    expected: FileKind
+    backend: str | None
+    chat: ChatFormat | None
+    vocabulary_size: int | None
+    eos_id: int | None
+    split_special_tokens: bool
+    train_on: str
+    limit: int | None
+    overlong: str
+    on_untrainable: str
+    block_size: int | None
+
+    @classmethod
+    def build(
+        cls,
+        expected: FileKind,
+        tokenizer: PreTrainedTokenizerBase | None,
+        args: DataArguments,
+        limit: int | None,
+    ) -> Recipe:
+        """Gather what counts; refuse options that have no effect on data of this kind."""
+        _check_options(expected, tokenizer, args, limit)
+        bounds = [bound for bound in (args.max_length, limit) if bound is not None]
+        return cls(
+            expected=expected,
+            **_tokenizer_facts(tokenizer, expected, args.chat_template),
+            train_on=args.train_on,
+            limit=None if args.block_size else min(bounds, default=None),
+            overlong=args.overlong,
+            on_untrainable=args.on_untrainable,
+            block_size=args.block_size,
+        )
+
+    def to_json(self) -> str:
+        """Write the recipe; equal recipes give equal text."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """Read what `to_json` wrote."""
+        fields = json.loads(text)
+        if fields["chat"] is not None:
+            fields["chat"]["added_tokens"] = tuple(fields["chat"]["added_tokens"])
+            fields["chat"] = ChatFormat(**fields["chat"])
+        return cls(**{**fields, "expected": FileKind(**fields["expected"])})
+
+
+class Tokeniser:
+    """A recipe at work."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        assert self.recipe.backend is not None
+        return Encoder(self.recipe.backend, self.recipe.split_special_tokens)
+
+    def tokenise(self, documents: Iterable[Document]) -> tuple[TokenBatch, Counter[str]]:
+        """Return the samples of the documents in order, and the counts of what happened to them."""
+        report: Counter[str] = Counter()
+        samples: list[Sample] = []
+        lines: list[int] = []
+        for group in _groups(documents):
+            for document, sample in zip(group, self._read(group, report), strict=True):
+                kept = self._apply_policies(document, sample, report)
+                samples += kept
+                lines += [document.line] * len(kept)
+        return TokenBatch.join(samples, lines), report
+
+    def _read(self, documents: Sequence[Document], report: Counter[str]) -> list[Sample]:
+        report["documents"] += len(documents)
+        known = FIELDS[self.recipe.expected.kind]
+        report.update(f"ignored_field:{name}" for document in documents for name in document.fields.keys() - known)
+        if self.recipe.expected.kind == "tokens":
+            return [self._read_tokens(document, report) for document in documents]
+        rendered = [self._render(document, report) for document in documents]
+        encoded = self._encoder.encode([item.text for item in rendered], [item.spans for item in rendered])
+        return [self._label(document, item) for document, item in zip(documents, encoded, strict=True)]
+
+    def _read_tokens(self, document: Document, report: Counter[str]) -> Sample:
+        sample = Sample(*read_tokens(document, self.recipe.vocabulary_size))
+        report["stated_loss_tokens_differ"] += not agrees_on_loss_tokens(document, sample.labels)
+        return sample
+
+    def _render(self, document: Document, report: Counter[str]) -> Rendered:
+        raw = _raw_text(document)
+        if raw is not None:
+            start = 0 if self.recipe.train_on == "all" else len(raw[0])
+            return Rendered("".join(raw), ((start, len(raw[0]) + len(raw[1])),))
+        fields, is_chat = document.fields, document.kind == "messages"
+        prompt = [] if is_chat else fields["prompt"]
+        messages = fields["messages"] if is_chat else prompt + fields["completion"]
+        try:
+            if self.recipe.chat is None:
+                raise TemplateError("the tokenizer has no chat template")
+            rendered = self.recipe.chat.render_trained(messages, fields.get("tools"), self.recipe.train_on, len(prompt))
+        except TemplateError as error:
+            raise document.refusal(
+                str(error), refusal_remedy(error), "messages" if is_chat else "completion"
+            ) from error
+        report["turns_without_end_of_turn"] += rendered.num_open_turns
+        return rendered
+
+    def _label(self, document: Document, encoded: Encoded) -> Sample:
+        ids, mask = encoded
+        if _raw_text(document) is not None:
+            ids, mask = self._with_ends(ids, mask)
+        return Sample(ids, np.where(mask, ids, np.int32(IGNORED)))
+
+    def _with_ends(self, ids: Any, mask: Any) -> Encoded:
+        """Put around a raw text what the tokenizer puts there, and EOS at its end; nothing twice."""
+        prefix, suffix = self._encoder.prefix, self._encoder.suffix
+        if prefix and list(ids[: len(prefix)]) == prefix:
+            prefix = []
+        if self.recipe.eos_id is not None and self.recipe.eos_id not in suffix:
+            suffix = [*suffix, self.recipe.eos_id]
+        if suffix and list(ids[-len(suffix) :]) == suffix:
+            suffix = []
+        whole = np.concatenate([np.array(prefix, np.int32), ids, np.array(suffix, np.int32)])
+        before = np.full(len(prefix), bool(mask.all()))
+        return whole.astype(np.int32), np.concatenate([before, mask, np.ones(len(suffix), bool)])
+
+    def _apply_policies(self, document: Document, sample: Sample, report: Counter[str]) -> list[Sample]:
+        if self.recipe.block_size:
+            return [sample]
+        if not _is_trainable(sample):
+            if self.recipe.on_untrainable == "error":
+                raise _untrainable(document, self.recipe)
+            report["untrainable_dropped"] += 1
+            return []
+        if self.recipe.limit is None or len(sample.input_ids) <= self.recipe.limit:
+            return [sample]
+        pieces = self._shorten(document, sample, self.recipe.limit, report)
+        kept = [piece for piece in pieces if _is_trainable(piece)]
+        report["untrainable_pieces_dropped"] += len(pieces) - len(kept)
+        return kept
+
+    def _shorten(self, document: Document, sample: Sample, limit: int, report: Counter[str]) -> list[Sample]:
+        length, policy = len(sample.input_ids), self.recipe.overlong
+        if policy == "error":
+            allowed = f"at most {limit:,} tokens are allowed (max_length, or the token budget)"
+            remedy = "raise it, or choose overlong=drop, truncate or split"
+            raise document.refusal(f"found a sample of {length:,} tokens", f"{allowed}; {remedy}")
+        if policy == "drop":
+            report.update(overlong_dropped=1, tokens_dropped=length)
+            return []
+        if policy == "truncate":
+            report.update(overlong_truncated=1, tokens_truncated=length - limit)
+            return [Sample(sample.input_ids[:limit], sample.labels[:limit])]
+        pieces = _split(sample, limit)
+        report.update(overlong_split=1, split_pieces=len(pieces))
+        return pieces
+
+
+def _split(sample: Sample, limit: int) -> list[Sample]:
+    """Cut into pieces of at most `limit` tokens, each beginning with the last token of the one before as context.
+
+    So every label that was trained is trained in exactly one piece.
+    """
+    begins = range(0, len(sample.input_ids) - 1, limit - 1)
+    return [Sample(sample.input_ids[b : b + limit], _masked_first(sample.labels[b : b + limit])) for b in begins]
+
+
+def _masked_first(labels: Any) -> Any:
+    return np.concatenate([np.full(1, IGNORED, np.int32), labels[1:]])
+
+
+def _is_trainable(sample: Sample) -> bool:
+    return bool((sample.labels[1:] != IGNORED).any())
+
+
+def _untrainable(document: Document, recipe: Recipe) -> TrainerError:
+    messages = document.fields.get("messages") or document.fields.get("completion")
+    roles = ", ".join(str(m["role"]) for m in messages[:8]) if isinstance(messages, list) else None
+    found = "found no token to train" + (f" (roles: {roles}; train_on={recipe.train_on!r})" if roles else "")
+    allowed = "a sample needs at least one trained token after its first; or choose on_untrainable=drop"
+    return document.refusal(found, allowed)
+
+
+def _raw_text(document: Document) -> tuple[str, str] | None:
+    """The untrained and the trained part of a document that is no chat."""
+    fields = document.fields
+    if document.kind == "text":
+        return "", fields["text"]
+    if document.kind == "messages":
+        message = fields["messages"][0]
+        return ("", message["content"]) if message["role"] == PRETRAIN_ROLE else None
+    return (fields["prompt"], fields["completion"]) if isinstance(fields["prompt"], str) else None
+
+
+def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    group: list[Document] = []
+    for document in documents:
+        group.append(document)
+        if len(group) == _NUM_DOCUMENTS_AT_ONCE:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _check_options(
+    expected: FileKind, tokenizer: PreTrainedTokenizerBase | None, args: DataArguments, limit: int | None
+) -> None:
+    kind = expected.kind
+    if kind == "tokens" and args.train_on != "assistant":
+        raise UsageError(f"train_on={args.train_on!r} has no effect: the data is tokenised, its labels decide")
+    if kind == "text" and args.train_on == "last":
+        raise UsageError("train_on='last' has no effect on 'text': all of it is trained")
+    if kind in ("tokens", "text") and args.chat_template is not None:
+        raise UsageError(f"chat_template has no effect on data of kind {kind!r}")
+    if tokenizer is None and (kind != "tokens" or args.block_size):
+        raise UsageError(f"a tokenizer is needed to prepare data of kind {kind!r}, and for block_size")
+    if args.block_size and tokenizer is not None and tokenizer.eos_token_id is None:
+        raise UsageError("block_size joins documents with EOS, but the tokenizer has no eos_token")
+    if args.block_size and limit is not None and args.block_size > limit:
+        raise UsageError(f"block_size={args.block_size} is more than the {limit} tokens that one rank can hold")
+    if args.block_size and args.max_length is not None:
+        raise UsageError("max_length has no effect with block_size: every sample is a block")
+    if args.overlong == "split" and min(args.max_length or 2, limit or 2) < 2:
+        raise UsageError("overlong='split' needs room for two tokens: one of context and one to train")
+
+
+def _tokenizer_facts(
+    tokenizer: PreTrainedTokenizerBase | None, expected: FileKind, chat_template: str | None
+) -> dict[str, Any]:
+    if tokenizer is None:
+        names = ("backend", "chat", "vocabulary_size", "eos_id")
+        return {**dict.fromkeys(names), "split_special_tokens": False}
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None and expected.kind != "tokens":
+        raise UsageError(
+            f"{type(tokenizer).__name__} is not a fast tokenizer: only those with a tokenizer.json are read"
+        )
+    has_chats = expected.kind in ("messages", "prompt_completion")
+    wanted = has_chats and (tokenizer.chat_template is not None or chat_template is not None)
+    return {
+        "backend": None if expected.kind == "tokens" else backend.to_str(),
+        "chat": ChatFormat.from_tokenizer(tokenizer, chat_template) if wanted else None,
+        "vocabulary_size": len(tokenizer),
+        "eos_id": tokenizer.eos_token_id,
+        "split_special_tokens": bool(getattr(tokenizer, "split_special_tokens", False)),
+    }
