@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -32,17 +33,17 @@ VARLEN_MAX_HEAD_SIZE = 256
 HEAD_SIZE_UNIT = 8
 
 
-def packed_inputs(micro_batch: Mapping[str, Any]) -> dict[str, Any]:
+def packed_inputs(model: nn.Module, micro_batch: Mapping[str, Any]) -> dict[str, Any]:
     """All that a transformers model needs to keep the samples of a pack apart, with its cache off.
 
     Every model reads some of these: position_ids (1,T), cu_seq_lens_q and _k (S+1,) with max_length_q and _k (attention
-    kernels), seq_idx (1,T) (recurrent kernels).
+    kernels), seq_idx (1,T) (recurrent kernels). What a forward pass without `**kwargs` cannot take is left out.
     """
     borders, length = micro_batch["cu_seq_lens"], int(micro_batch["max_length"])
     num_tokens = micro_batch["input_ids"].shape[1]
     samples = torch.arange(len(borders) - 1, dtype=torch.int32, device=borders.device)
     seq_idx = torch.repeat_interleave(samples, borders.diff().long(), output_size=num_tokens)
-    return {
+    inputs = {
         "input_ids": micro_batch["input_ids"],
         "position_ids": micro_batch["position_ids"],
         "cu_seq_lens_q": borders,
@@ -52,6 +53,10 @@ def packed_inputs(micro_batch: Mapping[str, Any]) -> dict[str, Any]:
         "seq_idx": seq_idx[None],
         "use_cache": False,
     }
+    parameters = inspect.signature(model.forward).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return inputs
+    return {name: value for name, value in inputs.items() if name in parameters}
 
 
 def use_packed_attention(
@@ -114,8 +119,8 @@ def packed_sdpa(
         parts = []
         for start, stop in zip(borders, borders[1:], strict=False):
             mask = None if attention_mask is None else attention_mask[..., start:stop, start:stop]
-            rows = (tensor[:, :, start:stop] for tensor in (query, key, value))
-            parts.append(_attend(module, *rows, mask, options))
+            own_query, own_key, own_value = (tensor[:, :, start:stop] for tensor in (query, key, value))
+            parts.append(_attend(module, own_query, own_key, own_value, mask, options))
         output = torch.cat(parts, dim=2)
     return output.transpose(1, 2).contiguous(), None
 
@@ -138,16 +143,10 @@ def varlen(
     window = options.get("sliding_window")
     length = options["max_length_q"]
     rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-    output = kernel(
-        *rows,
-        borders,
-        borders,
-        length,
-        length,
-        scale=options.get("scaling"),
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    # Before torch 2.12 the kernel has no such option and takes grouped heads as they are.
+    grouping = {"enable_gqa": True} if "enable_gqa" in inspect.signature(kernel).parameters else {}
+    scale, reach = options.get("scaling"), (-1 if window is None else window - 1, 0)
+    output = kernel(*rows, borders, borders, length, length, scale=scale, window_size=reach, **grouping)
     return output[None], None
 
 
@@ -214,7 +213,7 @@ def _attend(
 def _attend_by_hand(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Mapping[str, Any]
 ) -> Tensor:
-    """Attention with soft cap (c * tanh(x / c) on the scores) or sinks (one more column that takes weight and gives none)."""
+    """Attention with soft cap (c * tanh(x / c) on the scores) or sinks (a column that takes weight and gives none)."""
     softcap, sinks = options.get("softcap"), options.get("s_aux")
     groups = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trainer.errors import IsolationError
+from trainer.errors import IsolationError, ModelError
 from trainer.model.attention import packed_inputs
 from trainer.model.modes import evaluating
 from trainer.model.precision import compute_context, compute_dtype
@@ -29,13 +29,14 @@ def check_isolation(model: PreTrainedModel) -> None:
 
     Raises:
         IsolationError: The logits differ, or the model cannot run packs at all; names model type and implementation.
+        ModelError: The logits are not finite.
     """
     first, second = _probe_samples(model, seed=0)
     others = _probe_samples(model, seed=1)
     try:
         packed = _logits(model, [first, second])
-        exchanged = (_logits(model, [first, others[1]])[0], _logits(model, [others[0], second])[1])
-        alone = (_logits(model, [first])[0], _logits(model, [second])[0])
+        exchanged = [_logits(model, [first, others[1]])[0], _logits(model, [others[0], second])[1]]
+        alone = [_logits(model, [first])[0], _logits(model, [second])[0]]
     except (ValueError, NotImplementedError, TypeError, RuntimeError) as error:
         raise IsolationError(f"{_named(model)} cannot run packed samples: {error}") from error
     _compare(model, packed, exchanged, EXCHANGED_LIMIT, "what it is packed with")
@@ -59,21 +60,24 @@ def _logits(model: PreTrainedModel, samples: list[Tensor]) -> list[Tensor]:
         "max_length": max(PROBE_LENGTHS),
     }
     with torch.no_grad(), evaluating(model), compute_context(model):
-        logits = model(**packed_inputs(pack)).logits[0]
+        logits = model(**packed_inputs(model, pack)).logits[0]
     return list(logits.float().split(lengths.tolist()))
 
 
 def _compare(
     model: PreTrainedModel,
     packed: list[Tensor],
-    others: tuple[Tensor, ...],
+    others: list[Tensor],
     limits: dict[torch.dtype, float],
     what: str,
 ) -> None:
     limit = limits[torch.bfloat16 if compute_dtype(model).itemsize < torch.float32.itemsize else torch.float32]
     for one, other in zip(packed, others, strict=True):
-        change = ((one - other).norm() / (other - other.mean()).norm()).item()
-        if not change <= limit:
+        if not bool(torch.isfinite(one).all() and torch.isfinite(other).all()):
+            raise ModelError(f"{_named(model)} gives logits that are not finite; check its weights")
+        smallest = torch.finfo(one.dtype).tiny
+        change = ((one - other).norm() / (other - other.mean()).norm().clamp_min(smallest)).item()
+        if change > limit:
             raise IsolationError(
                 f"{_named(model)} leaks between packed samples: logits of a sample change by {change:.2g} (relative; "
                 f"allowed {limit:g}) with {what}; choose another attn_implementation, or a model that can be packed"

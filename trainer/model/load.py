@@ -212,7 +212,7 @@ def _parameters_on_meta() -> Iterator[None]:
             moved = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
             module._parameters[name] = moved
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:

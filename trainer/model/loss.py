@@ -65,7 +65,7 @@ def token_loss_sum(model: PreTrainedModel, micro_batch: Mapping[str, Any], label
 def forward_loss(model: PreTrainedModel, micro_batch: Mapping[str, Any], label_smoothing: float = 0.0) -> Tensor:
     """What `token_loss_sum` computes; FSDP2 runs it as a forward method, with the root's weights gathered."""
     positions, targets = trained_positions(micro_batch)
-    inputs = accepted_inputs(model, packed_inputs(micro_batch))
+    inputs = packed_inputs(model, micro_batch)
     with compute_context(model):
         head_output = measured_head(model)
         if head_output is None:
@@ -81,14 +81,6 @@ def trained_positions(micro_batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     # The count is known from the plan, so a GPU need not be asked for it.
     positions = torch.nonzero_static(following != IGNORED_LABEL, size=int(micro_batch["num_loss_counted_tokens"]))
     return positions[:, 0], following[positions[:, 0]]
-
-
-def accepted_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Those inputs that the model's forward pass takes: all of them, unless it has no `**kwargs`."""
-    parameters = inspect.signature(model.forward).parameters
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return inputs
-    return {name: value for name, value in inputs.items() if name in parameters}
 
 
 def measured_head(model: PreTrainedModel) -> HeadOutput | None:
@@ -124,7 +116,7 @@ def measure_head(model: PreTrainedModel) -> HeadOutput | None:
         "max_length": PROBE_LENGTH,
     }
     with torch.no_grad(), evaluating(model), _replaced(head, replacement):
-        logits = model.forward(**accepted_inputs(model, packed_inputs(pack))).logits
+        logits = model.forward(**packed_inputs(model, pack)).logits
     if shapes != [(1, PROBE_LENGTH, head.in_features)] or logits.shape != known.shape:
         return None
     return _fit(known.flatten(), logits.flatten().to(known.dtype))
@@ -152,7 +144,7 @@ def _fit(known: Tensor, logits: Tensor) -> HeadOutput | None:
 
 @contextmanager
 def _replaced(head: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    head.forward = function  # type: ignore[method-assign]
+    head.forward = function
     try:
         yield
     finally:

@@ -51,7 +51,9 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
         raise ModelError(
             f"gradient_checkpointing: model type {model.config.model_type!r} does not support it; leave it off"
         )
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # Renamed during transformers 5.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def compile_blocks(model: PreTrainedModel) -> None:
