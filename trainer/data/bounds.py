@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from trainer.data.costs import CostModel
 
 LARGEST_DUAL_FEASIBLE_STEP = 12
+MOST_SHARING = 8  # samples of one pack, beyond the first, that the bound on the dearest pack looks at
 
 Integers = NDArray[np.int64]
 
@@ -63,18 +64,24 @@ def _dual_feasible(lengths: Integers, capacity: int) -> int:
     return best
 
 
-def dearest_floors(lengths: Integers, capacity: int, num_ranks: int, num_micro_batches: int) -> Integers:
-    """For m = 0, 1, ...: length of the first sample that cannot be in the m dearest micro-batches (0 if there is none).
+def floor_costs(lengths: Integers, capacity: int, num_ranks: int, num_micro_batches: int, cost: CostModel) -> Integers:
+    """What the m-th dearest micro-batch costs at least, for m = 0, 1, ...
 
     A prefix of the samples needs one pack for each sample over half the capacity, and one for each `capacity` tokens.
-    When it needs more than m * num_ranks packs, its shortest sample bounds the m-th dearest micro-batch from below.
+    When it needs more than m * num_ranks packs, its shortest sample cannot be in the m dearest micro-batches. And some
+    pack, so the dearest, holds t + 1 of the first t * packs + 1 samples.
     """
     if lengths.size == 0:
         return np.zeros(num_micro_batches, np.int64)
     large = np.minimum(np.arange(1, lengths.size + 1), _count_longer(lengths, capacity // 2))
     needed = np.maximum(large, -(-np.cumsum(lengths) // capacity))
     first = np.searchsorted(needed, np.arange(num_micro_batches) * num_ranks, side="right")
-    return np.where(first < lengths.size, lengths[np.minimum(first, lengths.size - 1)], 0)
+    costs = np.append(cost.of(lengths), 0)
+    floors = np.asarray(costs[first], np.int64)
+    num_packs = num_micro_batches * num_ranks
+    for t in range(1, min(MOST_SHARING, (lengths.size - 1) // num_packs) + 1):
+        floors[0] = max(floors[0], costs[t * num_packs - t : t * num_packs + 1].sum())
+    return floors
 
 
 def least_step_cost(lengths: Integers, capacity: int, num_ranks: int, num_micro_batches: int, cost: CostModel) -> int:
@@ -83,7 +90,7 @@ def least_step_cost(lengths: Integers, capacity: int, num_ranks: int, num_micro_
     For every k: the k dearest micro-batches cost at least their floors, and they hold no more than what the longest
     samples within k * num_ranks * capacity tokens cost; the rest is shared by num_ranks at best.
     """
-    floors = cost.of(dearest_floors(lengths, capacity, num_ranks, num_micro_batches))
+    floors = floor_costs(lengths, capacity, num_ranks, num_micro_batches, cost)
     first = np.concatenate(([0], np.cumsum(floors)))
     held = most_cost_within(lengths, cost, np.arange(num_micro_batches + 1) * (num_ranks * capacity))
     total = int(cost.of(lengths).sum())

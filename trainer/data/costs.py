@@ -12,10 +12,11 @@ from math import isqrt
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trainer.errors import UsageError
 
-Lengths = TypeVar("Lengths", int, np.ndarray)
+Lengths = TypeVar("Lengths", int, NDArray[np.int64])
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from heapq import heappop, heappush, heapreplace
 from itertools import count
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.bounds import dearest_floors, least_packs, least_step_cost, most_cost_within
+from trainer.data.bounds import floor_costs, least_packs, least_step_cost, most_cost_within
 from trainer.data.costs import TOKENS, CostModel
 
 GOOD_ENOUGH = 1000  # search stops within 1 / GOOD_ENOUGH of the lower bound
@@ -43,12 +44,12 @@ class Batch:
     @cached_property
     def length_list(self) -> list[int]:
         """The lengths as Python integers: the inner loops are faster on them."""
-        return self.lengths.tolist()
+        return cast(list[int], self.lengths.tolist())
 
     @cached_property
     def costs(self) -> list[int]:
         """The cost of each sample."""
-        return self.cost.of(self.lengths).tolist()
+        return cast(list[int], self.cost.of(self.lengths).tolist())
 
 
 def pack(batch: Batch) -> Packs:
@@ -71,12 +72,12 @@ def step_cost(pack_costs: list[int], num_ranks: int) -> int:
 
 def _pack_into(batch: Batch, num_micro_batches: int) -> Packs | None:
     """The best packing found into so many micro-batches, or None where none was found."""
-    floors = batch.cost.of(dearest_floors(batch.lengths, batch.capacity, batch.num_ranks, num_micro_batches)).tolist()
+    shape = batch.lengths, batch.capacity, batch.num_ranks, num_micro_batches, batch.cost
+    floors = floor_costs(*shape).tolist()
     best = next(_solutions(batch, floors), None)
     if best is None:
         return None
-    bound = least_step_cost(batch.lengths, batch.capacity, batch.num_ranks, num_micro_batches, batch.cost)
-    best = _search(batch, floors, best, bound)
+    best = _search(batch, floors, best, least_step_cost(*shape))
     return sorted(best[1], key=lambda pack: -sum(batch.costs[i] for i in pack))
 
 
@@ -90,8 +91,8 @@ def _solutions(batch: Batch, floors: list[int]) -> Iterator[_Solution]:
     attempts: tuple[Callable[[], Packs | None], ...] = (
         lambda: _fill(batch, pinned, num_packs - len(pinned)),
         lambda: _fill(batch, [], num_packs) if pinned else None,
-        lambda: _fill(batch, [full] * num_packs, 0),
         lambda: _fill(tokens, [], num_packs),
+        lambda: _fill(batch, [full] * num_packs, 0),
     )
     for attempt in attempts:
         packs = attempt()
@@ -126,7 +127,7 @@ def _num_pinned(batch: Batch, floors: list[int]) -> int:
 
 
 def _search(batch: Batch, floors: list[int], best: _Solution, bound: int) -> _Solution:
-    """Look for the lowest water level (multifit): a pack may cost its micro-batch's floor, or the level if that is more.
+    """Look for the lowest water level (multifit): a pack may cost its micro-batch's floor, or the level if higher.
 
     Starts just above the level that nothing can beat and doubles the distance, then bisects.
     """
