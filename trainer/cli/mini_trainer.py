@@ -60,7 +60,14 @@ class MiniTrainerFlags:
         return TrainingArguments(**self._renamed(), **self._length(), **self._validation())
 
     def _renamed(self) -> dict[str, Any]:
-        same = ("model_name_or_path", "data_path", "batch_size", "max_tokens_per_gpu", "learning_rate", "output_dir")
+        same: tuple[str, ...] = (
+            "model_name_or_path",
+            "data_path",
+            "batch_size",
+            "max_tokens_per_gpu",
+            "learning_rate",
+            "output_dir",
+        )
         same += ("seed", "weight_decay", "use_liger_kernels", "min_samples_per_checkpoint", "save_dtype")
         same += ("validation_split", "validation_data_path", "trust_remote_code", "block_size")
         return {name: getattr(self, name) for name in same} | {

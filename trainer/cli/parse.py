@@ -37,9 +37,8 @@ def parse(
     """
     config, flags = split_config(words)
     base = TrainingArguments.from_mapping(read_yaml(config) if config else {})
-    form = dataclasses.make_dataclass(
-        "Options", [(_title(kind), tyro.conf.OmitArgPrefixes[kind]) for kind in (*groups, extra)]
-    )
+    unprefixed: Any = tyro.conf.OmitArgPrefixes
+    form = dataclasses.make_dataclass("Options", [(_title(kind), unprefixed[kind]) for kind in (*groups, extra)])
     defaults = {_title(kind): _part(kind, base) for kind in groups} | {_title(extra): extra()}
     parsed = tyro.cli(
         form,

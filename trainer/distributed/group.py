@@ -6,6 +6,8 @@ ends only what it started. Knows nothing of models and data.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
 from typing import Self
@@ -79,6 +81,19 @@ class Group:
     def barrier(self) -> None:
         """Wait until every rank has come here."""
         self.any(False)
+
+    @contextmanager
+    def local_lead_first(self) -> Iterator[None]:
+        """Run the body on the first rank of each node, then on the others, which find done what it did."""
+        if not self.topology.is_local_lead:
+            self.barrier()
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            if self.topology.is_local_lead and not failed:
+                self.barrier()
 
     def close(self) -> None:
         """End the process group if this object started it."""

@@ -81,11 +81,6 @@ def use_packed_attention(
     name = _choose(model, device, dtype) if implementation == "auto" else implementation
     if name not in ALLOWED:
         raise ModelError(f"attn_implementation: {name!r} is unknown; allowed: {', '.join(ALLOWED)}")
-    if name in OWN_IMPLEMENTATIONS and _is_chunked(model):
-        raise ModelError(
-            f"attn_implementation: {name!r} does not know the chunked attention of {model.config.model_type}; "
-            "use 'sdpa' or 'auto'"
-        )
     if name == VARLEN and (obstacle := _varlen_obstacle(model, device, dtype)):
         raise ModelError(f"attn_implementation: 'varlen' cannot run here: {obstacle}; use 'auto' or 'packed_sdpa'")
     if name in OWN_IMPLEMENTATIONS:
@@ -112,15 +107,18 @@ def packed_sdpa(
         raise ModelError(
             f"{type(module).__name__} adds a position bias, which 'packed_sdpa' does not know; use 'eager'"
         )
-    borders = _borders(query, key, attention_mask, options)
+    is_whole = query.shape[2] == key.shape[2]
+    borders = _borders(module, query, attention_mask, options) if is_whole else []
     if len(borders) <= 2:
         output = _attend(module, query, key, value, attention_mask, options)
     else:
+        sizes = [stop - start for start, stop in zip(borders, borders[1:], strict=False)]
+        # Split, not slices: the gradient of a slice is as large as the whole pack, for every sample of it.
+        samples = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
         parts = []
-        for start, stop in zip(borders, borders[1:], strict=False):
+        for start, stop, (q, k, v) in zip(borders, borders[1:], samples, strict=False):
             mask = None if attention_mask is None else attention_mask[..., start:stop, start:stop]
-            own_query, own_key, own_value = (tensor[:, :, start:stop] for tensor in (query, key, value))
-            parts.append(_attend(module, own_query, own_key, own_value, mask, options))
+            parts.append(_attend(module, q, k, v, mask, options))
         output = torch.cat(parts, dim=2)
     return output.transpose(1, 2).contiguous(), None
 
@@ -171,17 +169,34 @@ for _name in OWN_IMPLEMENTATIONS:
     AttentionMaskInterface.register(_name, packed_mask)
 
 
-def _borders(query: Tensor, key: Tensor, mask: Tensor | None, options: Mapping[str, Any]) -> list[int]:
-    """Where samples begin and the last one ends, or [] for attention over the whole row."""
-    borders = options.get("cu_seq_lens_q")
+def _borders(module: nn.Module, query: Tensor, mask: Tensor | None, options: Mapping[str, Any]) -> list[int]:
+    """Where the parts of a row begin that see themselves only, and where the last one ends.
+
+    Parts are samples, and the chunks of samples in a layer that attends in chunks.
+    """
+    borders, positions, length = options.get("cu_seq_lens_q"), options.get("position_ids"), query.shape[2]
+    parts = [0, length]
     if borders is not None:
-        return borders.tolist()
-    positions = options.get("position_ids")
-    if mask is not None or positions is None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
-        return []
-    positions = positions.reshape(-1, query.shape[2])[0]
-    starts = (positions[1:] != positions[:-1] + 1).nonzero().flatten() + 1
-    return [0, *starts.tolist(), query.shape[2]]
+        parts = borders.tolist()
+    elif mask is None and positions is not None and query.shape[0] == 1:
+        positions = positions.reshape(-1, length)[0]
+        starts = (positions[1:] != positions[:-1] + 1).nonzero().flatten() + 1
+        parts = [0, *starts.tolist(), length]
+    chunk = _chunk_size(module) if mask is None else None
+    if chunk is not None:
+        samples = zip(parts, parts[1:], strict=False)
+        parts = [start for first, last in samples for start in range(first, last, chunk)] + [length]
+    return parts
+
+
+def _chunk_size(module: nn.Module) -> int | None:
+    """Chunk of this layer, where its model attends in chunks (Llama 4)."""
+    config: Any = getattr(module, "config", None)
+    layer, layer_types = getattr(module, "layer_idx", None), getattr(config, "layer_types", None)
+    if layer is None or not layer_types or layer_types[layer] != "chunked_attention":
+        return None
+    size: int = config.attention_chunk_size
+    return size
 
 
 def _attend(
@@ -239,8 +254,6 @@ def _window_mask(num_queries: int, num_keys: int, window: int, device: torch.dev
 
 
 def _choose(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str:
-    if _is_chunked(model):
-        return "sdpa"
     return PACKED_SDPA if _varlen_obstacle(model, device, dtype) else VARLEN
 
 
@@ -253,6 +266,8 @@ def _varlen_obstacle(model: PreTrainedModel, device: torch.device, dtype: torch.
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it computes in bfloat16 or float16, not {dtype}; set bf16"
     config = model.config.get_text_config()
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        return "the model attends in chunks"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "the model caps attention scores"
     if any(name.rpartition(".")[2] in ("sinks", "sink") for name, _ in model.named_parameters()):
@@ -268,11 +283,6 @@ def _head_size_obstacle(config: Any) -> str | None:
     if size > VARLEN_MAX_HEAD_SIZE or size % HEAD_SIZE_UNIT:
         return f"head size {size}: allowed are multiples of {HEAD_SIZE_UNIT} up to {VARLEN_MAX_HEAD_SIZE}"
     return None
-
-
-def _is_chunked(model: PreTrainedModel) -> bool:
-    layers = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    return "chunked_attention" in layers
 
 
 def _configurations(model: PreTrainedModel) -> Iterator[Any]:

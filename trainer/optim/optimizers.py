@@ -13,7 +13,7 @@ from trainer.errors import UsageError
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Split what is trained into matrices, which decay, and norms and biases (fewer than 2 dimensions), which do not."""
+    """Split what is trained into matrices, which decay, and norms and biases (below 2 dimensions), which do not."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.ndim >= 2]
     others = [parameter for parameter in trained if parameter.ndim < 2]

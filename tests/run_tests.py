@@ -1,0 +1,126 @@
+"""Runs lanes of the suite as subprocesses and prints one table; a lane that cannot run, or runs nothing, fails.
+
+python tests/run_tests.py                     the default lane and the comparison of the packing algorithms
+python tests/run_tests.py gloo2 -- -k loop    one lane, with words for pytest behind --
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What one lane runs: words for pytest, and the fewest tests that make it worth its name."""
+
+    words: tuple[str, ...]
+    at_least: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a lane."""
+
+    name: str
+    ran: int
+    failed: int
+    skipped: int
+    seconds: float
+    verdict: str
+
+
+LANES = {
+    "default": Lane(("-n", "2", "tests"), at_least=300),
+    "gloo2": Lane(("--ranks", "2", "--backends", "gloo", "-m", "world_size", "tests"), at_least=20),
+    "gloo4": Lane(("--ranks", "4", "--backends", "gloo", "-m", "world_size", "tests"), at_least=5),
+    **{
+        f"gpu{count}": Lane(("--ranks", str(count), "--backends", "nccl", "--gpus", str(count), "tests"), at_least=5)
+        for count in (1, 2, 4, 8)
+    },
+}
+COMPARISON = (sys.executable, "tests/test_batch_lengths_to_minibatches.py")
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the named lanes (default: `default` and the comparison) and give the exit code."""
+    names, extra = split_words(words)
+    unknown = [name for name in names if name not in LANES]
+    if unknown:
+        print(f"unknown lane {unknown[0]!r}; one of: {', '.join(LANES)}", file=sys.stderr)
+        return 2
+    results = [run_lane(name, extra) for name in names or ["default"]]
+    print_table(results)
+    compared = subprocess.run(COMPARISON, cwd=ROOT).returncode if not names else 0
+    return int(compared != 0 or any(result.verdict != "passed" for result in results))
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split lane names from the words for pytest behind `--`."""
+    if "--" not in words:
+        return list(words), []
+    border = list(words).index("--")
+    return list(words[:border]), list(words[border + 1 :])
+
+
+def run_lane(name: str, extra: Sequence[str]) -> Result:
+    """Run one lane; extra words take the place of the whole `tests` folder when they name tests themselves."""
+    lane = LANES[name]
+    names_tests = any(word.split("::")[0].startswith("tests") for word in extra)
+    words = [word for word in lane.words if not (names_tests and word == "tests")]
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        started = time.monotonic()
+        code = subprocess.run(
+            [sys.executable, "-m", "pytest", *words, *extra, f"--junitxml={report}"], cwd=ROOT
+        ).returncode
+        counts = count(report)
+    ran = counts["tests"] - counts["skipped"]
+    return Result(
+        name,
+        ran,
+        counts["failures"] + counts["errors"],
+        counts["skipped"],
+        time.monotonic() - started,
+        judge(code, ran, 1 if extra else lane.at_least),
+    )
+
+
+def count(report: Path) -> dict[str, int]:
+    """Read the totals of a JUnit report; all zero where pytest could not write one."""
+    names = ("tests", "failures", "errors", "skipped")
+    if not report.exists():
+        return dict.fromkeys(names, 0)
+    suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
+    return {name: sum(int(suite.get(name, 0)) for suite in suites) for name in names}
+
+
+def judge(code: int, ran: int, at_least: int) -> str:
+    """Say whether a lane passed, and if not, why."""
+    if code not in (0, 5):
+        return f"FAILED (pytest exit code {code})"
+    if ran < at_least:
+        return f"FAILED (ran {ran} tests, at least {at_least} expected)"
+    return "passed"
+
+
+def print_table(results: Sequence[Result]) -> None:
+    """Print one line a lane."""
+    print(f"\n{'lane':<10}{'ran':>7}{'failed':>8}{'skipped':>9}{'seconds':>9}  verdict")
+    for result in results:
+        numbers = f"{result.ran:>7}{result.failed:>8}{result.skipped:>9}{result.seconds:>9.0f}"
+        print(f"{result.name:<10}{numbers}  {result.verdict}")
+    failed = sum(result.verdict != "passed" for result in results)
+    print(f"lanes: {len(results) - failed} passed, {failed} failed")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

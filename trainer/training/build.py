@@ -1,0 +1,82 @@
+"""From options to the things a run is made of: data, model, cost model. Each is built only where it was not given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trainer.arguments.training import TrainingArguments
+from trainer.data.costs import CostModel, cost_model_from_config
+from trainer.data.packing import TOKENS
+from trainer.data.prepare import prepare, split_validation
+from trainer.data.store import TokenStore
+from trainer.distributed.group import Group
+from trainer.errors import DataError, UsageError
+from trainer.model.isolation import check_isolation
+from trainer.model.load import load_model, prepare_model
+
+
+def load_datasets(
+    args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, group: Group
+) -> tuple[TokenStore, TokenStore | None]:
+    """Prepare (or find prepared) the training samples and the held-out ones.
+
+    The first rank of each node prepares; the others wait, and open what it wrote.
+
+    Raises:
+        UsageError: there is no data_path.
+        DataError: a line cannot be trained on.
+    """
+    if args.data_path is None:
+        raise UsageError("data_path is missing: name a JSONL file, or give Trainer a train_dataset")
+    with group.local_lead_first():
+        train = load_samples(args, args.data_path, tokenizer)
+        if args.validation_data_path is not None:
+            return train, load_samples(args, args.validation_data_path, tokenizer)
+        if args.validation_split:
+            return split_validation(train, args.validation_split, args.seed)
+        return train, None
+
+
+def load_samples(args: TrainingArguments, path: str, tokenizer: PreTrainedTokenizerBase | None) -> TokenStore:
+    """Open a prepared folder, or prepare a JSONL file, within the token budget."""
+    if Path(path).is_dir():
+        return TokenStore.open(path)
+    limit = min(args.max_length or args.max_tokens_per_rank, args.max_tokens_per_rank)
+    return prepare(path, tokenizer, args, limit)
+
+
+def check_samples(store: TokenStore, name: str) -> None:
+    """Raise DataError where a data set is empty or holds a sample without a trained token."""
+    if len(store) == 0:
+        raise DataError(f"{name} holds no samples", "give at least one")
+    untrainable = (store.num_loss_tokens == 0).nonzero()[0]
+    if len(untrainable):
+        raise DataError(
+            f"{name}: {len(untrainable)} of {len(store)} samples have no trained token, first number {untrainable[0]}",
+            "every sample needs a label other than -100 behind its first; `trainer prepare` can drop those that do not",
+        )
+
+
+def build_model(
+    model: PreTrainedModel | None,
+    args: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase | None,
+    group: Group,
+) -> PreTrainedModel:
+    """Give a model that is ready to train on this rank: the one given, or the one that the options name."""
+    if model is None:
+        return load_model(args, tokenizer, group.mesh, group.device, seed=args.seed)
+    if model.dtype in (torch.bfloat16, torch.float16):
+        stored, model = model.dtype, model.float()  # master weights are float32; exports go back to what was stored
+        model.config.dtype = stored
+    prepare_model(model.to(group.device), args, group.mesh, group.device)
+    check_isolation(model)
+    return model
+
+
+def build_cost(args: TrainingArguments, model: PreTrainedModel) -> CostModel:
+    """Give what packing balances over ranks."""
+    return TOKENS if args.packing_cost == "tokens" else cost_model_from_config(model.config.get_text_config())

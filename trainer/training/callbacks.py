@@ -1,0 +1,125 @@
+"""What happens around the steps, in transformers' callback protocol: when to log, evaluate and stop, what to write.
+
+`on_step_end` receives, beside the protocol's arguments, `report=StepReport`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_callback import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState
+
+from trainer.arguments.training import TrainingArguments
+from trainer.training.evaluation import best_metric, improves
+from trainer.training.metrics import StepReport
+
+
+@dataclass
+class RunState(TrainerState):
+    """transformers' TrainerState, and how many samples and loss tokens were trained since the start."""
+
+    num_samples_seen: int = 0
+    num_loss_tokens_seen: int = 0
+
+
+class FlowCallback(DefaultFlowCallback):
+    """Sets the control flags from the options: log, evaluate, stop."""
+
+    def __init__(self) -> None:
+        self._evaluations = Every(None)
+
+    def on_train_begin(self, args: TrainingArguments, state: RunState, control: TrainerControl, **_: Any) -> None:
+        """Start counting samples from where the run stands."""
+        self._evaluations = Every(args.min_samples_per_evaluation, state.num_samples_seen)
+
+    def on_step_end(self, args: TrainingArguments, state: RunState, control: TrainerControl, **_: Any) -> None:
+        """Decide after a step."""
+        step = state.global_step
+        if args.logging_strategy == "steps" and (step % args.logging_steps == 0 or step == args.logging_first_step):
+            control.should_log = True
+        if args.eval_strategy == "steps" and step % state.eval_steps == 0:
+            control.should_evaluate = True
+        if self._evaluations.is_due(state.num_samples_seen):
+            control.should_evaluate = True
+        if 0 < state.max_steps <= step:
+            control.should_training_stop = True
+
+    def on_epoch_end(self, args: TrainingArguments, state: RunState, control: TrainerControl, **_: Any) -> None:
+        """Decide after an epoch."""
+        control.should_log |= args.logging_strategy == "epoch"
+        control.should_evaluate |= args.eval_strategy == "epoch"
+
+
+class Every:
+    """Says when a growing count has passed the next multiple of an interval; never for an interval of None."""
+
+    def __init__(self, interval: int | None, count: int = 0) -> None:
+        self.interval, self._passed = interval, count // interval if interval else 0
+
+    def is_due(self, count: int) -> bool:
+        """Whether a multiple was passed since the last time this was asked."""
+        passed = count // self.interval if self.interval else 0
+        is_due, self._passed = passed > self._passed, passed
+        return is_due
+
+
+class MetricsFile(TrainerCallback):
+    """Appends one JSON line for each step and each evaluation to metrics.jsonl, on the lead rank."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_step_end(
+        self, args: TrainingArguments, state: RunState, control: TrainerControl, report: StepReport, **_: Any
+    ) -> None:
+        """Write the step's report."""
+        self._append(state, report.to_dict())
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: RunState, control: TrainerControl, metrics: Mapping[str, float], **_: Any
+    ) -> None:
+        """Write the evaluation's metrics."""
+        self._append(state, {"step": state.global_step, "epoch": state.epoch, **metrics})
+
+    def _append(self, state: RunState, line: Mapping[str, Any]) -> None:
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+class ExportCallback(TrainerCallback):
+    """Exports Hugging Face weights every N samples, after epochs, on the best metric, and at the end."""
+
+    def __init__(self, export: Callable[[], Path]) -> None:
+        self._export = export
+        self._samples = Every(None)
+
+    def on_train_begin(self, args: TrainingArguments, state: RunState, control: TrainerControl, **_: Any) -> None:
+        """Start counting samples from where the run stands."""
+        self._samples = Every(args.min_samples_per_checkpoint, state.num_samples_seen)
+
+    def on_step_end(self, args: TrainingArguments, state: RunState, control: TrainerControl, **_: Any) -> None:
+        """Export when enough samples were trained."""
+        if self._samples.is_due(state.num_samples_seen):
+            self._export()
+
+    def on_epoch_end(self, args: TrainingArguments, state: RunState, control: TrainerControl, **_: Any) -> None:
+        """Export after an epoch when asked."""
+        if args.export_at_epoch:
+            self._export()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: RunState, control: TrainerControl, metrics: Mapping[str, float], **_: Any
+    ) -> None:
+        """Export when the evaluation is the best so far."""
+        if args.export_best and improves(args, best_metric(args, metrics), state.best_metric):
+            state.best_model_checkpoint = str(self._export())
+
+    def on_train_end(self, args: TrainingArguments, state: RunState, control: TrainerControl, **_: Any) -> None:
+        """Export the final weights."""
+        if args.export_final:
+            self._export()

@@ -1,0 +1,51 @@
+"""Loss over held-out samples: sums over all of them, divided once, so that no batch or rank layout shows (law L8)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from trainer.arguments.groups import EvaluationArguments
+from trainer.data.collate import MicroBatch
+from trainer.distributed.group import Group
+from trainer.errors import UsageError
+from trainer.model.loss import token_loss_sum
+from trainer.model.modes import evaluating
+from trainer.training.metrics import BatchMetrics
+from trainer.training.step import to_device
+
+
+def evaluation_loss(model: nn.Module, loader: Iterable[list[MicroBatch]], group: Group) -> dict[str, float]:
+    """Give `loss` (mean over all loss tokens), `num_loss_tokens` and `num_samples` of a data set, over all ranks."""
+    metrics = BatchMetrics()
+    num_loss_tokens = num_samples = 0
+    with evaluating(model), torch.no_grad():
+        for batch in loader:
+            num_loss_tokens += batch[0]["batch_num_loss_counted_tokens"]
+            num_samples += batch[0]["batch_num_samples"]
+            for micro_batch in batch:
+                metrics.accumulate(loss=token_loss_sum(model, to_device(micro_batch, group.device)))
+    loss_sum = metrics.reduce(group)["loss"]
+    return {"loss": loss_sum / num_loss_tokens, "num_loss_tokens": num_loss_tokens, "num_samples": num_samples}
+
+
+def best_metric(args: EvaluationArguments, metrics: Mapping[str, float]) -> float:
+    """Give the value of `metric_for_best_model`, which may be named with or without eval_.
+
+    Raises:
+        UsageError: the evaluation did not measure it.
+    """
+    name = "eval_" + args.metric_for_best_model.removeprefix("eval_")
+    if name not in metrics:
+        raise UsageError(f"metric_for_best_model = {args.metric_for_best_model!r}: measured are {', '.join(metrics)}")
+    return metrics[name]
+
+
+def improves(args: EvaluationArguments, value: float, best: float | None) -> bool:
+    """Whether a value of the metric is better than the best so far."""
+    more_is_better = args.greater_is_better
+    if more_is_better is None:
+        more_is_better = not args.metric_for_best_model.endswith("loss")
+    return best is None or (value > best if more_is_better else value < best)

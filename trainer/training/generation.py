@@ -1,0 +1,125 @@
+"""Greedy answers to held-out chats, shared out over ranks: what the model says, beside what it should say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trainer.data.chat import generation_prompt
+from trainer.data.jsonl import read_documents
+from trainer.data.store import TokenStore
+from trainer.distributed.group import Group
+from trainer.errors import UsageError
+from trainer.model.modes import evaluating
+from trainer.model.precision import compute_context
+
+_BATCH_SIZE = 64  # chats generated at a time on one rank
+
+
+@dataclass(frozen=True)
+class Question:
+    """A held-out chat up to its last assistant turn, as token ids, and the text of that turn."""
+
+    prompt_ids: list[int]
+    reference: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said to a question."""
+
+    prompt: str
+    reference: str
+    answer: str
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the answer is the reference, white space at the ends aside."""
+        return self.answer.strip() == self.reference.strip()
+
+
+def questions_of(
+    store: TokenStore, tokenizer: PreTrainedTokenizerBase, count: int | None, chat_template: str | None
+) -> list[Question]:
+    """Read the chats behind the first `count` documents of a store (None: behind all of them).
+
+    Raises:
+        UsageError: the samples were not prepared from chats.
+    """
+    source, kind = store.metadata.get("source"), store.metadata.get("kind")
+    if source is None or kind != "messages":
+        raise UsageError(
+            f"answers can be generated for data of kind 'messages' prepared in this run, not for {kind!r} data: "
+            "leave eval_exact_match and num_generation_samples off"
+        )
+    wanted = set(np.unique(store.documents)[:count].tolist())
+    return [
+        Question(
+            *generation_prompt(tokenizer, document.fields["messages"], document.fields.get("tools"), chat_template)
+        )
+        for document in read_documents(source)
+        if document.line in wanted
+    ]
+
+
+def answer_questions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    group: Group,
+    max_new_tokens: int,
+) -> list[Answer]:
+    """Answer every question greedily; all ranks call it together and get all answers."""
+    tokens = torch.zeros(len(questions), max_new_tokens, dtype=torch.long, device=group.device)
+    with evaluating(model), torch.no_grad(), compute_context(model):
+        for together in _by_length(questions, _BATCH_SIZE * group.world_size):
+            own = together[group.rank :: group.world_size]
+            asked = own or together[:1]  # a rank without a question still takes part in the others' collectives
+            rows = generate(model, tokenizer, [questions[i].prompt_ids for i in asked], group, max_new_tokens)
+            tokens[own, : rows.shape[1]] = rows[: len(own)] + 1  # 0 stays where another rank answers
+    rows = group.sum_tensor(tokens) - 1
+    return [
+        Answer(
+            prompt=tokenizer.decode(question.prompt_ids, skip_special_tokens=False),
+            reference=question.reference,
+            answer=tokenizer.decode([token for token in row if token >= 0], skip_special_tokens=True),
+        )
+        for question, row in zip(questions, rows.tolist(), strict=True)
+    ]
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    group: Group,
+    max_new_tokens: int,
+) -> torch.Tensor:
+    """Continue prompts greedily; gives the new tokens, (len(prompts), at most max_new_tokens)."""
+    width = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
+    for row, prompt in zip(input_ids, prompts, strict=True):
+        row[width - len(prompt) :] = torch.tensor(prompt)
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    mask = torch.arange(width) >= (width - lengths)[:, None]
+    sequences = model.generate(
+        input_ids=input_ids.to(group.device),
+        attention_mask=mask.long().to(group.device),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        use_cache=True,
+        synced_gpus=group.world_size > 1,
+    )
+    return sequences[:, width:]
+
+
+def _by_length(questions: Sequence[Question], size: int) -> list[list[int]]:
+    """Cut the questions into lists of at most that many, of like length, so that little is padded."""
+    indices = sorted(range(len(questions)), key=lambda i: (len(questions[i].prompt_ids), i))
+    return [indices[start : start + size] for start in range(0, len(indices), size)]

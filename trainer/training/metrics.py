@@ -1,0 +1,96 @@
+"""What a step reports: sums gathered over micro-batches, reduced over ranks in one collective, turned into one line.
+
+Values stay on their device until the reduction, so that accumulating never waits for a GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trainer.data.collate import MicroBatch
+from trainer.distributed.group import Group
+
+
+class BatchMetrics:
+    """Named sums over the micro-batches of one step, kept in float64."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def accumulate(self, **values: float | torch.Tensor) -> None:
+        """Add each value (number or scalar tensor) to the sum of its name."""
+        for name, value in values.items():
+            added = torch.as_tensor(value).detach().double()
+            self._sums[name] = self._sums[name] + added if name in self._sums else added
+
+    def reduce(self, group: Group) -> dict[str, float]:
+        """Sum over ranks in one collective, forget the sums, give them as numbers. All ranks know the same names."""
+        names = sorted(self._sums)
+        sums = torch.stack([self._sums[name].to(group.device) for name in names])
+        self._sums.clear()
+        return dict(zip(names, group.sum_tensor(sums).tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One line of metrics.jsonl: what one optimizer step did, over all ranks."""
+
+    step: int
+    epoch: float
+    learning_rate: float
+    grad_norm: float
+    loss: float  # mean over the loss tokens of the global batch
+    num_loss_tokens: int
+    num_tokens: int
+    num_samples: int
+    num_micro_batches: int
+    packing_efficiency: float  # share of the token budgets of all ranks that held tokens
+    tokens_per_second: float
+    samples_per_second: float
+    step_seconds: float
+    peak_memory_bytes: int  # of the lead rank's device, or of its process on the CPU
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the report as plain values."""
+        return dataclasses.asdict(self)
+
+
+def batch_counts(batch: list[MicroBatch], max_tokens_per_rank: int, world_size: int) -> dict[str, Any]:
+    """Give the counts of a global batch, all of them known from its plan."""
+    first = batch[0]
+    capacity = len(batch) * world_size * max_tokens_per_rank
+    return {
+        "num_loss_tokens": first["batch_num_loss_counted_tokens"],
+        "num_tokens": first["batch_num_tokens"],
+        "num_samples": first["batch_num_samples"],
+        "num_micro_batches": len(batch),
+        "packing_efficiency": first["batch_num_tokens"] / capacity,
+    }
+
+
+def throughput(counts: dict[str, Any], seconds: float) -> dict[str, float]:
+    """Give tokens and samples per second of a step over all ranks."""
+    return {
+        "tokens_per_second": counts["num_tokens"] / seconds,
+        "samples_per_second": counts["num_samples"] / seconds,
+        "step_seconds": seconds,
+    }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Give the most memory held so far: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def now() -> float:
+    """Read the clock that durations are measured with, in seconds; the only place that reads it."""
+    return time.perf_counter()
