@@ -186,7 +186,7 @@ def _loss_from_logits(
 def _router_loss(model: PreTrainedModel, output: Any, micro_batch: Mapping[str, Any]) -> Tensor | float:
     """A router loss is a mean over this pack's tokens: weigh it by them, and turn it into units of loss tokens."""
     router_loss = getattr(output, "aux_loss", None)
-    if router_loss is None:
+    if not isinstance(router_loss, Tensor):  # None, or 0 where the model was not asked for it
         return 0.0
     config = model.config.get_text_config()
     names = [name for name in AUX_COEFFICIENTS if getattr(config, name, None) is not None]

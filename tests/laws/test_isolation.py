@@ -1,0 +1,105 @@
+"""L1: a sample's logits and gradient do not depend on what it is packed with."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.fixtures import tolerances
+from tests.fixtures.models import ATTENTION_ONLY, DENSE, MIXTURES, build_model, build_pack, random_samples
+from trainer.model.attention import packed_inputs, use_packed_attention
+from trainer.model.loss import token_loss_sum
+
+# Even and above 2: see tolerances.ISOLATION_FP32.
+LENGTHS = (12, 4, 22, 8)
+
+
+def packed_model(name, **options):
+    model = build_model(name, **options)
+    use_packed_attention(model)
+    return model
+
+
+def pack_of(samples):
+    pack = build_pack([len(sample) for sample in samples])
+    return {**pack, "input_ids": torch.cat(samples)[None]}
+
+
+@torch.no_grad()
+def packed_logits(model, samples):
+    logits = model(**packed_inputs(model, pack_of(samples))).logits[0]
+    return logits.split([len(sample) for sample in samples])
+
+
+@torch.no_grad()
+def lone_logits(model, sample):
+    return model(input_ids=sample[None], use_cache=False).logits[0]
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_packed_logits_are_bit_equal_to_the_sample_alone(name):
+    model, samples = packed_model(name), random_samples(LENGTHS)
+    for sample, logits in zip(samples, packed_logits(model, samples), strict=True):
+        assert torch.equal(logits, lone_logits(model, sample))
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_packed_logits_of_mixtures_are_those_of_the_sample_alone_up_to_rounding(name):
+    model, samples = packed_model(name), random_samples(LENGTHS)  # the rows of an expert differ in number
+    for sample, logits in zip(samples, packed_logits(model, samples), strict=True):
+        torch.testing.assert_close(logits, lone_logits(model, sample), rtol=0, atol=tolerances.ISOLATION_FP32)
+
+
+@pytest.mark.parametrize("name", ATTENTION_ONLY)
+def test_packed_logits_equal_transformers_own_attention(name):
+    model, own = packed_model(name), build_model(name, implementation="eager")
+    samples = random_samples((13, 1, 22, 2))
+    for sample, logits in zip(samples, packed_logits(model, samples), strict=True):
+        torch.testing.assert_close(logits, lone_logits(own, sample), rtol=0, atol=tolerances.ISOLATION_FP32)
+
+
+LLAMA = packed_model("llama")
+
+
+@settings(max_examples=20)
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=5),
+    order=st.randoms(use_true_random=False),
+)
+def test_neighbours_and_order_do_not_matter(lengths, order):
+    model, samples = LLAMA, random_samples(lengths)
+    alone = [packed_logits(model, [sample])[0] for sample in samples]
+    places = list(range(len(samples)))
+    order.shuffle(places)
+    for place, logits in zip(places, packed_logits(model, [samples[p] for p in places]), strict=True):
+        torch.testing.assert_close(logits, alone[place], rtol=0, atol=tolerances.ISOLATION_FP32)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_a_neighbours_tokens_change_no_bit(name):
+    model = packed_model(name)
+    first, second = random_samples((7, 11))
+    (other,) = random_samples((7,), seed=5)
+    assert torch.equal(packed_logits(model, [first, second])[1], packed_logits(model, [other, second])[1])
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss", "deepseek_v3", "llama4"])
+def test_gradients_add_up_over_samples(name):
+    whole, parts = packed_model(name, output_router_logits=False), packed_model(name, output_router_logits=False)
+    pack = build_pack(LENGTHS)
+    token_loss_sum(whole, pack).backward()
+    for sample, labels in zip(pack["input_ids"][0].split(LENGTHS), pack["labels"][0].split(LENGTHS), strict=True):
+        count = int((labels != -100).sum())
+        one = {**pack_of([sample]), "labels": labels[None], "num_loss_counted_tokens": count}
+        token_loss_sum(parts, one).backward()
+    for (name_, one), other in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        scale = other.grad.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+        assert (one.grad - other.grad).abs().max() / scale < tolerances.ISOLATION_GRADIENT_FP32, name_
+
+
+def test_an_attention_mask_and_a_cache_do_not_open_the_borders():
+    model, samples = packed_model("llama"), random_samples((8, 6))
+    inputs = packed_inputs(model, pack_of(samples))
+    with torch.no_grad():
+        careless = model(**{**inputs, "use_cache": True}, attention_mask=torch.ones_like(inputs["input_ids"])).logits
+    assert torch.equal(careless[0], torch.cat(packed_logits(model, samples)))

@@ -1,0 +1,192 @@
+"""Packed attention against attention written out, and the probe that refuses what leaks."""
+
+import pytest
+import torch
+
+from tests.fixtures import tolerances
+from tests.fixtures.models import (
+    ARCHITECTURES,
+    ATTENTION_ONLY,
+    MIXTURES,
+    RECURRENT,
+    build_model,
+    build_pack,
+    tiny_llama,
+)
+from trainer.errors import IsolationError, MissingPackageError, ModelError
+from trainer.model.attention import PACKED_SDPA, packed_inputs, packed_sdpa, use_packed_attention
+from trainer.model.isolation import check_isolation
+
+
+class Layer(torch.nn.Module):
+    """An attention layer as the attention function sees it."""
+
+    is_causal = True
+
+
+def oracle(query, key, value, lengths, window=None, softcap=None, sinks=None, scale=None):
+    """Attention of (H,T,E) token by token, head by head, in float64."""
+    query, key, value = query.double(), key.double(), value.double()
+    output = torch.zeros(query.shape[0], query.shape[1], value.shape[2], dtype=torch.float64)
+    starts = [start for start, length in zip(_starts(lengths), lengths, strict=True) for _ in range(length)]
+    for head in range(query.shape[0]):
+        group = head * key.shape[0] // query.shape[0]
+        for t, start in enumerate(starts):
+            first = start if window is None else max(start, t - window + 1)
+            scores = key[group, first : t + 1] @ query[head, t] * (scale or query.shape[2] ** -0.5)
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            weights = scores.exp()
+            rest = 0 if sinks is None else sinks[head].double().exp()
+            output[head, t] = (weights / (weights.sum() + rest)) @ value[group, first : t + 1]
+    return output
+
+
+def _starts(lengths):
+    return [sum(lengths[:i]) for i in range(len(lengths))]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"window": 3},
+        {"softcap": 1.5},
+        {"sinks": True},
+        {"window": 4, "softcap": 2.0, "sinks": True},
+        {"scale": 0.3},
+    ],
+    ids=str,
+)
+def test_packed_attention_is_what_the_formula_says(options):
+    generator = torch.Generator().manual_seed(0)
+    lengths = [5, 1, 9, 3]
+    query, key, value = (torch.randn(1, heads, sum(lengths), 8, generator=generator) for heads in (4, 2, 2))
+    sinks = torch.randn(4, generator=generator) if options.get("sinks") else None
+    borders = torch.tensor([*_starts(lengths), sum(lengths)], dtype=torch.int32)
+    output, _ = packed_sdpa(
+        Layer(),
+        query,
+        key,
+        value,
+        None,
+        cu_seq_lens_q=borders,
+        sliding_window=options.get("window"),
+        softcap=options.get("softcap"),
+        s_aux=sinks,
+        scaling=options.get("scale"),
+    )
+    expected = oracle(query[0], key[0], value[0], lengths, **{**options, "sinks": sinks})
+    torch.testing.assert_close(output[0].transpose(0, 1).double(), expected, rtol=0, atol=tolerances.ISOLATION_FP32)
+
+
+def test_borders_are_read_from_restarting_positions_too():
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 9, 8, generator=generator) for _ in range(3))
+    borders = torch.tensor([0, 4, 9], dtype=torch.int32)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    by_borders, _ = packed_sdpa(Layer(), query, key, value, None, cu_seq_lens_q=borders)
+    by_positions, _ = packed_sdpa(Layer(), query, key, value, None, position_ids=positions)
+    assert torch.equal(by_borders, by_positions)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss", "llama4"])
+def test_padded_batches_and_generation_work_as_with_transformers_own_attention(name):
+    changes = {"output_router_logits": False} if name in MIXTURES else {}
+    model, own = build_model(name, **changes), build_model(name, implementation="eager", **changes)
+    use_packed_attention(model)
+    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    with torch.no_grad():
+        ours, theirs = (m(input_ids=ids, attention_mask=mask, use_cache=False).logits for m in (model, own))
+        texts = [
+            m.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False, pad_token_id=0)
+            for m in (model, own)
+        ]
+    seen = mask.bool()
+    torch.testing.assert_close(ours[seen], theirs[seen], rtol=0, atol=tolerances.ISOLATION_FP32)
+    assert torch.equal(*texts)
+
+
+def test_packed_inputs_name_the_sample_of_each_token():
+    inputs = packed_inputs(tiny_llama(), build_pack([3, 1, 2]))
+    assert inputs["seq_idx"].tolist() == [[0, 0, 0, 1, 2, 2]]
+    assert (inputs["max_length_q"], inputs["use_cache"]) == (3, False)
+
+
+class TestChoice:
+    @pytest.mark.parametrize("name", list(ARCHITECTURES))
+    def test_the_cpu_uses_one_call_for_each_sample(self, name):
+        model = build_model(name)
+        assert use_packed_attention(model) == PACKED_SDPA
+        assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {PACKED_SDPA}
+
+    def test_cuda_uses_the_kernel_where_it_can(self):
+        assert use_packed_attention(tiny_llama(), "auto", "cuda", torch.bfloat16) == "varlen"
+
+    @pytest.mark.parametrize(
+        ("name", "dtype"),
+        [("llama", torch.float32), ("gemma2", torch.bfloat16), ("gpt_oss", torch.bfloat16), ("llama4", torch.bfloat16)]
+        + [("deepseek_v3", torch.bfloat16)],
+    )
+    def test_cuda_falls_back_where_the_kernel_cannot(self, name, dtype):
+        assert use_packed_attention(build_model(name), "auto", "cuda", dtype) == PACKED_SDPA
+
+    def test_an_unknown_name_is_refused_with_the_known_ones(self):
+        with pytest.raises(ModelError, match="'sdpaa' is unknown; allowed: auto, packed_sdpa"):
+            use_packed_attention(tiny_llama(), "sdpaa")
+
+    def test_the_kernel_asked_for_on_a_cpu_is_refused(self):
+        with pytest.raises(ModelError, match="'varlen' cannot run here: it needs CUDA"):
+            use_packed_attention(tiny_llama(), "varlen")
+
+    def test_a_missing_package_is_named(self):
+        with pytest.raises(MissingPackageError, match="pip install flash-attn"):
+            use_packed_attention(tiny_llama(), "flash_attention_2")
+
+
+class TestProbe:
+    @pytest.mark.parametrize("name", ATTENTION_ONLY)
+    def test_attention_models_pass(self, name):
+        model = build_model(name)
+        use_packed_attention(model)
+        check_isolation(model)
+
+    @pytest.mark.parametrize("name", RECURRENT)
+    def test_recurrent_models_without_their_kernels_are_refused(self, name):
+        model = build_model(name)
+        use_packed_attention(model)
+        with pytest.raises(IsolationError, match=f"model type '{name}' with attn_implementation 'packed_sdpa'"):
+            check_isolation(model)
+
+    def test_a_leak_is_refused(self):
+        model = build_model("gpt_oss", implementation="eager")
+        with pytest.raises(IsolationError, match="'gpt_oss' with attn_implementation 'eager' leaks"):
+            check_isolation(model)
+
+    def test_a_position_that_does_not_restart_is_refused(self, monkeypatch):
+        model = build_model("gpt2")
+        use_packed_attention(model)
+        forward = model.transformer.forward
+
+        def deaf(*args, position_ids=None, **kwargs):
+            return forward(*args, **kwargs)
+
+        monkeypatch.setattr(model.transformer, "forward", deaf)
+        with pytest.raises(IsolationError, match="with being packed at all"):
+            check_isolation(model)
+
+    def test_weights_that_are_not_finite_are_no_leak(self):
+        model = tiny_llama()
+        torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+        with pytest.raises(ModelError, match="not finite"):
+            check_isolation(model)
+
+    def test_the_mode_of_every_part_is_kept(self):
+        model = tiny_llama().train()
+        model.model.layers[0].eval()
+        use_packed_attention(model)
+        check_isolation(model)
+        assert model.training
+        assert not model.model.layers[0].training
