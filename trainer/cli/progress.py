@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers.trainer_callback import TrainerCallback, TrainerControl
@@ -18,7 +19,7 @@ from trainer.training.trainer import Trainer
 
 console = Console()
 _SHOWN_EVALUATION = ("loss", "exact_match")
-_LONGEST_CELL = 200  # characters
+_LONGEST_CELL = 60  # characters
 
 
 class ProgressDisplay(TrainerCallback):
@@ -72,8 +73,7 @@ def show_answers(answers: Mapping[int, list[Answer]], count: int) -> None:
     for column in ("asked", "expected", f"after step {min(answers)}", f"after step {max(answers)}"):
         table.add_column(column, overflow="fold")
     for first, last in list(zip(before, after, strict=True))[:count]:
-        cells = (last.prompt, last.reference, first.answer, last.answer)
-        table.add_row(*(cell[-_LONGEST_CELL:].replace("[", r"\[") for cell in cells))
+        table.add_row(*map(_cell, (last.asked, last.reference, first.answer, last.answer)))
     console.print(table)
 
 
@@ -83,6 +83,13 @@ def show_summary(trainer: Trainer) -> None:
     stopped = "stopped by a signal after" if trainer.stop_signal else "finished"
     console.print(f"{stopped} step {state.global_step}, {state.num_samples_seen} samples", soft_wrap=True)
     console.print(f"metrics and weights: {args.output_dir}", soft_wrap=True)
+
+
+def _cell(text: str) -> str:
+    """Fit a text into a cell: one line, printable, not too long, and no markup."""
+    line = " ".join(text.split())
+    line = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
+    return escape(line if len(line) <= _LONGEST_CELL else line[: _LONGEST_CELL - 1] + "…")
 
 
 def _news(report: StepReport) -> str:

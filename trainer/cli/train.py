@@ -30,9 +30,12 @@ def run(words: Sequence[str]) -> int:
 
 def train(args: TrainingArguments) -> int:
     """Train in this process, with progress; give the exit code."""
+    from transformers.utils import logging
+
     from trainer.cli.progress import ProgressDisplay, show_answers, show_summary
     from trainer.training.trainer import Trainer
 
+    logging.disable_progress_bar()  # ours says what happens
     trainer = Trainer(args=args, callbacks=[ProgressDisplay()])
     trainer.train()
     if trainer.group.is_lead:

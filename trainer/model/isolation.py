@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from trainer.errors import IsolationError, ModelError
 from trainer.model.attention import packed_inputs
-from trainer.model.modes import evaluating
 from trainer.model.precision import compute_context, compute_dtype
+from trainer.model.shard import inference
 
 PROBE_LENGTHS = (8, 5)
 # Relative (Frobenius) size of the change that counts as a leak. Neighbours exchanged: the same kernels on the same
@@ -59,7 +59,7 @@ def _logits(model: PreTrainedModel, samples: list[Tensor]) -> list[Tensor]:
         "cu_seq_lens": torch.cat([torch.zeros(1), lengths.cumsum(0)]).int().to(device),
         "max_length": max(PROBE_LENGTHS),
     }
-    with torch.no_grad(), evaluating(model), compute_context(model):
+    with inference(model), compute_context(model):
         logits = model(**packed_inputs(model, pack)).logits[0]
     return list(logits.float().split(lengths.tolist()))
 

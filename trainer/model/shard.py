@@ -7,6 +7,8 @@ of files. Invariant: names of parameters never change, and nothing here needs we
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,7 @@ from transformers import PreTrainedModel
 
 from trainer.errors import ModelError
 from trainer.model.loss import FORWARD_METHOD, forward_loss
+from trainer.model.modes import evaluating
 from trainer.model.precision import use_compute_dtype
 
 Region = tuple[slice, ...]
@@ -84,6 +87,19 @@ def shard_model(model: PreTrainedModel, mesh: DeviceMesh, compute_dtype: torch.d
             module.set_force_sum_reduction_for_comms(True)
     setattr(model, FORWARD_METHOD, functools.partial(forward_loss, model))
     register_fsdp_forward_method(model, FORWARD_METHOD)
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients inside; after it a sharded model's parameters are its shards again.
+
+    FSDP2 leaves the root's weights gathered after a forward pass and counts on the backward pass to free them. An
+    optimizer built in between would hold the gathered copies, and never move the model.
+    """
+    with torch.no_grad(), evaluating(model):
+        yield
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, Region]:

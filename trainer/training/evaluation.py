@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import nn
 
 from trainer.arguments.groups import EvaluationArguments
@@ -12,7 +11,7 @@ from trainer.data.collate import MicroBatch
 from trainer.distributed.group import Group
 from trainer.errors import UsageError
 from trainer.model.loss import token_loss_sum
-from trainer.model.modes import evaluating
+from trainer.model.shard import inference
 from trainer.training.metrics import BatchMetrics
 from trainer.training.step import to_device
 
@@ -21,7 +20,7 @@ def evaluation_loss(model: nn.Module, loader: Iterable[list[MicroBatch]], group:
     """Give `loss` (mean over all loss tokens), `num_loss_tokens` and `num_samples` of a data set, over all ranks."""
     metrics = BatchMetrics()
     num_loss_tokens = num_samples = 0
-    with evaluating(model), torch.no_grad():
+    with inference(model):
         for batch in loader:
             num_loss_tokens += batch[0]["batch_num_loss_counted_tokens"]
             num_samples += batch[0]["batch_num_samples"]

@@ -10,20 +10,21 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.data.chat import generation_prompt
-from trainer.data.jsonl import read_documents
+from trainer.data.jsonl import Document, read_documents
 from trainer.data.store import TokenStore
 from trainer.distributed.group import Group
 from trainer.errors import UsageError
-from trainer.model.modes import evaluating
 from trainer.model.precision import compute_context
+from trainer.model.shard import inference
 
 _BATCH_SIZE = 64  # chats generated at a time on one rank
 
 
 @dataclass(frozen=True)
 class Question:
-    """A held-out chat up to its last assistant turn, as token ids, and the text of that turn."""
+    """A held-out chat up to its last assistant turn: what was asked last, all of it as token ids, and that turn."""
 
+    asked: str
     prompt_ids: list[int]
     reference: str
 
@@ -32,7 +33,7 @@ class Question:
 class Answer:
     """What the model said to a question."""
 
-    prompt: str
+    asked: str
     reference: str
     answer: str
 
@@ -58,11 +59,7 @@ def questions_of(
         )
     wanted = set(np.unique(store.documents)[:count].tolist())
     return [
-        Question(
-            *generation_prompt(tokenizer, document.fields["messages"], document.fields.get("tools"), chat_template)
-        )
-        for document in read_documents(source)
-        if document.line in wanted
+        _question(document, tokenizer, chat_template) for document in read_documents(source) if document.line in wanted
     ]
 
 
@@ -75,7 +72,7 @@ def answer_questions(
 ) -> list[Answer]:
     """Answer every question greedily; all ranks call it together and get all answers."""
     tokens = torch.zeros(len(questions), max_new_tokens, dtype=torch.long, device=group.device)
-    with evaluating(model), torch.no_grad(), compute_context(model):
+    with inference(model), compute_context(model):
         for together in _by_length(questions, _BATCH_SIZE * group.world_size):
             own = together[group.rank :: group.world_size]
             asked = own or together[:1]  # a rank without a question still takes part in the others' collectives
@@ -84,7 +81,7 @@ def answer_questions(
     rows = group.sum_tensor(tokens) - 1
     return [
         Answer(
-            prompt=tokenizer.decode(question.prompt_ids, skip_special_tokens=False),
+            asked=question.asked,
             reference=question.reference,
             answer=tokenizer.decode([token for token in row if token >= 0], skip_special_tokens=True),
         )
@@ -117,6 +114,13 @@ def generate(
         synced_gpus=group.world_size > 1,
     )
     return sequences[:, width:]
+
+
+def _question(document: Document, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> Question:
+    messages = document.fields["messages"]
+    asked = [message["content"] for message in messages if message["role"] == "user"]
+    prompt_ids, reference = generation_prompt(tokenizer, messages, document.fields.get("tools"), chat_template)
+    return Question(str(asked[-1]) if asked else "", prompt_ids, reference)
 
 
 def _by_length(questions: Sequence[Question], size: int) -> list[list[int]]:

@@ -73,7 +73,7 @@ def batch_counts(batch: list[MicroBatch], max_tokens_per_rank: int, world_size: 
     }
 
 
-def throughput(counts: dict[str, Any], seconds: float) -> dict[str, float]:
+def throughput(counts: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Give tokens and samples per second of a step over all ranks."""
     return {
         "tokens_per_second": counts["num_tokens"] / seconds,
