@@ -1,0 +1,70 @@
+"""`trainer export`: a run's weights, or any Hugging Face folder, written anew in another type."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from trainer.arguments.options import option
+from trainer.arguments.training import TrainingArguments
+from trainer.errors import UsageError
+
+
+@dataclass
+class ExportOptions:
+    """Write Hugging Face weights."""
+
+    source: Annotated[
+        Path, tyro.conf.Positional, tyro.conf.arg(help="A run's output folder, or a Hugging Face folder.")
+    ]
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="The folder to write.")]
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        None, "Type of the weights; as stored if unset."
+    )
+    max_shard_size: str = option("5GB", "Largest weight file.")
+
+
+def run(words: Sequence[str]) -> int:
+    """Read, convert, write; give the exit code."""
+    options = tyro.cli(
+        ExportOptions, args=list(words), prog="trainer export", description="Write Hugging Face weights."
+    )
+    folder = newest_weights(options.source)
+    if options.target.resolve() == folder.resolve():
+        raise UsageError(f"source and target are the same folder: {folder}")
+    export(folder, options)
+    print(f"{folder} -> {options.target}")
+    return 0
+
+
+def newest_weights(source: Path) -> Path:
+    """Find the weights of a folder: its own, or those of a run with the most samples trained."""
+    if (source / "config.json").is_file():
+        return source
+    exports = sorted(source.glob("hf_format/samples_*"), key=lambda path: int(path.name.removeprefix("samples_")))
+    if not exports:
+        raise UsageError(f"{source}: holds neither a config.json nor hf_format/samples_N of a run")
+    return exports[-1]
+
+
+def export(folder: Path, options: ExportOptions) -> None:
+    """Load on one process and write."""
+    import torch
+
+    from trainer.errors import ModelError
+    from trainer.model.export import export_model
+    from trainer.model.load import load_model
+    from trainer.model.tokenizer import load_tokenizer
+
+    args = TrainingArguments(model_name_or_path=str(folder))
+    try:
+        tokenizer = load_tokenizer(args)
+    except ModelError:
+        tokenizer = None  # weights alone can be exported too
+    model = load_model(args, tokenizer, seed=0)
+    dtype = getattr(torch, options.save_dtype) if options.save_dtype else None
+    export_model(model, tokenizer, options.target, dtype, options.max_shard_size)
