@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,14 +24,20 @@ Span = tuple[int, int]
 
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PROBE = "Zx7qPW"
-_REMEDY = (
-    "use train_on='last' (or 'all'), make each turn a document of its own, or give a chat_template with "
-    "{% generation %} marks around what the assistant writes"
+_MARKS_REMEDY = (
+    "give a chat_template with {% generation %} marks around what the assistant writes, or use train_on='all'"
 )
 
 
+_PLAIN_FIELDS = {"role", "content"}
+
+
 class TemplateError(Exception):
-    """What a template made of a chat cannot be trained on; the text is the reason."""
+    """What a template makes of a chat cannot be trained on: the reason, and what to do."""
+
+    def __init__(self, reason: str, remedy: str = "mend the document, or give another chat_template") -> None:
+        super().__init__(reason)
+        self.remedy = remedy
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class ChatFormat:
     template: str
     tool_template: str
     special_tokens: dict[str, str]
-    added_tokens: tuple[str, ...] = field(default=())
+    added_tokens: tuple[str, ...]
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> ChatFormat:
@@ -92,22 +98,40 @@ class ChatFormat:
 
     def render(self, messages: Sequence[Message], tools: Any = None, prompt: bool = False) -> tuple[str, list[Span]]:
         """Return the chat as text and its marked spans; with `prompt`, ending where the assistant begins to write."""
+        given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        try:
+            if not tools and all(message.keys() <= _PLAIN_FIELDS for message in given):
+                return self._render_plain(given, prompt)
+            return self._render_any(given, tools, prompt)
+        except Exception as error:  # noqa: BLE001  a template is a program: it may raise anything
+            raise TemplateError(f"the chat template refuses it: {str(error) or type(error).__name__}") from error
+
+    def _render_any(self, messages: list[Message], tools: Any, prompt: bool) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        given = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        template = self.tool_template if tools else self.template
         options: dict[str, Any] = {"tools": tools or None, "add_generation_prompt": prompt, **self.special_tokens}
-        try:
-            rendered: Any = render_jinja_template(
-                conversations=[given],
-                chat_template=template,
-                return_assistant_tokens_mask=self.has_marks,
-                **options,
-            )
-        except Exception as error:  # noqa: BLE001  a template is a program: it may raise anything
-            raise TemplateError(f"the chat template refuses it: {error or type(error).__name__}") from error
-        texts, spans = rendered
-        return texts[0], [(start, stop) for start, stop in spans[0]] if self.has_marks else []
+        rendered: Any = render_jinja_template(
+            conversations=[messages],
+            chat_template=self.tool_template if tools else self.template,
+            return_assistant_tokens_mask=self.has_marks,
+            **options,
+        )
+        return rendered[0][0], list(rendered[1][0]) if self.has_marks else []
+
+    def _render_plain(self, messages: list[Message], prompt: bool) -> tuple[str, list[Span]]:
+        """Do the same for messages of a role and a content, to which the function above does nothing beforehand.
+
+        Its copying and renaming of fields takes as long as the template itself.
+        """
+        from transformers.utils import chat_template_utils
+
+        template = chat_template_utils._compile_jinja_template(self.template)
+        options: dict[str, Any] = {"tools": None, "documents": None, "add_generation_prompt": prompt}
+        options |= {"messages": messages, **self.special_tokens}
+        if not self.has_marks:
+            return template.render(options), []
+        text, spans = chat_template_utils._render_with_assistant_indices(template, **options)
+        return text, list(spans)
 
     def render_trained(
         self, messages: Sequence[Message], tools: Any = None, train_on: str = "assistant", first: int = 0
@@ -116,14 +140,12 @@ class ChatFormat:
         if not self.ends_of_turn:
             raise TemplateError(
                 "the chat template writes no end-of-turn token after an assistant turn, so that the model would never "
-                "learn to stop"
+                "learn to stop",
+                "give a chat_template that writes one, such as the tokenizer's EOS",
             )
         text, marked = self.render(messages, tools)
-        if train_on == "all" and first == 0:
-            return Rendered(text, ((0, len(text)),))
         if train_on == "all":
-            start = self._verified_prefix(text, messages[:first], tools, False)
-            return Rendered(text, ((start, len(text)),))
+            return Rendered(text, ((0, len(text)),))
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         trained = [i for i in turns if i >= first][-1 if train_on == "last" else 0 :]
         if self.has_marks:
@@ -134,9 +156,10 @@ class ChatFormat:
 
     def _incremental_span(self, text: str, messages: Sequence[Message], i: int, tools: Any) -> Span:
         start = self._verified_prefix(text, messages[:i], tools, True)
-        if i + 1 == len(messages):
-            return start, len(text)
-        return start, self._verified_prefix(text, messages[: i + 1], tools, False)
+        is_last = i + 1 == len(messages)
+        stop = len(text) if is_last else self._verified_prefix(text, messages[: i + 1], tools, False)
+        written = text[start:stop].rstrip()  # a line break behind the end-of-turn token is never generated
+        return start, start + len(written) if written.endswith(self.ends_of_turn) else stop
 
     def _verified_prefix(self, text: str, messages: Sequence[Message], tools: Any, prompt: bool) -> int:
         """Length of the chat up to here, which must be the beginning of the whole chat."""
@@ -144,10 +167,12 @@ class ChatFormat:
         if text.startswith(part):
             return len(part)
         at = next((k for k, (a, b) in enumerate(zip(part, text, strict=False)) if a != b), len(text))
+        role = "the generation prompt" if prompt else "the assistant's turn"
         raise TemplateError(
-            "the chat template has no {% generation %} marks, and renders the first "
-            f"{len(messages)} messages alone otherwise than within the whole chat: {part[at : at + 30]!r} alone, "
-            f"{text[at : at + 30]!r} within, so what the assistant writes cannot be told"
+            f"the chat template has no {{% generation %}} marks, and renders the first {len(messages)} messages and "
+            f"{role} alone otherwise than within the whole chat ({part[at : at + 30]!r} alone, {text[at : at + 30]!r} "
+            "within), so what the assistant writes cannot be told",
+            _MARKS_REMEDY if prompt else f"{_MARKS_REMEDY} or 'last'",
         )
 
     def _with_ends(self, text: str, spans: list[Span]) -> Rendered:
@@ -176,13 +201,8 @@ def generation_prompt(
     try:
         text, _ = ChatFormat.from_tokenizer(tokenizer, chat_template).render(messages[: turns[-1]], tools, True)
     except TemplateError as error:
-        raise DataError(str(error), "see the template's own rules", field="messages") from error
+        raise DataError(str(error), error.remedy, field="messages") from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"]), _content_text(messages[turns[-1]])
-
-
-def refusal_remedy(error: TemplateError) -> str:
-    """What to do about a chat that its template refuses or hides."""
-    return _REMEDY if "marks" in str(error) else "see the template's own rules, or give another chat_template"
 
 
 def _marked_spans(marked: list[Span], turns: list[int], trained: list[int]) -> list[Span]:
@@ -192,7 +212,8 @@ def _marked_spans(marked: list[Span], turns: list[int], trained: list[int]) -> l
         return marked
     raise TemplateError(
         f"the chat template marks {len(marked)} spans for {len(turns)} assistant turns, so which of its "
-        "{% generation %} marks belong to the trained turns cannot be told"
+        "{% generation %} marks belong to the trained turns cannot be told",
+        "give a chat_template with one mark for each assistant turn",
     )
 
 

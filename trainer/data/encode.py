@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,23 +48,32 @@ class Encoder:
         """
         if self._num_bytes is None:
             return self._encode_by_offsets(texts, spans)
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        ids = [np.array(encoding.ids, np.int32) for encoding in encodings]
-        encoded = [self._mask_by_bytes(*item) for item in zip(texts, ids, spans, strict=True)]
-        unproven = [i for i, item in enumerate(encoded) if item is None]
-        again = self._encode_by_offsets([texts[i] for i in unproven], [spans[i] for i in unproven])
-        replaced = dict(zip(unproven, again, strict=True))
-        return [replaced[i] if item is None else item for i, item in enumerate(encoded)]
+        encoded, proven = self._encode_by_bytes(texts, spans, self._num_bytes)
+        again = np.flatnonzero(~proven).tolist()
+        by_offsets = self._encode_by_offsets([texts[i] for i in again], [spans[i] for i in again])
+        for i, item in zip(again, by_offsets, strict=True):
+            encoded[i] = item
+        return encoded
 
-    def _mask_by_bytes(self, text: str, ids: NDArray[np.int32], spans: Sequence[Span]) -> Encoded | None:
-        assert self._num_bytes is not None
-        if not text.isascii() and not unicodedata.is_normalized("NFC", text):
-            return None
-        ends = np.cumsum(self._num_bytes[ids])
-        if (int(ends[-1]) if len(ids) else 0) != (len(text) if text.isascii() else len(text.encode())):
-            return None
-        starts = ends - self._num_bytes[ids]
-        return ids, _mask(starts, ends, _byte_spans(text, spans))
+    def _encode_by_bytes(
+        self, texts: Sequence[str], spans: Sequence[Sequence[Span]], num_bytes: NDArray[np.int64]
+    ) -> tuple[list[Encoded], NDArray[np.bool_]]:
+        """Encode all texts in one array; say for which of them the bytes of the tokens add up to the text."""
+        lists = [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        borders = np.cumsum([0, *map(len, lists)])
+        ids = np.fromiter(chain.from_iterable(lists), np.int32, int(borders[-1]))
+        ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(num_bytes[ids])])
+        begins = ends[borders]
+        proven = np.diff(begins) == [_text_bytes(text) for text in texts]
+        placed = [
+            (begin + start, begin + stop)
+            for text, text_spans, begin, is_proven in zip(texts, spans, begins.tolist(), proven, strict=False)
+            if is_proven
+            for start, stop in _byte_spans(text, text_spans)
+        ]
+        mask = _mask(ends[:-1], ends[1:], placed)
+        places = borders.tolist()
+        return [(ids[a:b], mask[a:b]) for a, b in pairwise(places)], proven
 
     def _encode_by_offsets(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[Encoded]:
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
@@ -78,11 +87,18 @@ def _mask_by_offsets(encoding: Encoding, spans: Sequence[Span]) -> Encoded:
 
 def _mask(starts: NDArray[np.int64], ends: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.bool_]:
     """Mark the tokens that end after a span's first character and start before its end; both arrays ascend."""
-    mask = np.zeros(len(starts), bool)
-    for start, stop in spans:
-        if start < stop:
-            mask[np.searchsorted(ends, start, side="right") : np.searchsorted(starts, stop, side="left")] = True
-    return mask
+    edges = np.array([span for span in spans if span[0] < span[1]], np.int64).reshape(-1, 2)
+    depth = np.zeros(len(starts) + 1, np.int64)
+    np.add.at(depth, np.searchsorted(ends, edges[:, 0], side="right"), 1)
+    np.add.at(depth, np.searchsorted(starts, edges[:, 1], side="left"), -1)
+    return np.cumsum(depth[:-1]) > 0
+
+
+def _text_bytes(text: str) -> int:
+    """Bytes of a text in UTF-8, -1 if NFC would change it."""
+    if text.isascii():
+        return len(text)
+    return len(text.encode()) if unicodedata.is_normalized("NFC", text) else -1
 
 
 def _byte_spans(text: str, spans: Sequence[Span]) -> Sequence[Span]:

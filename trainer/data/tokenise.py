@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer.data.chat import ChatFormat, Rendered, TemplateError, refusal_remedy
+from trainer.data.chat import ChatFormat, Rendered, TemplateError
 from trainer.data.encode import Encoded, Encoder
 from trainer.data.jsonl import FIELDS, PRETRAIN_ROLE, Document, FileKind
 from trainer.data.store import Sample, TokenBatch
@@ -131,12 +131,10 @@ class Tokeniser:
         messages = fields["messages"] if is_chat else prompt + fields["completion"]
         try:
             if self.recipe.chat is None:
-                raise TemplateError("the tokenizer has no chat template")
+                raise TemplateError("the tokenizer has no chat template", "give one with chat_template=FILE")
             rendered = self.recipe.chat.render_trained(messages, fields.get("tools"), self.recipe.train_on, len(prompt))
         except TemplateError as error:
-            raise document.refusal(
-                str(error), refusal_remedy(error), "messages" if is_chat else "completion"
-            ) from error
+            raise document.refusal(str(error), error.remedy, "messages" if is_chat else "completion") from error
         report["turns_without_end_of_turn"] += rendered.num_open_turns
         return rendered
 

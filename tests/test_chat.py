@@ -1,0 +1,221 @@
+"""Chats: what is trained is what the assistant writes, whatever the template; or the refusal says why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.fixtures.corpora import NON_ASCII, assistant, chat, system, user
+from tests.fixtures.tokenizers import BOS, END, TEMPLATES, build_tokenizer
+from trainer.arguments.groups import DataArguments
+from trainer.data.chat import ChatFormat, TemplateError, generation_prompt
+from trainer.data.encode import Encoder
+from trainer.data.jsonl import Document, FileKind
+from trainer.data.tokenise import Recipe, Tokeniser
+from trainer.errors import DataError, UsageError
+
+CONTENTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+TALK = chat("first?", "one.", "second?", "two.")["messages"]
+
+
+def tokenise(tokenizer: Any, fields: dict[str, Any], **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    document = Document("data.jsonl", 7, fields)
+    recipe = Recipe.build(FileKind(document.kind, 1), tokenizer, DataArguments(**options), None)
+    batch, _ = Tokeniser(recipe).tokenise([document])
+    return batch.input_ids, batch.labels
+
+
+def trained_text(tokenizer: Any, fields: dict[str, Any], **options: Any) -> list[str]:
+    """The runs of trained tokens, as text."""
+    ids, labels = tokenise(tokenizer, fields, **options)
+    runs = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(labels != -100)) + 1)
+    return [tokenizer.decode(ids[run]) for run in runs if labels[run[0]] != -100]
+
+
+@pytest.mark.parametrize("template", ["plain", "marks", "marks_without_end", "adds_bos", "reads_clock"])
+def test_every_assistant_turn_and_its_end_are_trained(template: str) -> None:
+    assert trained_text(build_tokenizer(template), {"messages": TALK}) == ["one." + END, "two." + END]
+
+
+@pytest.mark.parametrize("template", ["plain", "marks", "marks_without_end", "strips_reasoning"])
+def test_last_trains_the_last_assistant_turn(template: str) -> None:
+    messages = [user("a"), assistant("<think>x</think>one."), user("b"), assistant("two."), user("c")]
+    assert trained_text(build_tokenizer(template), {"messages": messages}, train_on="last") == ["two." + END]
+
+
+@pytest.mark.parametrize("template", ["plain", "marks", "mistral", "gemma"])
+def test_all_trains_every_token(template: str) -> None:
+    ids, labels = tokenise(build_tokenizer(template), {"messages": TALK}, train_on="all")
+    np.testing.assert_array_equal(ids, labels)
+
+
+def test_the_space_before_an_answer_belongs_to_it_where_the_template_says_so() -> None:
+    assert trained_text(build_tokenizer("mistral"), {"messages": TALK}) == [" one." + END, " two." + END]
+
+
+@pytest.mark.parametrize("template", sorted(set(TEMPLATES) - {"never_ends", "opens_reasoning"}))
+@given(questions=st.lists(CONTENTS, min_size=1, max_size=3), answers=st.lists(CONTENTS, min_size=3, max_size=3))
+@settings(deadline=None, max_examples=25)
+def test_token_ids_are_those_of_apply_chat_template(template: str, questions: list[str], answers: list[str]) -> None:
+    tokenizer = build_tokenizer(template)
+    messages = [turn for q, a in zip(questions, answers, strict=False) for turn in (user(q), assistant(a))]
+    ids, _ = tokenise(tokenizer, {"messages": messages}, on_untrainable="error", train_on="all")
+    assert ids.tolist() == tokenizer.apply_chat_template(messages, return_dict=False)
+
+
+@given(questions=st.lists(CONTENTS, min_size=1, max_size=3), answers=st.lists(CONTENTS, min_size=3, max_size=3))
+@settings(deadline=None, max_examples=50)
+def test_marks_and_incremental_rendering_agree(questions: list[str], answers: list[str]) -> None:
+    messages = [turn for q, a in zip(questions, answers, strict=False) for turn in (user(q), assistant(a))]
+    marked, incremental = (tokenise(build_tokenizer(name), {"messages": messages}) for name in ("marks", "plain"))
+    np.testing.assert_array_equal(marked[0], incremental[0])
+    np.testing.assert_array_equal(marked[1], incremental[1])
+
+
+@given(texts=st.lists(CONTENTS, min_size=1, max_size=4), cuts=st.data())
+@settings(deadline=None, max_examples=200)
+def test_masks_by_bytes_are_those_by_offsets(texts: list[str], cuts: st.DataObject) -> None:
+    encoder = Encoder(build_tokenizer().backend_tokenizer.to_str())
+    texts = [text + END + text for text in texts]
+    edges = [sorted(cuts.draw(st.lists(st.integers(0, len(text)), min_size=4, max_size=4))) for text in texts]
+    spans = [[(a, b), (c, d)] for a, b, c, d in edges]
+    assert encoder._num_bytes is not None
+    by_bytes = encoder.encode(texts, spans)
+    by_offsets = encoder._encode_by_offsets(texts, spans)
+    for ours, oracle, text, wanted in zip(by_bytes, by_offsets, texts, spans, strict=True):
+        assert ours[0].tolist() == oracle[0].tolist(), text
+        assert ours[1].tolist() == oracle[1].tolist(), (text, wanted)
+
+
+def test_a_normalizer_that_changes_a_text_does_not_shift_its_mask() -> None:
+    from tokenizers import normalizers
+
+    tokenizer = build_tokenizer("plain")
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    messages = [user("e\u0301" * 9), assistant("yes"), user(NON_ASCII), assistant("no e\u0301")]
+    assert trained_text(tokenizer, {"messages": messages}) == ["yes" + END, "no \u00e9" + END]
+
+
+def test_a_tokenizer_that_is_not_byte_level_is_masked_alike() -> None:
+    tokenizer = build_tokenizer("marks", byte_level=False)
+    ids, labels = tokenise(tokenizer, {"messages": TALK})
+    trained = tokenizer.convert_ids_to_tokens(ids[labels != -100].tolist())
+    assert "".join(trained).replace("<0x2E>", ".") == f"one.{END}two.{END}"
+
+
+def test_tool_calls_and_tools_reach_the_template() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [user("1+1"), assistant(None, tool_calls=[call]), {"role": "tool", "content": "2"}, assistant("two")]
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    expected = ['[call {"name": "add", "arguments": {"a": 1}}]' + END, "two" + END]
+    for template in ("plain", "marks"):
+        fields = {"messages": messages, "tools": tools}
+        tokenizer = build_tokenizer(template)
+        assert trained_text(tokenizer, fields) == expected
+        assert tokenizer.decode(tokenise(tokenizer, fields)[0]).startswith('<|im_start|>tools\n[{"type": "function"')
+
+
+def test_only_the_completion_of_a_conversational_prompt_is_trained() -> None:
+    fields = {"prompt": TALK[:3], "completion": TALK[3:]}
+    for template in ("plain", "marks"):
+        assert trained_text(build_tokenizer(template), fields) == ["two." + END]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "reason"),
+    [
+        (
+            "strips_reasoning",
+            [user("a"), assistant("<think>x</think>b"), user("c"), assistant("d")],
+            "turn alone other",
+        ),
+        ("opens_reasoning", TALK, "generation prompt alone otherwise"),
+        ("never_ends", TALK, "no end-of-turn token"),
+        ("gemma", [system("s"), *TALK], "System role not supported"),
+        ("gemma", [user("a"), user("b")], "must alternate"),
+        ("mistral", [{"role": "tool", "content": "x"}], "Only user and assistant"),
+        (None, TALK, "no chat template"),
+    ],
+)
+def test_a_chat_that_cannot_be_masked_is_refused_with_the_reason(template: str, messages: Any, reason: str) -> None:
+    with pytest.raises(DataError, match=reason) as caught:
+        tokenise(build_tokenizer(template), {"messages": messages})
+    assert (caught.value.path, caught.value.line, caught.value.field) == ("data.jsonl", 7, "messages")
+
+
+def test_a_template_that_marks_fewer_spans_than_turns_cannot_train_some_of_them() -> None:
+    tokenizer = build_tokenizer("marks")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}x<|im_end|>{% endgeneration %}"
+    )
+    with pytest.raises(DataError, match="marks 1 spans for 2 assistant turns"):
+        tokenise(tokenizer, {"messages": TALK}, train_on="last")
+
+
+def test_turns_without_an_end_are_counted() -> None:
+    tokenizer = build_tokenizer("plain")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% if loop.last %}<|im_end|>{% endif %}\n{% endfor %}"
+    )
+    recipe = Recipe.build(FileKind("messages", 1), tokenizer, DataArguments(), None)
+    _, report = Tokeniser(recipe).tokenise([Document("p", 1, {"messages": TALK})])
+    assert report["turns_without_end_of_turn"] == 1
+
+
+def test_bos_stands_once() -> None:
+    tokenizer = build_tokenizer("adds_bos", adds_bos=True)
+    for fields in ({"messages": TALK}, {"text": "hello"}, {"text": BOS + "hello"}, {"prompt": "a", "completion": "b"}):
+        ids, _ = tokenise(tokenizer, fields)
+        assert ids.tolist().count(tokenizer.bos_token_id) == 1
+        assert ids[0] == tokenizer.bos_token_id
+
+
+def test_raw_text_ends_with_one_eos_that_is_trained() -> None:
+    tokenizer = build_tokenizer(adds_bos=True)
+    assert trained_text(tokenizer, {"text": "hello"}) == [BOS + "hello" + END]
+    assert trained_text(tokenizer, {"text": "hello" + END}) == [BOS + "hello" + END]
+    assert trained_text(tokenizer, {"prompt": "2+2=", "completion": "4"}) == ["4" + END]
+    assert trained_text(tokenizer, {"prompt": "2+2=", "completion": "4"}, train_on="all") == [BOS + "2+2=4" + END]
+
+
+def test_a_pretrain_message_is_raw_text() -> None:
+    tokenizer = build_tokenizer(adds_bos=True)
+    pretrain = {"messages": [{"role": "pretrain", "content": "hello world"}]}
+    np.testing.assert_array_equal(tokenise(tokenizer, pretrain), tokenise(tokenizer, {"text": "hello world"}))
+
+
+def test_a_template_file_replaces_the_tokenizers_own(tmp_path: Path) -> None:
+    path = tmp_path / "template.jinja"
+    path.write_text(TEMPLATES["marks"])
+    tokenizer = build_tokenizer(None)
+    assert trained_text(tokenizer, {"messages": TALK}, chat_template=str(path)) == ["one." + END, "two." + END]
+    with pytest.raises(UsageError, match="cannot be read"):
+        tokenise(tokenizer, {"messages": TALK}, chat_template=str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("template", ["plain", "marks", "mistral", "gemma"])
+def test_generation_begins_where_the_trained_turn_does(template: str) -> None:
+    tokenizer = build_tokenizer(template)
+    prompt, reference = generation_prompt(tokenizer, TALK)
+    ids, labels = tokenise(tokenizer, {"messages": TALK}, train_on="last")
+    begin = int(np.flatnonzero(labels != -100)[0])
+    assert prompt == ids[:begin].tolist()
+    assert tokenizer.decode(ids[begin:], skip_special_tokens=True).strip() == reference == "two."
+
+
+def test_generation_needs_an_assistant_turn() -> None:
+    with pytest.raises(DataError, match="no assistant turn"):
+        generation_prompt(build_tokenizer(), [user("a")])
+
+
+def test_a_template_cannot_reach_out_of_its_sandbox() -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{{ messages.__class__.__base__.__subclasses__() }}"
+    with pytest.raises(TemplateError, match="refuses"):
+        ChatFormat.from_tokenizer(tokenizer).render(TALK)

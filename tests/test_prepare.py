@@ -1,0 +1,420 @@
+"""Preparing: every document ends as samples, as a count, or as an error that names file, line and field."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tests.fixtures.corpora import (
+    assistant,
+    chat,
+    user,
+    write_chats,
+    write_jsonl,
+    write_malformed,
+    write_mixed,
+    write_tokens,
+)
+from tests.fixtures.tokenizers import TEMPLATES, build_tokenizer
+from trainer.arguments.groups import DataArguments
+from trainer.data.cache import cache_home
+from trainer.data.jsonl import detect_file_kind, detect_kind, read_documents
+from trainer.data.prepare import prepare, split_validation
+from trainer.data.store import TokenStore
+from trainer.data.tokenise import Recipe
+from trainer.data.worker import Chunk, TokeniserPool
+from trainer.errors import DataError, UsageError
+
+TOKENIZER = build_tokenizer()
+IGNORED = -100
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> Callable[..., DataArguments]:
+    return lambda **more: DataArguments(data_cache_dir=str(tmp_path / "cache"), **more)
+
+
+def contents(store: TokenStore) -> list[tuple[list[int], list[int]]]:
+    return [(store.sample(i).input_ids.tolist(), store.sample(i).labels.tolist()) for i in range(len(store))]
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "message"),
+    [
+        (b'{"messages": [', None, "not JSON"),
+        (b"[1]", None, "found a list of 1; each line must be one JSON object"),
+        (b"\xff\xfe{", None, "is not UTF-8"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', None, "half a surrogate pair"),
+        (b'{"messages": NaN}', None, "NaN is not a JSON number"),
+        (b"[" * 100_000, None, "nested too deeply|not JSON"),
+        (b'{"id": 3}', None, "found 'id'; each line needs 'messages'"),
+        (b"{}", None, "no fields"),
+        (b'{"messages": []}', "messages", "an empty list"),
+        (b'{"messages": [3]}', "messages[0]", "found 3; a message must be an object"),
+        (b'{"messages": [{"role": 3, "content": ""}]}', "messages[0].role", "found 3"),
+        (b'{"messages": [{"role": "user"}]}', "messages[0].content", "found nothing"),
+        (b'{"messages": [{"role": "user", "content": 3}]}', "messages[0].content", "string or a list"),
+        (b'{"messages": [{"role": "user", "content": ""}], "tools": {}}', "tools", "list of objects"),
+        (b'{"messages": [{"role": "pretrain", "content": []}]}', "messages[0].content", "must be a string"),
+        (
+            b'{"messages": [{"role": "pretrain", "content": "a"}, {"role": "user", "content": ""}]}',
+            "messages",
+            "only one",
+        ),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_refused(
+    tmp_path: Path, options: Any, line: bytes, field: str | None, message: str
+) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", [chat("a", "b"), "", line])
+    with pytest.raises(DataError, match=message) as caught:
+        prepare(path, TOKENIZER, options())
+    assert (caught.value.path, caught.value.line, caught.value.field) == (str(path), 3, field)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "message"),
+    [
+        ({"prompt": "a"}, "completion", "without"),
+        ({"prompt": "a", "completion": [user("a")]}, "completion", "both must be strings"),
+        ({"text": 3}, "text", "must be a string"),
+        ({"input_ids": []}, "input_ids", "an empty list"),
+        ({"input_ids": [1, 2.5]}, "input_ids[1]", "found 2.5"),
+        ({"input_ids": [1, True]}, "input_ids[1]", "found true"),
+        ({"input_ids": [1, -1]}, "input_ids", "token id -1; ids must be 0 to"),
+        ({"input_ids": [1, 10**30]}, "input_ids", "token id 1000"),
+        ({"input_ids": [1, 319]}, "input_ids", "token id 319"),
+        ({"input_ids": [1, 2], "labels": [1]}, "labels", "found 1 labels; one for each of 2"),
+        ({"input_ids": [1, 2], "labels": [1, -99]}, "labels", "or -100"),
+        ({"input_ids": [1, 2], "len": 3}, "len", "'len' must be 2"),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_refused(
+    tmp_path: Path, options: Any, fields: dict[str, Any], field: str, message: str
+) -> None:
+    tokenizer = build_tokenizer(vocabulary_size=300)
+    path = write_jsonl(tmp_path / "data.jsonl", [fields])
+    with pytest.raises(DataError, match=message) as caught:
+        prepare(path, tokenizer, options())
+    assert (caught.value.line, caught.value.field) == (1, field)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["user", "assistant"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "text", "tool_calls", "type"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+NAMES = ["messages", "prompt", "completion", "text", "input_ids", "labels", "len", "num_loss_counted_tokens", "tools"]
+
+
+@given(lines=st.lists(st.binary(max_size=40) | st.dictionaries(st.sampled_from(NAMES), JSON, min_size=1), min_size=1))
+@example(lines=[b'{"text": "' + b"\\u0000" + b'"}'])
+@settings(deadline=None)
+def test_arbitrary_bytes_give_samples_or_an_error_with_file_and_line(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[Any]
+) -> None:
+    folder = tmp_path_factory.mktemp("bytes")
+    path = write_jsonl(folder / "data.jsonl", lines)
+    caught, store = _attempt(path, DataArguments(data_cache_dir=str(folder / "cache")))
+    if caught is None:
+        assert len(store) > 0
+        assert (store.num_loss_tokens > 0).all()
+    else:
+        assert str(caught.path) == str(path)
+        assert caught.line is not None or "found no document" in str(caught)
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        (chat("a", "b"), "messages"),
+        ({"prompt": "a", "completion": "b"}, "prompt_completion"),
+        ({"prompt": [user("a")], "completion": [assistant("b")]}, "prompt_completion"),
+        ({"text": "a b"}, "text"),
+        ({"input_ids": [1, 2], "messages": []}, "tokens"),
+    ],
+)
+def test_the_kind_is_detected(tmp_path: Path, options: Any, fields: dict[str, Any], kind: str) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", [b"", fields])
+    assert detect_kind(path) == kind
+    assert prepare(path, TOKENIZER, options()).metadata["kind"] == kind
+
+
+def test_mixed_kinds_are_refused_with_both_lines(tmp_path: Path, options: Any) -> None:
+    with pytest.raises(DataError, match="line 3 is 'text', but line 1 is 'messages'"):
+        prepare(write_mixed(tmp_path / "data.jsonl"), TOKENIZER, options())
+    late = write_jsonl(tmp_path / "late.jsonl", [chat("a", "b")] * 500 + [{"text": "c"}])
+    with pytest.raises(DataError, match="line 501 is 'text', but line 1 is 'messages'"):
+        prepare(late, TOKENIZER, options())
+
+
+def test_empty_missing_and_marked_files(tmp_path: Path, options: Any) -> None:
+    with pytest.raises(DataError, match="found no document"):
+        prepare(write_jsonl(tmp_path / "empty.jsonl", []), TOKENIZER, options())
+    with pytest.raises(DataError, match=r"none.jsonl: cannot be read \(No such file"):
+        prepare(tmp_path / "none.jsonl", TOKENIZER, options())
+    marked = write_jsonl(tmp_path / "marked.jsonl", [b"\xef\xbb\xbf" + json.dumps({"text": "a b"}).encode() + b"\r"])
+    assert len(prepare(marked, TOKENIZER, options())) == 1
+
+
+def test_tokens_pass_unchanged_and_labels_default_to_them(tmp_path: Path, options: Any) -> None:
+    lines = [{"input_ids": [5, 6, 7]}, {"input_ids": [5, 6], "labels": [-100, 9], "len": 2}]
+    store = prepare(write_jsonl(tmp_path / "t.jsonl", lines), None, options())
+    assert contents(store) == [([5, 6, 7], [5, 6, 7]), ([5, 6], [-100, 9])]
+    assert store.num_loss_tokens.tolist() == [2, 1]
+
+
+def test_a_stated_count_of_loss_tokens_is_recomputed_and_reported(tmp_path: Path, options: Any) -> None:
+    lines = [{"input_ids": [5, 6, 7], "num_loss_counted_tokens": n} for n in (2, 3, "x")]
+    store = prepare(write_jsonl(tmp_path / "t.jsonl", lines), None, options())
+    assert store.num_loss_tokens.tolist() == [2, 2, 2]
+    assert store.metadata["report"]["stated_loss_tokens_differ"] == 2
+
+
+@pytest.mark.parametrize("limits", [{"max_length": 10}, {"limit": 10}, {"max_length": 12, "limit": 10}])
+def test_a_sample_at_the_limit_passes_and_one_over_it_is_an_error(tmp_path: Path, options: Any, limits: Any) -> None:
+    limit, args = limits.pop("limit", None), options(**limits)
+    at = write_tokens(tmp_path / "at.jsonl", [10, 9])
+    assert prepare(at, None, args, limit).lengths.tolist() == [10, 9]
+    with pytest.raises(DataError, match=r"over.jsonl:2: found a sample of 11 tokens; at most 10 .* overlong=drop"):
+        prepare(write_tokens(tmp_path / "over.jsonl", [9, 11]), None, args, limit)
+
+
+def test_overlong_samples_are_dropped_or_truncated_and_counted(tmp_path: Path, options: Any) -> None:
+    path = write_tokens(tmp_path / "t.jsonl", [9, 14, 40, 10])
+    dropped = prepare(path, None, options(max_length=10, overlong="drop"))
+    assert dropped.lengths.tolist() == [9, 10]
+    assert dropped.documents.tolist() == [1, 4]
+    assert _said(dropped) == {"overlong_dropped": 2, "tokens_dropped": 54}
+    truncated = prepare(path, None, options(max_length=10, overlong="truncate"))
+    assert truncated.documents.tolist() == [1, 2, 4]
+    assert _said(truncated) == {"overlong_truncated": 2, "tokens_truncated": 34, "untrainable_pieces_dropped": 1}
+
+
+@given(lengths=st.lists(st.integers(2, 50), min_size=1, max_size=5), limit=st.integers(2, 12), seed=st.integers(0, 9))
+@settings(deadline=None)
+def test_splitting_trains_every_label_exactly_once(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], limit: int, seed: int
+) -> None:
+    folder = tmp_path_factory.mktemp("split")
+    path = write_tokens(folder / "t.jsonl", lengths, seed=seed)
+    args = DataArguments(max_length=limit, overlong="split", data_cache_dir=str(folder / "cache"))
+    store = prepare(path, None, args)
+    assert int(store.lengths.max()) <= limit
+    for document in read_documents(path):
+        wanted = [label for label in document.fields["labels"][1:] if label != IGNORED]
+        pieces = [store.sample(int(i)) for i in np.flatnonzero(store.documents == document.line)]
+        assert [int(x) for piece in pieces for x in piece.labels[1:] if x != IGNORED] == wanted
+
+
+def test_a_sample_without_a_trained_token_is_an_error_or_counted(tmp_path: Path, options: Any) -> None:
+    path = write_jsonl(tmp_path / "c.jsonl", [chat("a", "b"), chat("only a question")])
+    with pytest.raises(DataError, match=r"c.jsonl:2: found no token to train \(roles: user; train_on='assistant'\)"):
+        prepare(path, TOKENIZER, options())
+    store = prepare(path, TOKENIZER, options(on_untrainable="drop"))
+    assert (len(store), _said(store)) == (1, {"untrainable_dropped": 1})
+    only = write_jsonl(tmp_path / "d.jsonl", [chat("only a question")])
+    with pytest.raises(DataError, match="no sample is left"):
+        prepare(only, TOKENIZER, options(on_untrainable="drop"))
+
+
+def test_fields_that_are_not_read_are_reported(tmp_path: Path, options: Any) -> None:
+    path = write_jsonl(tmp_path / "c.jsonl", [{**chat("a", "b"), "id": 1}, {**chat("a", "b"), "id": 2, "note": ""}])
+    assert prepare(path, TOKENIZER, options()).metadata["report"]["ignored_fields"] == {"id": 2, "note": 1}
+
+
+@pytest.mark.parametrize(
+    ("fields", "more", "message"),
+    [
+        ({"input_ids": [1, 2]}, {"train_on": "all"}, "train_on='all' has no effect"),
+        ({"text": "a"}, {"train_on": "last"}, "train_on='last' has no effect"),
+        ({"text": "a"}, {"chat_template": "x"}, "chat_template has no effect"),
+        ({"text": "a"}, {"overlong": "split", "max_length": 1}, "room for two tokens"),
+    ],
+)
+def test_an_option_without_effect_is_an_error(
+    tmp_path: Path, options: Any, fields: Any, more: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        prepare(write_jsonl(tmp_path / "t.jsonl", [fields]), TOKENIZER, options(**more))
+
+
+def test_text_needs_a_tokenizer(tmp_path: Path, options: Any) -> None:
+    with pytest.raises(UsageError, match="a tokenizer is needed"):
+        prepare(write_jsonl(tmp_path / "t.jsonl", [{"text": "a"}]), None, options())
+
+
+def test_the_report_adds_up_and_progress_reaches_the_end(tmp_path: Path, options: Any) -> None:
+    path, calls = write_chats(tmp_path / "c.jsonl", 50), []
+    store = prepare(path, TOKENIZER, options(), progress=lambda done, total: calls.append((done, total)))
+    report = store.metadata["report"]
+    assert (report["documents"], report["samples"]) == (50, len(store)) == (50, 50)
+    assert report["tokens"] == int(store.lengths.sum()) == store.metadata["num_tokens"]
+    assert report["loss_tokens"] == int(store.num_loss_tokens.sum())
+    assert calls[-1] == (path.stat().st_size, path.stat().st_size)
+
+
+def test_several_processes_prepare_what_one_does(tmp_path: Path, options: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("trainer.data.prepare.CHUNK_BYTES", 2_000)
+    path = write_chats(tmp_path / "c.jsonl", 80)
+    one = prepare(path, TOKENIZER, options(dataset_num_proc=1))
+    several = prepare(path, TOKENIZER, DataArguments(dataset_num_proc=3, data_cache_dir=str(tmp_path / "other")))
+    assert contents(one) == contents(several)
+    assert one.documents.tolist() == several.documents.tolist() == list(range(1, 81))
+    assert one.metadata == several.metadata
+
+
+def test_an_error_in_another_process_names_file_and_line(tmp_path: Path, options: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("trainer.data.prepare.CHUNK_BYTES", 2_000)
+    path = write_malformed(tmp_path / "c.jsonl", 150, num_documents=160)
+    with pytest.raises(DataError, match=r"c.jsonl:150: not JSON"):
+        prepare(path, TOKENIZER, options(dataset_num_proc=2))
+    assert not [file for file in (tmp_path / "cache").iterdir() if file.suffix != ".lock"]
+
+
+def test_a_process_that_dies_is_reported(tmp_path: Path, options: Any) -> None:
+    path = write_chats(tmp_path / "c.jsonl", 5)
+    recipe = Recipe.build(detect_file_kind(path), TOKENIZER, options(), None)
+    with TokeniserPool(recipe, str(path), 1) as pool:
+        pool._workers[0]._process.kill()
+        pool._workers[0]._process.wait()
+        with pytest.raises(DataError, match=r"c.jsonl:1: a tokenising process died \(exit status -9\)"):
+            list(pool.map([Chunk(0, path.stat().st_size, 1)]))
+
+
+def test_the_cache_knows_content_and_options(tmp_path: Path, options: Any) -> None:
+    path = write_chats(tmp_path / "c.jsonl", 10)
+    first = prepare(path, TOKENIZER, options())
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(path.read_bytes())
+    again = prepare(moved, build_tokenizer(), options())
+    assert (first.metadata["cached"], again.metadata["cached"]) == (False, True)
+    assert contents(first) == contents(again)
+    assert again.metadata["source"] == str(moved)
+    others = [
+        prepare(write_chats(tmp_path / "d.jsonl", 10, seed=1), TOKENIZER, options()),
+        prepare(path, TOKENIZER, options(train_on="last")),
+        prepare(path, TOKENIZER, options(), limit=1_000),
+        prepare(path, build_tokenizer("plain"), options()),
+        prepare(path, build_tokenizer(vocabulary_size=300), options()),
+    ]
+    assert not any(store.metadata["cached"] for store in others)
+    assert len({store.metadata["fingerprint"] for store in [first, *others]}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("name", ["tokens.arrow", "index.arrow", "metadata.json"])
+def test_a_torn_cache_is_rebuilt(tmp_path: Path, options: Any, name: str) -> None:
+    path = write_chats(tmp_path / "c.jsonl", 10)
+    first = prepare(path, TOKENIZER, options())
+    expected = contents(first)
+    file = cache_home(str(tmp_path / "cache")) / first.metadata["fingerprint"] / name
+    file.write_bytes(file.read_bytes()[:40])
+    again = prepare(path, TOKENIZER, options())
+    assert not again.metadata["cached"]
+    assert contents(again) == expected
+
+
+def test_many_at_once_prepare_once(tmp_path: Path, options: Any) -> None:
+    path, stores = write_chats(tmp_path / "c.jsonl", 200), []
+    threads = [threading.Thread(target=lambda: stores.append(prepare(path, TOKENIZER, options()))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(store.metadata["cached"] for store in stores) == [False] + [True] * 5
+    assert all(contents(store) == contents(stores[0]) for store in stores)
+
+
+def test_a_prepared_folder_is_opened(tmp_path: Path, options: Any) -> None:
+    store = prepare(write_tokens(tmp_path / "t.jsonl", [5, 7]), None, options())
+    folder = tmp_path / "cache" / store.metadata["fingerprint"]
+    assert contents(prepare(folder, None, options())) == contents(store)
+    with pytest.raises(DataError, match="a sample of 7 tokens"):
+        prepare(folder, None, options(), limit=6)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    path = write_tokens(tmp_path / "t.jsonl", [5])
+    with pytest.raises(UsageError, match="with data_cache_dir"):
+        prepare(path, None, DataArguments(data_cache_dir=str(path / "cache")))
+
+
+@given(num_documents=st.integers(2, 60), fraction=st.floats(0.01, 0.6), seed=st.integers(0, 2**40))
+@settings(deadline=None)
+def test_the_split_is_disjoint_complete_and_by_document(num_documents: int, fraction: float, seed: int) -> None:
+    pieces = TokenStore.from_samples([([i, i], [i, i]) for i in range(num_documents * 2)])
+    store = pieces.select(np.arange(len(pieces)))
+    store.documents[:] = np.repeat(np.arange(num_documents), 2)
+    sides = split_validation(store, fraction, seed)
+    documents = [set(side.documents.tolist()) for side in sides]
+    assert documents[0].isdisjoint(documents[1])
+    assert sum(len(side) for side in sides) == len(store)
+    assert len(documents[1]) == max(1, round(fraction * num_documents))
+    again = split_validation(store, fraction, seed)
+    assert contents(again[1]) == contents(sides[1])
+
+
+def test_the_seed_decides_the_split_and_held_out_documents_can_be_read_again(tmp_path: Path, options: Any) -> None:
+    path = write_chats(tmp_path / "c.jsonl", 40)
+    store = prepare(path, TOKENIZER, options())
+    _, held_out = split_validation(store, 0.25, seed=1)
+    assert held_out.documents.tolist() != split_validation(store, 0.25, seed=2)[1].documents.tolist()
+    documents = {document.line: document for document in read_documents(store.metadata["source"])}
+    for i, line in enumerate(held_out.documents.tolist()):
+        question = documents[line].fields["messages"][-2]["content"]
+        assert question in TOKENIZER.decode(held_out.sample(i).input_ids)
+
+
+def test_a_split_that_leaves_a_side_empty_is_refused() -> None:
+    with pytest.raises(UsageError, match="leaves one side"):
+        split_validation(TokenStore.from_samples([([1, 2], [1, 2])]), 0.5, seed=0)
+
+
+def test_preparing_loads_no_torch(tmp_path: Path) -> None:
+    path = write_chats(tmp_path / "c.jsonl", 3)
+    code = (
+        "import sys; from tests.fixtures.tokenizers import build_tokenizer; from trainer.data.prepare import prepare;"
+        "from trainer.arguments.groups import DataArguments;"
+        f"prepare({str(path)!r}, build_tokenizer(), DataArguments(data_cache_dir={str(tmp_path / 'cache')!r}));"
+        "sys.exit('torch' in sys.modules)"
+    )
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-W", "error::DeprecationWarning:trainer", "-c", code], check=True, cwd=root)
+
+
+def test_a_template_that_reads_the_clock_is_reported(tmp_path: Path, options: Any) -> None:
+    path = write_chats(tmp_path / "c.jsonl", 3)
+    assert "strftime_now" in TEMPLATES["reads_clock"]
+    assert prepare(path, build_tokenizer("reads_clock"), options()).metadata["template_reads_clock"]
+    assert not prepare(path, build_tokenizer("plain"), options()).metadata["template_reads_clock"]
+
+
+def _said(store: TokenStore) -> dict[str, int]:
+    """The counts of the report that are not 0, but for those of what is in the store."""
+    inside = {"documents", "samples", "tokens", "loss_tokens", "ignored_fields"}
+    return {name: count for name, count in store.metadata["report"].items() if count and name not in inside}
+
+
+def _attempt(path: Path, args: DataArguments) -> tuple[DataError | None, TokenStore]:
+    try:
+        return None, prepare(path, TOKENIZER, args)
+    except DataError as error:
+        return error, TokenStore.from_samples([])
