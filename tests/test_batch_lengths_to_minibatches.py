@@ -22,7 +22,7 @@ from tests.fixtures import tolerances
 from tests.fixtures.packing_cases import DISTRIBUTIONS, instances, optimum
 from tests.fixtures.peers_packing import PEERS
 from tests.fixtures.strategies import PackingCase, cost_models, packing_cases
-from trainer.data.bounds import least_packs, least_step_cost
+from trainer.data.bounds import least_packs, least_step_cost, most_cost_within
 from trainer.data.packing import (
     TOKENS,
     CostModel,
@@ -88,6 +88,10 @@ class TestBatchLengthsToMinibatches:
     def test_sample_of_exactly_the_budget(self, packer: Packer) -> None:
         assert all_shares(packer, [100, 100], 100, 1) == [[[0], [1]]]
 
+    def test_one_token_too_many_opens_a_micro_batch(self, packer: Packer) -> None:
+        assert len(packer([50, 50], 100, 1, 0)) == 1
+        assert len(packer([50, 51], 100, 1, 0)) == 2
+
     def test_zero_length_samples_are_kept(self, packer: Packer) -> None:
         lengths = [0, 10, 0, 0]
         check_contract(all_shares(packer, lengths, 10, 2), lengths, 10)
@@ -143,6 +147,10 @@ class TestPlanner:
         least, least_step = bounds(*case, num_micro_batches, cost)
         assert least <= num_micro_batches
         assert least_step <= step
+
+    def test_most_cost_takes_the_longest_samples_and_the_last_in_part(self) -> None:
+        most = most_cost_within(np.array([4, 2]), CostModel(0, 1), np.array([0, 3, 4, 5, 6, 9]))
+        assert most.tolist() == [0, 12, 16, 18, 20, 20]
 
     @given(case=packing_cases(max_size=6, max_ranks=3, min_size=1))
     def test_small_batches_take_the_fewest_micro_batches(self, case: PackingCase) -> None:

@@ -124,9 +124,9 @@ def _to_ranks(packs: list[tuple[int, list[int]]], num_ranks: int) -> tuple[Packs
 
 
 def _least_loaded(packs: list[list[int]], tokens: list[int], num_ranks: int) -> int:
-    """Index of the pack of the last micro-batch with the fewest tokens, then samples; -1 before the first."""
+    """Index of the pack of the last micro-batch with the fewest tokens; -1 before the first."""
     last = range(len(packs) - num_ranks, len(packs))
-    return min(last, key=lambda p: (tokens[p], len(packs[p])), default=-1) if packs else -1
+    return min(last, key=tokens.__getitem__) if packs else -1
 
 
 def _share(packs: list[list[int]]) -> list[list[int]]:

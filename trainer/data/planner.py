@@ -25,7 +25,7 @@ from trainer.data.bounds import floor_costs, least_packs, least_step_cost, most_
 from trainer.data.costs import TOKENS, CostModel
 
 GOOD_ENOUGH = 1000  # search stops within 1 / GOOD_ENOUGH of the lower bound
-SEARCH_SAMPLES = 8192  # samples placed by one search, over all its tries: bounds its time
+SEARCH_SAMPLES = 4096  # samples placed by one search, over all its tries: bounds its time
 MOST_TRIES = 16
 
 Packs = list[list[int]]  # positions in the sorted samples, one list for each pack
