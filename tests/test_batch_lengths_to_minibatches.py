@@ -22,6 +22,7 @@ from tests.fixtures import tolerances
 from tests.fixtures.packing_cases import DISTRIBUTIONS, instances, optimum
 from tests.fixtures.peers_packing import PEERS
 from tests.fixtures.strategies import PackingCase, cost_models, packing_cases
+from trainer.data import planner
 from trainer.data.bounds import least_packs, least_step_cost, most_cost_within
 from trainer.data.packing import (
     TOKENS,
@@ -147,6 +148,10 @@ class TestPlanner:
         least, least_step = bounds(*case, num_micro_batches, cost)
         assert least <= num_micro_batches
         assert least_step <= step
+
+    def test_a_pack_too_full_for_one_sample_takes_a_shorter_one_later(self) -> None:
+        batch = planner.Batch(np.array([8, 7, 2, 2, 1]), capacity=10, num_ranks=2, cost=CostModel(0, 1))
+        assert planner._fill(batch, [], 2) == [[0, 3], [1, 2, 4]]
 
     def test_most_cost_takes_the_longest_samples_and_the_last_in_part(self) -> None:
         most = most_cost_within(np.array([4, 2]), CostModel(0, 1), np.array([0, 3, 4, 5, 6, 9]))
