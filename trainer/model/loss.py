@@ -33,7 +33,7 @@ _HEAD_ATTRIBUTE = "_trainer_head_output"
 PROBE_LENGTH = 4
 PROBE_EXPONENTS = (-4.0, 6.0)
 PROBE_TOLERANCE = 1e-5
-AUX_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_alpha")
+ROUTER_COEFFICIENT = "router_aux_loss_coef"
 
 LinearCrossEntropy = Callable[[Tensor, nn.Linear, Tensor, HeadOutput, float], Tensor]
 
@@ -189,11 +189,12 @@ def _router_loss(model: PreTrainedModel, output: Any, micro_batch: Mapping[str, 
     if not isinstance(router_loss, Tensor):  # None, or 0 where the model was not asked for it
         return 0.0
     config = model.config.get_text_config()
-    names = [name for name in AUX_COEFFICIENTS if getattr(config, name, None) is not None]
-    if not names:
+    coefficient = getattr(config, ROUTER_COEFFICIENT, None)
+    if coefficient is None:
         raise ModelError(
-            f"model type {config.model_type!r} returns a router loss, but its config has none of "
-            f"{', '.join(AUX_COEFFICIENTS)}; set one, or set output_router_logits to false"
+            f"model type {config.model_type!r} returns a router loss, but its config has no {ROUTER_COEFFICIENT}; "
+            "set it, or set output_router_logits to false"
         )
     share = micro_batch["num_tokens"] / micro_batch["batch_num_tokens"]
-    return getattr(config, names[0]) * share * micro_batch["batch_num_loss_counted_tokens"] * router_loss.float()
+    weighted: Tensor = coefficient * share * micro_batch["batch_num_loss_counted_tokens"] * router_loss.float()
+    return weighted

@@ -1,0 +1,218 @@
+"""The loss of a pack against transformers' own loss, against whole logits in float64, and within its memory."""
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.fixtures import tolerances
+from tests.fixtures.models import ATTENTION_ONLY, VOCABULARY, build_model, build_pack, tiny_llama
+from trainer.errors import ModelError
+from trainer.model import cross_entropy
+from trainer.model.attention import packed_inputs, use_packed_attention
+from trainer.model.cross_entropy import HeadOutput, linear_cross_entropy_sum
+from trainer.model.loss import measured_head, token_loss_sum, trained_positions
+from trainer.model.precision import use_compute_dtype
+
+LENGTHS = (13, 5, 1, 22, 9)
+SUMMED = torch.tensor(1)  # transformers divides a sum by this many items
+
+# What a model does to the output of its head; all others do nothing.
+HEAD_OUTPUTS = {"gemma2": HeadOutput(1.0, 4.0), "granite": HeadOutput(1 / 3), "cohere": HeadOutput(0.0625)}
+
+
+def packed_model(name, **options):
+    model = build_model(name, **options)
+    use_packed_attention(model)
+    return model
+
+
+def gradients(model):
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_close_gradients(ours, theirs, tolerance):
+    for name, gradient in theirs.named_parameters():
+        expected = gradient.grad
+        scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
+        assert (gradients(ours)[name] - expected).abs().max() / scale < tolerance, name
+
+
+@pytest.mark.parametrize("name", ATTENTION_ONLY)
+def test_loss_and_gradients_are_transformers_own(name):
+    ours, theirs, pack = packed_model(name), packed_model(name), build_pack(LENGTHS)
+    loss = token_loss_sum(ours, pack)
+    output = theirs(**packed_inputs(theirs, pack), labels=pack["labels"], num_items_in_batch=SUMMED)
+    expected, router_loss = output.loss, getattr(output, "aux_loss", None)
+    if router_loss is not None:  # transformers adds it once, to what it takes for a mean
+        coefficient = theirs.config.router_aux_loss_coef
+        expected = expected + coefficient * router_loss * (pack["num_loss_counted_tokens"] - 1)
+    torch.testing.assert_close(loss, expected, rtol=tolerances.LOSS_FP32, atol=0)
+    loss.backward()
+    expected.backward()
+    assert_close_gradients(ours, theirs, tolerances.LOSS_GRADIENT_FP32)
+
+
+@pytest.mark.parametrize("name", ATTENTION_ONLY)
+def test_the_head_is_measured(name):
+    expected = HEAD_OUTPUTS.get(name, HeadOutput())
+    found = measured_head(packed_model(name))
+    assert found is not None
+    assert found.softcap == expected.softcap
+    assert found.scale == pytest.approx(expected.scale, rel=torch.finfo(torch.float32).eps)
+
+
+class Scrambled(torch.nn.Linear):
+    """A head that is no plain linear layer."""
+
+    def forward(self, hidden):
+        return super().forward(hidden).sin()
+
+
+@pytest.mark.parametrize("change", ["another class of head", "logits changed by the vocabulary"])
+def test_a_head_that_cannot_be_replaced_computes_its_own_logits(change, monkeypatch):
+    model, pack = packed_model("llama"), build_pack(LENGTHS)
+    if change == "another class of head":
+        model.lm_head.__class__ = Scrambled
+    else:
+        plain = model.forward
+
+        def shifted(**inputs):
+            output = plain(**inputs)
+            output.logits = output.logits + torch.arange(VOCABULARY)
+            return output
+
+        monkeypatch.setattr(model, "forward", shifted)
+    assert measured_head(model) is None
+    logits = model.forward(**packed_inputs(model, pack)).logits[0]
+    expected = F.cross_entropy(logits[:-1], pack["labels"][0, 1:], reduction="sum", ignore_index=-100)
+    torch.testing.assert_close(token_loss_sum(model, pack), expected, rtol=tolerances.LOSS_FP32, atol=0)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_label_smoothing_is_torchs(label_smoothing):
+    model, pack = packed_model("gemma2"), build_pack(LENGTHS)
+    logits = model(**packed_inputs(model, pack)).logits[0]
+    positions, targets = trained_positions(pack)
+    expected = F.cross_entropy(logits[positions], targets, reduction="sum", label_smoothing=label_smoothing)
+    loss = token_loss_sum(model, pack, label_smoothing)
+    torch.testing.assert_close(loss, expected, rtol=tolerances.LOSS_FP32, atol=0)
+
+
+def test_a_pack_without_trained_tokens_gives_zero_everywhere():
+    for name in ("llama", "gemma2", "mixtral", "gpt_oss"):
+        model = packed_model(name)
+        pack = {**build_pack([4], trained_share=0.0), "num_tokens": 0, "num_samples": 0}
+        pack |= {"batch_num_tokens": 9, "batch_num_loss_counted_tokens": 5, "batch_num_samples": 1}
+        loss = token_loss_sum(model, pack)
+        loss.backward()
+        assert loss.item() == 0
+        assert all(gradient is not None and not gradient.any() for gradient in gradients(model).values())
+
+
+def test_a_router_loss_weighs_what_its_tokens_weigh_in_the_global_batch():
+    model = packed_model("mixtral")
+    one = build_pack([9], batch={"num_tokens": 36, "num_loss_counted_tokens": 20, "num_samples": 4})
+    without = {**one, "num_tokens": 0}
+    with torch.no_grad():
+        difference = token_loss_sum(model, one) - token_loss_sum(model, without)
+        router_loss = model(**packed_inputs(model, one)).aux_loss
+    expected = model.config.router_aux_loss_coef * router_loss * 9 / 36 * 20
+    torch.testing.assert_close(difference, expected, rtol=tolerances.LOSS_FP32, atol=tolerances.LOSS_FP32)
+
+
+def test_a_router_loss_of_unknown_weight_is_refused(monkeypatch):
+    model = packed_model("mixtral", output_router_logits=True)
+    del model.config.__dict__["router_aux_loss_coef"]
+    monkeypatch.delattr(type(model.config), "router_aux_loss_coef")
+    with pytest.raises(ModelError, match="'mixtral' returns a router loss, but its config has no router_aux_loss_coef"):
+        token_loss_sum(model, build_pack([5]))
+
+
+def test_bfloat16_compute_keeps_float32_gradients_near_the_exact_ones():
+    exact, rough, pack = packed_model("llama"), packed_model("llama"), build_pack(LENGTHS)
+    use_compute_dtype(rough, torch.bfloat16, by_autocast=True)
+    losses = [token_loss_sum(model, pack) for model in (exact, rough)]
+    for loss in losses:
+        loss.backward()
+    assert losses[1].dtype == torch.float32
+    assert losses[0] != losses[1]
+    torch.testing.assert_close(losses[1], losses[0], rtol=tolerances.LOSS_BF16, atol=0)
+    difference = torch.stack(
+        [(a.grad - b.grad).norm() for a, b in zip(*map(parameters_of, (exact, rough)), strict=True)]
+    )
+    norm = torch.stack([parameter.grad.norm() for parameter in exact.parameters()]).norm()
+    assert difference.norm() / norm < tolerances.GRADIENT_BF16
+
+
+def parameters_of(model):
+    return list(model.parameters())
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    num_positions=st.integers(0, 9),
+    rows=st.integers(1, 4),
+    scale=st.sampled_from([1.0, 0.3]),
+    softcap=st.sampled_from([None, 2.0]),
+    label_smoothing=st.sampled_from([0.0, 0.2]),
+    has_bias=st.booleans(),
+    frozen=st.sampled_from(["", "hidden", "weight"]),
+)
+def test_pieces_equal_whole_logits_in_float64(num_positions, rows, scale, softcap, label_smoothing, has_bias, frozen):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(num_positions, 6, generator=generator, dtype=torch.float64, requires_grad=frozen != "hidden")
+    head = torch.nn.Linear(6, 11, bias=has_bias, dtype=torch.float64)
+    head.weight.requires_grad_(frozen != "weight")
+    targets = torch.randint(11, (num_positions,), generator=generator)
+    inputs = [tensor for tensor in (hidden, *head.parameters()) if tensor.requires_grad]
+    logits = head(hidden) * scale
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    whole = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(cross_entropy.LOGITS_PER_PIECE, "cpu", rows * 11)
+        pieces = linear_cross_entropy_sum(hidden, head, targets, HeadOutput(scale, softcap), label_smoothing)
+    torch.testing.assert_close(pieces, whole, rtol=tolerances.LOSS_FLOAT64, atol=tolerances.LOSS_FLOAT64)
+    ours, theirs = (torch.autograd.grad(loss * 3, inputs, allow_unused=True) for loss in (pieces, whole))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerances.LOSS_FLOAT64, atol=tolerances.LOSS_FLOAT64)
+
+
+def test_backward_twice_is_refused():
+    head, hidden = torch.nn.Linear(4, 8), torch.randn(3, 4, requires_grad=True)
+    loss = linear_cross_entropy_sum(hidden, head, torch.tensor([1, 2, 3]), HeadOutput())
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward ran twice"):
+        loss.backward()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the most elements of any tensor made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+def test_no_tensor_grows_with_positions_times_vocabulary(monkeypatch):
+    monkeypatch.setitem(cross_entropy.LOGITS_PER_PIECE, "cpu", 4 * 512)
+    model, pack = packed_model("llama", vocab_size=512), build_pack([60], trained_share=1.0)
+    measured_head(model)
+    with LargestTensor() as mode:
+        token_loss_sum(model, pack).backward()
+    assert 60 * 512 > mode.largest == 32 * 512  # the embedding, and its gradient
+
+
+def test_evaluation_computes_no_gradients():
+    model = tiny_llama()
+    use_packed_attention(model)
+    with torch.no_grad():
+        loss = token_loss_sum(model, build_pack(LENGTHS))
+    assert not loss.requires_grad
+    assert all(gradient is None for gradient in gradients(model).values())
