@@ -1,0 +1,80 @@
+"""Runs pytest inside pytest: a project of its own that loads the harness as a plugin."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PLUGIN = "tests.fixtures.ranks.plugin"
+HEADER = """
+import os, signal, sys, threading, time
+import pytest, torch
+import torch.distributed as dist
+
+def reduce(n=2):
+    x = torch.ones(n)
+    dist.all_reduce(x)
+    return x
+"""
+
+
+@dataclasses.dataclass
+class Run:
+    """One finished inner pytest."""
+
+    result: pytest.RunResult
+
+    @property
+    def text(self) -> str:
+        return self.result.stdout.str()
+
+    def outcome(self, name: str) -> str:
+        """passed, failed, error, skipped, xfailed: what the inner pytest says about one test."""
+        match = re.search(rf"::{re.escape(name)} (PASSED|FAILED|ERROR|SKIPPED|XFAIL)", self.text)
+        assert match, f"no verdict on {name} in\n{self.text}"
+        return match.group(1).lower()
+
+    def block(self, name: str) -> str:
+        """The failure report of one test."""
+        match = re.search(
+            rf"^_+ (?:ERROR at \w+ of )?{re.escape(name)} _+$(.*?)(?=^_{{3,}} |^={{3,}})", self.text, re.M | re.S
+        )
+        assert match, f"no failure block of {name} in\n{self.text}"
+        return match.group(1)
+
+    def seconds(self, name: str) -> list[float]:
+        """What the table of ranks says about each rank's time."""
+        return [float(text) for text in re.findall(r"rank \d+ +([\d.]+)s", self.block(name))]
+
+
+def run(pytester: pytest.Pytester, body: str, *args: str, preload: str = "", **env: str) -> Run:
+    """Run tests with the harness; `body` follows HEADER."""
+    pytester.makepyfile(test_inner=HEADER + textwrap.dedent(body))
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch = pytest.MonkeyPatch()
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        for name, value in env.items():
+            patch.setenv(name, value)
+        options = ["-v", "-Werror", "-p", PLUGIN, "-p", "no:cacheprovider", "-o", f"rank_preload={preload}"]
+        return Run(pytester.runpytest_subprocess(*options, *args))
+
+
+def harness_processes() -> set[int]:
+    """Every process of this user whose temporary directory or command line belongs to an inner pytest."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if b"test_inner" in (entry / "environ").read_bytes() + (entry / "cmdline").read_bytes():
+                    found.add(int(entry.name))
+            except OSError:
+                continue
+    return found
