@@ -36,7 +36,7 @@ class Group:
         topology = Topology.from_environment()
         if dist.is_initialized():
             topology = Topology(dist.get_rank(), dist.get_world_size(), topology.local_rank, topology.local_world_size)
-            return cls(topology, choose_device(args, topology))
+            return cls(topology, _device_of_backend())
         device = choose_device(args, topology)
         if topology.world_size > 1:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -108,6 +108,11 @@ class Group:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _device_of_backend() -> torch.device:
+    """Give the device that the existing group talks over."""
+    return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
 
 
 def choose_device(args: MachineArguments, topology: Topology) -> torch.device:

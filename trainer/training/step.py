@@ -52,18 +52,25 @@ def take_step(engine: Engine, batch: list[MicroBatch], stop: StopRequest) -> Ste
     Raises:
         NonFiniteError: loss or gradient norm is NaN or infinite; nothing was updated.
     """
+    metrics = accumulate_gradients(engine, batch)
+    metrics.accumulate(**stop.as_flags())
+    totals = metrics.reduce(engine.group)
+    norm = global_norm(engine.model.parameters())
+    loss, grad_norm = totals["loss"], norm.item()
+    check_finite(loss, grad_norm)
+    return StepResult(loss, grad_norm, update(engine, norm), stop.agreed(totals))
+
+
+def accumulate_gradients(engine: Engine, batch: list[MicroBatch]) -> BatchMetrics:
+    """Add this rank's share of the gradient of the global batch's mean loss; gives its share of that `loss`."""
     metrics = BatchMetrics()
     num_loss_tokens = batch[0]["batch_num_loss_counted_tokens"]
     for micro_batch in batch:
         loss_sum = token_loss_sum(engine.model, to_device(micro_batch, engine.group.device), engine.label_smoothing)
-        (loss_sum / num_loss_tokens).backward()
-        metrics.accumulate(loss=loss_sum)
-    metrics.accumulate(**stop.as_flags())
-    totals = metrics.reduce(engine.group)
-    norm = global_norm(engine.model.parameters())
-    loss, grad_norm = totals.pop("loss") / num_loss_tokens, norm.item()
-    check_finite(loss, grad_norm)
-    return StepResult(loss, grad_norm, update(engine, norm), stop.agreed(totals))
+        loss = loss_sum / num_loss_tokens
+        loss.backward()
+        metrics.accumulate(loss=loss)
+    return metrics
 
 
 def update(engine: Engine, norm: torch.Tensor) -> float:
