@@ -41,9 +41,10 @@ def assert_close_gradients(ours, theirs, tolerance):
 
 
 @pytest.mark.parametrize("name", ATTENTION_ONLY)
-def test_loss_and_gradients_are_transformers_own(name):
+def test_loss_head_and_gradients_are_transformers_own(name):
     ours, theirs, pack = packed_model(name), packed_model(name), build_pack(LENGTHS)
     loss = token_loss_sum(ours, pack)
+    assert_measured(measured_head(ours), HEAD_OUTPUTS.get(name, HeadOutput()))
     output = theirs(**packed_inputs(theirs, pack), labels=pack["labels"], num_items_in_batch=SUMMED)
     expected, router_loss = output.loss, getattr(output, "aux_loss", None)
     if router_loss is not None:  # transformers adds it once, to what it takes for a mean
@@ -55,10 +56,7 @@ def test_loss_and_gradients_are_transformers_own(name):
     assert_close_gradients(ours, theirs, tolerances.LOSS_GRADIENT_FP32)
 
 
-@pytest.mark.parametrize("name", ATTENTION_ONLY)
-def test_the_head_is_measured(name):
-    expected = HEAD_OUTPUTS.get(name, HeadOutput())
-    found = measured_head(packed_model(name))
+def assert_measured(found, expected):
     assert found is not None
     assert found.softcap == expected.softcap
     assert found.scale == pytest.approx(expected.scale, rel=torch.finfo(torch.float32).eps)

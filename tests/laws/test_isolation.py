@@ -1,5 +1,7 @@
 """L1: a sample's logits and gradient do not depend on what it is packed with."""
 
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +22,9 @@ def packed_model(name, **options):
     return model
 
 
+shared_model = cache(packed_model)  # for tests that only read
+
+
 def pack_of(samples):
     pack = build_pack([len(sample) for sample in samples])
     return {**pack, "input_ids": torch.cat(samples)[None]}
@@ -38,27 +43,24 @@ def lone_logits(model, sample):
 
 @pytest.mark.parametrize("name", DENSE)
 def test_packed_logits_are_bit_equal_to_the_sample_alone(name):
-    model, samples = packed_model(name), random_samples(LENGTHS)
+    model, samples = shared_model(name), random_samples(LENGTHS)
     for sample, logits in zip(samples, packed_logits(model, samples), strict=True):
         assert torch.equal(logits, lone_logits(model, sample))
 
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_packed_logits_of_mixtures_are_those_of_the_sample_alone_up_to_rounding(name):
-    model, samples = packed_model(name), random_samples(LENGTHS)  # the rows of an expert differ in number
+    model, samples = shared_model(name), random_samples(LENGTHS)  # the rows of an expert differ in number
     for sample, logits in zip(samples, packed_logits(model, samples), strict=True):
         torch.testing.assert_close(logits, lone_logits(model, sample), rtol=0, atol=tolerances.ISOLATION_FP32)
 
 
 @pytest.mark.parametrize("name", ATTENTION_ONLY)
 def test_packed_logits_equal_transformers_own_attention(name):
-    model, own = packed_model(name), build_model(name, implementation="eager")
+    model, own = shared_model(name), build_model(name, implementation="eager")
     samples = random_samples((13, 1, 22, 2))
     for sample, logits in zip(samples, packed_logits(model, samples), strict=True):
         torch.testing.assert_close(logits, lone_logits(own, sample), rtol=0, atol=tolerances.ISOLATION_FP32)
-
-
-LLAMA = packed_model("llama")
 
 
 @settings(max_examples=20)
@@ -67,7 +69,7 @@ LLAMA = packed_model("llama")
     order=st.randoms(use_true_random=False),
 )
 def test_neighbours_and_order_do_not_matter(lengths, order):
-    model, samples = LLAMA, random_samples(lengths)
+    model, samples = shared_model("llama"), random_samples(lengths)
     alone = [packed_logits(model, [sample])[0] for sample in samples]
     places = list(range(len(samples)))
     order.shuffle(places)
@@ -77,7 +79,7 @@ def test_neighbours_and_order_do_not_matter(lengths, order):
 
 @pytest.mark.parametrize("name", DENSE)
 def test_a_neighbours_tokens_change_no_bit(name):
-    model = packed_model(name)
+    model = shared_model(name)
     first, second = random_samples((7, 11))
     (other,) = random_samples((7,), seed=5)
     assert torch.equal(packed_logits(model, [first, second])[1], packed_logits(model, [other, second])[1])
@@ -98,7 +100,7 @@ def test_gradients_add_up_over_samples(name):
 
 
 def test_an_attention_mask_and_a_cache_do_not_open_the_borders():
-    model, samples = packed_model("llama"), random_samples((8, 6))
+    model, samples = shared_model("llama"), random_samples((8, 6))
     inputs = packed_inputs(model, pack_of(samples))
     with torch.no_grad():
         careless = model(**{**inputs, "use_cache": True}, attention_mask=torch.ones_like(inputs["input_ids"])).logits
