@@ -119,7 +119,6 @@ def build_on_meta(config: Any, *, trust_remote_code: bool = False) -> PreTrained
     except (ValueError, ImportError) as error:
         raise ModelError(f"model type {config.model_type!r} is no causal language model here: {error}") from error
     model.config.dtype = stored_dtype
-    train_padding_rows(model)
     return model
 
 
@@ -162,6 +161,7 @@ def prepare_model(
     if args.use_liger_kernels:
         apply_liger_kernels(model, device)
     use_packed_attention(model, args.attn_implementation, device, dtype)
+    train_padding_rows(model)
     freeze(model, args.freeze_patterns)
     if args.gradient_checkpointing:
         checkpoint_activations(model)
