@@ -79,6 +79,18 @@ def test_packed_attention_is_what_the_formula_says(options):
     torch.testing.assert_close(output[0].transpose(0, 1).double(), expected, rtol=0, atol=tolerances.ISOLATION_FP32)
 
 
+def test_a_mask_holds_within_each_sample():
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 9, 8, generator=generator) for _ in range(3))
+    mask = torch.ones(9, 9, dtype=torch.bool).tril()
+    mask[3, 1] = mask[7, 5] = False
+    packed, _ = packed_sdpa(Layer(), query, key, value, mask, cu_seq_lens_q=torch.tensor([0, 4, 9]))
+    for rows in (slice(0, 4), slice(4, 9)):
+        parts = (tensor[:, :, rows] for tensor in (query, key, value))
+        alone, _ = packed_sdpa(Layer(), *parts, mask[rows, rows])
+        assert torch.equal(packed[:, rows], alone)
+
+
 def test_borders_are_read_from_restarting_positions_too():
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 2, 9, 8, generator=generator) for _ in range(3))

@@ -148,19 +148,12 @@ def varlen(
     return output[None], None
 
 
-def packed_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    *args: Any,
-    attention_mask: Tensor | None = None,
-    use_vmap: bool = False,
-    **kwargs: Any,
-) -> Tensor | None:
+def packed_mask(batch_size: int, q_length: int, kv_length: int, *args: Any, **kwargs: Any) -> Tensor | None:
     """No mask where the attention function can tell from borders and windows alone; else transformers' own."""
-    if attention_mask is None and q_length == kv_length and not use_vmap:
+    is_plain = kwargs.get("attention_mask") is None and not kwargs.get("use_vmap", False)
+    if is_plain and q_length == kv_length:
         return None
-    return sdpa_mask(batch_size, q_length, kv_length, *args, attention_mask=attention_mask, use_vmap=use_vmap, **kwargs)
+    return sdpa_mask(batch_size, q_length, kv_length, *args, **kwargs)
 
 
 AttentionInterface.register(PACKED_SDPA, torch.compiler.disable(packed_sdpa))
