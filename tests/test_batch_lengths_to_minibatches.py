@@ -268,7 +268,7 @@ def comparison(num_samples: int, num_ranks: int, budget: int) -> str:
     for name, make in DISTRIBUTIONS.items():
         lengths = make(np.random.default_rng(0), num_samples, budget)
         lines.append(f"\n{name:<22}{'micro-batches':>15}{'bound':>7}{'balance':>9}{'ms':>9}")
-        for planner, plan in planners.items():
+        for planner_name, plan in planners.items():
             start = time.perf_counter()
             packs = plan(lengths, budget, num_ranks)
             milliseconds = 1e3 * (time.perf_counter() - start)
@@ -276,7 +276,7 @@ def comparison(num_samples: int, num_ranks: int, budget: int) -> str:
             least, _ = bounds(lengths, budget, num_ranks, number, SEVEN_BILLION)
             mean = sum(SEVEN_BILLION.of(length) for length in lengths) / num_ranks
             balance = mean / step_cost(lengths, packs, num_ranks, SEVEN_BILLION)
-            lines.append(f"  {planner:<20}{number:>15}{least:>7}{balance:>9.4f}{milliseconds:>9.1f}")
+            lines.append(f"  {planner_name:<20}{number:>15}{least:>7}{balance:>9.4f}{milliseconds:>9.1f}")
     return "\n".join(lines)
 
 

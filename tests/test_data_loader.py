@@ -344,6 +344,11 @@ class TestGetDataLoader:
         order = epoch_order(10, 42, 3).tolist()
         assert seen == [set(order[4:8]), set(order[8:])]
 
+    def test_finished_sampler_gives_nothing(self) -> None:
+        sampler = EpochSampler(10)
+        sampler.set_epoch(0, start=10)
+        assert list(self.loader(sampler=sampler)) == []
+
     def test_a_rank_reads_only_its_own_samples(self, monkeypatch: pytest.MonkeyPatch) -> None:
         loader = self.loader(sampler=EpochSampler(10), rank=1, world_size=2, batch_size=5)
         read: list[int] = []

@@ -57,7 +57,8 @@ def get_data_loader(
         raise UsageError(f"batch_size={batch_size}: a global batch holds at least one sample")
     if len(dataset) and dataset.store.lengths.max() > budget:
         raise overlong(dataset.store.lengths, budget)
-    sampler = sampler or InfiniteSampler(len(dataset), seed)
+    if sampler is None:  # a sampler at the end of its epoch is empty, so it would count as false
+        sampler = InfiniteSampler(len(dataset), seed)
     if sampler.len_data != len(dataset):
         raise UsageError(f"the sampler orders {sampler.len_data} samples, the data has {len(dataset)}")
     return DataLoader[list[MicroBatch]](
