@@ -441,6 +441,15 @@ class TestForecast:
         told = forecast(np.array([4, 2]), np.array([3, 1]), Layout(2, 6, world_size=2))
         assert told.epochs[0].balance == 6 / 8
 
+    def test_balance_is_that_of_the_plan(self) -> None:
+        lengths, cost = np.random.default_rng(0).integers(1, 200, 60), CostModel(1, 3)
+        told = forecast(lengths, lengths - 1, Layout(60, 256, 4, cost)).epochs[0]
+        in_order = lengths[epoch_order(60, 0, 0)]
+        plan = plan_batch(in_order, 256, 4, cost)
+        dearest = sum(max(sum(cost.of(in_order[i]) for i in pack) for pack in packs) for packs in plan.packs)
+        assert plan.num_micro_batches > 1
+        assert told.balance == cost.of(lengths).sum() / (4 * dearest)
+
     def test_many_ranks(self) -> None:
         told = forecast(np.full(2048, 10), np.full(2048, 9), Layout(2048, 100, world_size=1024))
         assert (told.num_micro_batches, told.epochs[0].num_placeholders) == (1, 0)
