@@ -53,9 +53,8 @@ def load_tokenizer_if_named(args: TrainingArguments) -> Any:
 
 def show_store(path: str, store: TokenStore) -> None:
     """Print the counts of a prepared data set."""
-    table = Table(
-        title=f"{path} ({'found prepared' if store.metadata.get('cached') else 'prepared'})", show_header=False
-    )
+    console.print(f"{path}: {'found prepared' if store.metadata.get('cached') else 'prepared'}", soft_wrap=True)
+    table = Table(show_header=False)
     table.add_row("kind", str(store.metadata.get("kind")))
     for name, count in store.metadata.get("report", {}).items():
         table.add_row(name.replace("_", " "), f"{count:,}" if isinstance(count, int) else _listed(count))

@@ -1,0 +1,129 @@
+"""TrainingArguments: one meaning from Python, YAML and the command line; nothing unknown or without effect passes."""
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.arguments.groups import GROUPS
+from trainer.arguments.training import TrainingArguments, read_yaml
+from trainer.cli.parse import parse
+from trainer.cli.train import LaunchArguments
+from trainer.errors import UsageError
+
+VALID: dict[str, Any] = {
+    "data_path": "some data.jsonl",
+    "learning_rate": 1e-4,
+    "num_train_epochs": 2.5,
+    "max_steps": 7,
+    "bf16": True,
+    "freeze_patterns": ["embed", r"layers\.0\."],
+    "lr_scheduler_kwargs": {"min_lr": 0.1},
+    "save_dtype": "bfloat16",
+    "max_tokens": 10**9,
+    "warmup_steps": 0.1,
+}
+
+
+def as_words(options: dict[str, Any]) -> list[str]:
+    words: list[str] = []
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, list):
+            words += [flag, *value]
+        else:
+            words.append(f"{flag}={json.dumps(value) if isinstance(value, dict) else value}")
+    return words
+
+
+def from_words(words: list[str]) -> TrainingArguments:
+    return parse("train", words, GROUPS, LaunchArguments, "")[0]
+
+
+@given(names=st.sets(st.sampled_from(sorted(VALID))))
+def test_python_yaml_and_command_line_agree(names: set[str], tmp_path_factory: pytest.TempPathFactory) -> None:
+    options = {name: VALID[name] for name in sorted(names)}
+    file = tmp_path_factory.mktemp("yaml") / "run.yaml"
+    file.write_text(yaml.safe_dump(options))
+    expected = TrainingArguments(**options)
+    assert TrainingArguments.from_yaml(file) == expected
+    assert from_words(as_words(options)) == expected
+    assert TrainingArguments.from_mapping(json.loads(expected.to_json())) == expected
+
+
+def test_flags_override_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("learning_rate: 1e-4\nbatch_size: 8\n")
+    args = from_words([str(file), "--batch-size", "3"])
+    assert (args.learning_rate, args.batch_size) == (1e-4, 3)
+
+
+def test_every_option_says_what_it_is_and_belongs_to_one_group() -> None:
+    fields = dataclasses.fields(TrainingArguments)
+    assert all(field.metadata["help"].endswith(".") or "(" in field.metadata["help"] for field in fields)
+    grouped = [field.name for group in GROUPS for field in dataclasses.fields(group)]
+    assert grouped == [field.name for field in fields]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lerning_rate": 1}, "unknown option 'lerning_rate': did you mean 'learning_rate'"),
+        ({"zzzz": 1}, "unknown option 'zzzz'"),
+        ({"batch_size": 0}, "batch_size = 0: must be above 0"),
+        ({"batch_size": 2.5}, "batch_size = 2.5: expected a whole number"),
+        ({"batch_size": True}, "expected a whole number"),
+        ({"bf16": "yes"}, "bf16 = 'yes': expected true or false"),
+        ({"train_on": "user"}, "expected one of assistant, all, last"),
+        ({"validation_split": 1.0}, "must be below 1"),
+        ({"learning_rate": "fast"}, "learning_rate = 'fast': expected a number"),
+        ({"freeze_patterns": "embed"}, "freeze_patterns"),
+        ({"max_steps": 0}, "would train nothing"),
+        ({"model_config": "a", "model_name_or_path": "b"}, "exclude each other"),
+        ({"validation_split": 0.1, "validation_data_path": "x"}, "exclude each other"),
+        ({"eval_steps": 5}, "has no effect with eval_strategy=no"),
+        ({"eval_strategy": "steps"}, "needs eval_steps"),
+        ({"export_best": True}, "needs evaluations to choose by"),
+        ({"max_tokens_per_gpu": 5, "max_tokens_per_rank": 6}, "is another name of max_tokens_per_rank"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_refused_with_what_is_allowed(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        TrainingArguments(**options)
+
+
+def test_aliases_are_understood_everywhere(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("max_tokens_per_gpu: 77\n")
+    for args in (
+        TrainingArguments(max_tokens_per_gpu=77),
+        TrainingArguments.from_yaml(file),
+        from_words(["--max-tokens-per-gpu=77"]),
+        from_words(["--max_tokens_per_gpu", "77"]),
+    ):
+        assert args.max_tokens_per_rank == 77
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: b: c\n", "", "1: 2\n", "!!python/object/apply:os.getcwd []"])
+def test_a_file_that_is_no_configuration_is_refused_with_its_name(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=r"run\.yaml"):
+        read_yaml(file)
+
+
+@given(st.binary(max_size=200))
+def test_arbitrary_bytes_never_give_a_traceback(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    file = tmp_path_factory.mktemp("yaml") / "run.yaml"
+    file.write_bytes(content)
+    with contextlib.suppress(UsageError):  # any other error is a failure
+        TrainingArguments.from_yaml(file)

@@ -1,0 +1,159 @@
+"""The command line: help, typos, exit codes, and what each command shows."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fixtures.corpora import write_chats, write_malformed, write_tokens
+from tests.fixtures.models import build_config, save_model
+from tests.fixtures.tokenizers import build_tokenizer
+from trainer.cli.main import COMMANDS, main
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    """A tiny model with its tokenizer, as a Hugging Face folder."""
+    save_model(tmp_path / "model", vocab_size=320)
+    build_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    assert stopped.value.code == 0
+    assert f"trainer {name}" in capsys.readouterr().out
+
+
+def test_without_a_command_it_shows_the_usage_and_fails() -> None:
+    assert main([]) == 2
+
+
+def test_a_typo_in_a_command_gets_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian"]) == 2
+    assert "did you mean 'train'" in capsys.readouterr().err
+
+
+def test_a_typo_in_a_flag_gets_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--lerning-rate", "1"])
+    assert stopped.value.code == 2
+    assert "--learning-rate" in capsys.readouterr().err
+
+
+def test_a_typo_in_a_file_gets_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("lerning_rate: 1\n")
+    assert main(["train", str(file)]) == 2
+    assert "did you mean 'learning_rate'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "nowhere.yaml"], "nowhere.yaml"),
+        (["train"], "tokenizer_name_or_path"),
+        (["plan"], "data_path is missing"),
+        (["prepare"], "data_path is missing"),
+        (["plan", "--data-path", "x.jsonl", "--world-size", "0"], "world_size"),
+        (["export", "nowhere", "there"], "nowhere"),
+        (["train", "--lr-scheduler-kwargs", "{"], "JSON"),
+    ],
+    ids=str,
+)
+def test_wrong_usage_is_a_message_and_code_2(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(words)
+    except SystemExit as stopped:
+        code = int(stopped.code or 0)
+    assert code == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_a_broken_line_is_named_and_code_1(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_malformed(tmp_path / "broken.jsonl", line=3)
+    words = [f"--data-path={file}", f"--model-name-or-path={model_folder}", f"--data-cache-dir={tmp_path / 'cache'}"]
+    assert main(["prepare", *words]) == 1
+    assert f"{file}:3" in capsys.readouterr().err
+
+
+def test_prepare_reports_what_is_in_the_data(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_chats(tmp_path / "chats.jsonl", 7)
+    words = [f"--data-path={file}", f"--model-name-or-path={model_folder}", f"--data-cache-dir={tmp_path / 'cache'}"]
+    assert main(["prepare", *words]) == 0
+    shown = capsys.readouterr().out
+    assert "messages" in shown
+    assert "7" in shown
+    assert main(["prepare", *words]) == 0
+    assert "found prepared" in capsys.readouterr().out
+
+
+def test_plan_needs_no_tokenizer_for_token_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_tokens(tmp_path / "tokens.jsonl", [10, 20, 30, 40, 50])
+    options = ["--batch-size=2", "--max-tokens-per-rank=64", "--packing-cost=tokens", "--num-train-epochs=2"]
+    words = [f"--data-path={file}", f"--data-cache-dir={tmp_path / 'cache'}", *options]
+    assert main(["plan", *words, "--world-size", "1", "2", "1024"]) == 0
+    shown = capsys.readouterr().out
+    assert "3 steps an epoch, 6 steps" in shown
+    assert "1,024" in shown
+
+
+def test_export_writes_another_type(tmp_path: Path, model_folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    target = tmp_path / "half"
+    assert main(["export", str(model_folder), str(target), "--save-dtype=bfloat16"]) == 0
+    assert str(AutoModelForCausalLM.from_pretrained(target).dtype) == "torch.bfloat16"
+    assert len(AutoTokenizer.from_pretrained(target)) == len(AutoTokenizer.from_pretrained(model_folder))
+
+
+@pytest.fixture
+def chat_job(tmp_path: Path) -> list[str]:
+    build_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    build_config("llama", vocab_size=320, max_position_embeddings=512).save_pretrained(tmp_path / "config")
+    options: dict[str, Any] = {
+        "model-config": tmp_path / "config",
+        "tokenizer-name-or-path": tmp_path / "tokenizer",
+        "data-path": write_chats(tmp_path / "chats.jsonl", 12),
+        "data-cache-dir": tmp_path / "cache",
+        "output-dir": tmp_path / "run",
+        "dataset-num-proc": 1,
+        "batch-size": 4,
+        "max-tokens-per-rank": 512,
+        "generation-max-new-tokens": 4,
+    }
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+def test_train_shows_progress_answers_and_where_things_lie(
+    tmp_path: Path, chat_job: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = ["--validation-split=0.25", "--eval-on-start", "--eval-at-end", "--num-generation-samples=2"]
+    assert main(["train", *chat_job, *extra, "--max-steps=2", "--logging-steps=1", "--eval-exact-match"]) == 0
+    shown = capsys.readouterr().out
+    for text in ("step 1/2", "step 2/2", "tokens/s", "exact_match", "expected", "finished step 2", str(tmp_path)):
+        assert text in shown.replace("\n", "") or text in shown
+
+
+def test_answers_need_chats(tmp_path: Path, chat_job: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "text.jsonl"
+    file.write_text('{"text": "one two"}\n{"text": "three four"}\n')
+    words = [*chat_job, f"--data-path={file}", f"--validation-data-path={file}", "--eval-at-end", "--eval-exact-match"]
+    assert main(["train", *words, "--max-steps=1"]) == 2
+    assert "not for 'text' data" in capsys.readouterr().err

@@ -1,0 +1,303 @@
+"""The parts of a step and what surrounds them: gradients, metrics, optimizer, schedule, ranks, output folder."""
+
+import json
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, get_scheduler
+
+from tests.fixtures.models import tiny_llama
+from tests.fixtures.oracles import linear_schedule
+from tests.fixtures.runs import build_arguments, build_trainer, random_token_samples
+from tests.fixtures.tolerances import LAYOUT_FLOAT64
+from trainer.arguments.groups import MachineArguments, OptimizerArguments, ScheduleArguments
+from trainer.data.length import run_length
+from trainer.data.sampler import epoch_order
+from trainer.distributed.group import Group
+from trainer.distributed.topology import Topology
+from trainer.errors import UsageError
+from trainer.optim.gradients import clip, global_norm
+from trainer.optim.optimizers import build_optimizer, parameter_groups
+from trainer.optim.schedules import build_schedule
+from trainer.training.callbacks import Every
+from trainer.training.metrics import BatchMetrics, batch_counts
+from trainer.training.output import open_output_dir
+from trainer.training.signals import SIGNALS, StopRequest
+from trainer.training.step import check_finite
+
+
+def one_process() -> Group:
+    return Group.join(MachineArguments(use_cpu=True))
+
+
+class TestGradients:
+    def parameters(self) -> list[torch.nn.Parameter]:
+        made = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+        made[0].grad, made[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
+        return made
+
+    def test_the_norm_is_over_all_gradients_together(self) -> None:
+        assert global_norm(self.parameters()).item() == 5.0
+
+    @pytest.mark.parametrize(("max_norm", "left"), [(1.0, 1.0), (10.0, 5.0), (0.0, 5.0)])
+    def test_clipping_scales_down_and_never_up(self, max_norm: float, left: float) -> None:
+        parameters = self.parameters()
+        clip(parameters, global_norm(parameters), max_norm)
+        assert global_norm(parameters).item() == pytest.approx(left, rel=1e-5)
+
+    @pytest.mark.world_size(2)
+    def test_the_norm_of_sharded_gradients_is_that_of_the_whole(self, ranks) -> None:
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        whole = torch.arange(12.0, dtype=torch.float64).reshape(4, 3)
+        parameter = torch.nn.Parameter(distribute_tensor(torch.zeros_like(whole), ranks.mesh(), [Shard(0)]))
+        parameter.grad = distribute_tensor(whole, ranks.mesh(), [Shard(0)])
+        norm = global_norm([parameter])
+        assert norm.item() == pytest.approx(whole.norm().item(), rel=LAYOUT_FLOAT64)
+        clip([parameter], norm, 1.0)
+        assert parameter.grad.full_tensor().norm().item() == pytest.approx(1.0, rel=1e-5)
+
+    @pytest.mark.parametrize(("loss", "norm", "named"), [(math.nan, 1.0, "loss"), (1.0, math.inf, "gradient norm")])
+    def test_a_non_finite_number_is_named(self, loss: float, norm: float, named: str) -> None:
+        with pytest.raises(ArithmeticError, match=f"{named} is (nan|inf)"):
+            check_finite(loss, norm)
+
+
+class TestBatchMetrics:
+    def test_sums_numbers_and_tensors(self) -> None:
+        metrics = BatchMetrics()
+        metrics.accumulate(loss=torch.tensor(1.5), tokens=3)
+        metrics.accumulate(loss=torch.tensor(2.0), tokens=4)
+        assert metrics.reduce(one_process()) == {"loss": 3.5, "tokens": 7.0}
+
+    def test_forgets_after_reducing(self) -> None:
+        metrics = BatchMetrics()
+        metrics.accumulate(loss=1.0)
+        metrics.reduce(one_process())
+        metrics.accumulate(loss=2.0)
+        assert metrics.reduce(one_process()) == {"loss": 2.0}
+
+    def test_many_small_values_are_not_lost(self) -> None:
+        metrics = BatchMetrics()
+        metrics.accumulate(loss=torch.tensor(2.0**24))
+        for _ in range(16):
+            metrics.accumulate(loss=torch.tensor(1.0))
+        assert metrics.reduce(one_process()) == {"loss": 2.0**24 + 16}
+
+    @pytest.mark.world_size(2, 3)
+    def test_sums_over_ranks(self, ranks) -> None:
+        metrics = BatchMetrics()
+        metrics.accumulate(rank=ranks.rank, one=1)
+        total = sum(range(ranks.world_size))
+        assert metrics.reduce(one_process()) == {"one": ranks.world_size, "rank": total}
+
+    def test_keeps_no_graph(self) -> None:
+        weight = torch.ones((), requires_grad=True)
+        metrics = BatchMetrics()
+        metrics.accumulate(loss=weight * 2)
+        assert metrics.reduce(one_process()) == {"loss": 2.0}
+
+    def test_packing_efficiency_counts_the_budgets_of_all_ranks(self) -> None:
+        first: Any = {"batch_num_loss_counted_tokens": 5, "batch_num_tokens": 30, "batch_num_samples": 2}
+        assert batch_counts([first, first], max_tokens_per_rank=10, world_size=3)["packing_efficiency"] == 0.5
+
+
+class TestOptimizer:
+    def test_norms_and_biases_do_not_decay(self) -> None:
+        groups = parameter_groups(tiny_llama(), weight_decay=0.1)
+        assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+        assert all(parameter.ndim >= 2 for parameter in groups[0]["params"])
+        assert all(parameter.ndim < 2 for parameter in groups[1]["params"])
+
+    def test_frozen_parameters_are_left_out(self) -> None:
+        model = tiny_llama()
+        model.lm_head.weight.requires_grad_(False)
+        held = {id(p) for group in parameter_groups(model, 0.1) for p in group["params"]}
+        assert held == {id(p) for p in model.parameters()} - {id(model.lm_head.weight)}
+
+    def test_a_model_without_trainable_parameters_is_refused(self) -> None:
+        with pytest.raises(UsageError, match="every parameter is frozen"):
+            build_optimizer(tiny_llama().requires_grad_(False), OptimizerArguments())
+
+    def test_settings_reach_the_optimizer(self) -> None:
+        args = OptimizerArguments(learning_rate=0.3, adam_beta1=0.8, adam_beta2=0.7, adam_epsilon=1e-3)
+        group = build_optimizer(tiny_llama(), args).param_groups[0]
+        assert (group["lr"], group["betas"], group["eps"]) == (0.3, (0.8, 0.7), 1e-3)
+
+    def test_an_unknown_name_gets_the_nearest(self) -> None:
+        with pytest.raises(UsageError, match="nearest: adamw_torch_fused"):
+            build_optimizer(tiny_llama(), OptimizerArguments(optim="adamw_torch_fussed"))
+
+
+class TestSchedule:
+    def rates(self, num_steps: int, **options: Any) -> list[float]:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        schedule = build_schedule(optimizer, ScheduleArguments(**options), num_steps)
+        found = []
+        for _ in range(num_steps):
+            found.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+        return found
+
+    @given(num_steps=st.integers(1, 40), warmup=st.integers(0, 10))
+    def test_linear_is_the_closed_form(self, num_steps: int, warmup: int) -> None:
+        expected = [linear_schedule(step, 1.0, warmup, num_steps) for step in range(1, num_steps + 1)]
+        assert self.rates(num_steps, warmup_steps=warmup) == pytest.approx(expected)
+
+    def test_a_warm_up_below_one_is_a_share(self) -> None:
+        assert self.rates(20, warmup_steps=0.25) == self.rates(20, warmup_steps=5)
+
+    @pytest.mark.parametrize("name", ["cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial"])
+    def test_names_are_those_of_transformers(self, name: str) -> None:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        theirs = get_scheduler(name, optimizer, num_warmup_steps=2, num_training_steps=9)
+        ours = build_schedule(optimizer, ScheduleArguments(lr_scheduler_type=name, warmup_steps=2), 9)
+        assert [fn(7) for fn in ours.lr_lambdas] == [fn(7) for fn in theirs.lr_lambdas]
+
+    def test_an_unknown_name_lists_the_known(self) -> None:
+        with pytest.raises(UsageError, match="one of linear, cosine"):
+            self.rates(3, lr_scheduler_type="linar")
+
+    def test_an_unknown_setting_is_refused(self) -> None:
+        with pytest.raises(UsageError, match="lr_scheduler_kwargs"):
+            self.rates(3, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_rl": 0.1})
+
+
+class TestRunLength:
+    @given(
+        counts=st.lists(st.integers(1, 9), min_size=1, max_size=30),
+        batch_size=st.integers(1, 8),
+        limit=st.integers(1, 300),
+        seed=st.integers(0, 3),
+    )
+    def test_the_first_step_that_reaches_the_tokens(
+        self, counts: list[int], batch_size: int, limit: int, seed: int
+    ) -> None:
+        import numpy as np
+
+        found = run_length(np.array(counts), batch_size, seed, ScheduleArguments(max_tokens=limit)).num_steps
+        trained, step, epoch = 0, 0, 0
+        while trained < limit:
+            order = epoch_order(len(counts), seed, epoch)
+            for start in range(0, len(counts), batch_size):
+                if trained < limit:
+                    trained += sum(counts[i] for i in order[start : start + batch_size])
+                    step += 1
+            epoch += 1
+        assert found == step
+
+
+class TestTopology:
+    def test_without_torchrun_it_is_one_process(self) -> None:
+        assert Topology.from_environment({}) == Topology(0, 1, 0, 1)
+
+    def test_reads_what_torchrun_sets(self) -> None:
+        environment = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+        topology = Topology.from_environment(environment)
+        assert (topology.rank, topology.local_rank, topology.is_lead, topology.is_local_lead) == (5, 1, False, False)
+
+    @pytest.mark.parametrize("environment", [{"RANK": "two"}, {"RANK": "2", "WORLD_SIZE": "2"}, {"WORLD_SIZE": "-1"}])
+    def test_nonsense_is_refused(self, environment: dict[str, str]) -> None:
+        with pytest.raises(UsageError, match="torchrun"):
+            Topology.from_environment(environment)
+
+    @pytest.mark.world_size(2)
+    def test_the_group_of_a_test_is_joined_and_left_alone(self, ranks) -> None:
+        with one_process() as group:
+            assert (group.rank, group.world_size) == (ranks.rank, 2)
+            assert group.any(ranks.rank == 1)
+            assert not group.any(False)
+        assert torch.distributed.is_initialized()
+
+    @pytest.mark.world_size(3)
+    def test_the_first_rank_of_a_node_goes_first(self, ranks) -> None:
+        group = one_process()
+        group.topology = Topology(ranks.rank, 3, ranks.rank, 3)
+        file = ranks.tmp_path / "made"
+        with group.local_lead_first():
+            if ranks.is_lead:
+                file.touch()
+            assert file.exists()
+
+
+class TestCheckpointing:
+    def test_saved_weights_load_in_transformers(self, tmp_path: Path) -> None:
+        trainer = build_trainer(tmp_path / "run", random_token_samples((5, 6)))
+        loaded = AutoModelForCausalLM.from_pretrained(trainer.save_model(tmp_path / "saved"))
+        ids = torch.tensor([[5, 6, 7]])
+        assert torch.equal(loaded(ids).logits, trainer.model.eval()(ids).logits)
+
+    def test_the_saved_type_can_be_chosen(self, tmp_path: Path) -> None:
+        trainer = build_trainer(tmp_path / "run", random_token_samples((5, 6)), save_dtype="bfloat16")
+        assert AutoModelForCausalLM.from_pretrained(trainer.save_model(tmp_path / "saved")).dtype == torch.bfloat16
+
+
+class TestOutputFolder:
+    def test_a_folder_that_cannot_be_made_is_an_error(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(UsageError, match="cannot be written"):
+            open_output_dir(build_arguments(tmp_path / "file" / "run"), one_process())
+
+    @pytest.mark.world_size(2)
+    def test_all_ranks_hear_of_it(self, ranks) -> None:
+        (ranks.tmp_path / "file").write_text("")
+        ranks.barrier()
+        with pytest.raises(UsageError):
+            open_output_dir(build_arguments(ranks.tmp_path / "file" / "run"), one_process())
+
+    def test_what_else_lies_there_is_left_alone(self, tmp_path: Path) -> None:
+        (tmp_path / "notes.txt").write_text("mine")
+        (tmp_path / "metrics.jsonl").write_text(json.dumps({}))
+        open_output_dir(build_arguments(tmp_path, overwrite_output_dir=True), one_process())
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+        assert not (tmp_path / "metrics.jsonl").exists()
+
+
+class TestStopRequest:
+    def test_the_first_signal_is_remembered_and_the_second_is_the_system_s(self) -> None:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert stop.signal == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+
+    def test_any_rank_s_signal_counts(self) -> None:
+        stop = StopRequest()
+        flags = stop.as_flags()
+        assert stop.agreed(flags) is None
+        assert stop.agreed({**flags, "stopped_by_SIGTERM": 1.0}) == signal.SIGTERM
+        assert len(flags) == len(SIGNALS)
+
+
+class TestEvery:
+    @given(interval=st.integers(1, 20), growth=st.lists(st.integers(0, 30), max_size=20), start=st.integers(0, 50))
+    def test_is_due_once_for_steps_past_multiples(self, interval: int, growth: list[int], start: int) -> None:
+        every, count = Every(interval, start), start
+        for more in growth:
+            passed = (count + more) // interval > count // interval
+            count += more
+            assert every.is_due(count) == passed
+
+    def test_no_interval_is_never_due(self) -> None:
+        assert not Every(None).is_due(10**9)
+
+
+class TestPrecision:
+    @pytest.mark.world_size(1, 2)
+    def test_bf16_keeps_float32_weights_and_learns(self, ranks, tmp_path: Path) -> None:
+        trainer = build_trainer(ranks.tmp_path, random_token_samples((9,) * 8), bf16=True, num_train_epochs=10)
+        output = trainer.train()
+        assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+        assert output.training_loss < math.log(64)
+
+    def test_a_half_precision_model_gets_float32_master_weights(self, tmp_path: Path) -> None:
+        trainer = build_trainer(tmp_path, random_token_samples((5, 6)), tiny_llama(dtype=torch.bfloat16))
+        assert trainer.model.dtype == torch.float32
+        assert AutoModelForCausalLM.from_pretrained(trainer.save_model(tmp_path / "s")).dtype == torch.bfloat16
