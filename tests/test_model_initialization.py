@@ -315,6 +315,7 @@ class TestShardingWithFSDP2:
         assert {p.grad.dtype for p in sharded.parameters()} == {torch.float32}
         ours, theirs = (torch.cat([whole(p.grad).flatten() for p in m.parameters()]) for m in (sharded, single))
         assert 0 < (ours - theirs).norm() / theirs.norm() < tolerances.GRADIENT_BF16
+        assert not torch.equal(ours, ours.bfloat16().float())  # a sum in bfloat16 would be one
 
     @pytest.mark.world_size(2)
     def test_a_rank_with_a_placeholder_only_takes_part(self, ranks, saved):
