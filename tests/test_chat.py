@@ -58,7 +58,7 @@ def test_the_space_before_an_answer_belongs_to_it_where_the_template_says_so() -
     assert trained_text(build_tokenizer("mistral"), {"messages": TALK}) == [" one." + END, " two." + END]
 
 
-@pytest.mark.parametrize("template", sorted(set(TEMPLATES) - {"never_ends", "opens_reasoning"}))
+@pytest.mark.parametrize("template", sorted(name for name in TEMPLATES if not name.startswith(("never", "opens"))))
 @given(questions=st.lists(CONTENTS, min_size=1, max_size=3), answers=st.lists(CONTENTS, min_size=3, max_size=3))
 @settings(deadline=None, max_examples=25)
 def test_token_ids_are_those_of_apply_chat_template(template: str, questions: list[str], answers: list[str]) -> None:
@@ -80,7 +80,7 @@ def test_marks_and_incremental_rendering_agree(questions: list[str], answers: li
 @given(texts=st.lists(CONTENTS, min_size=1, max_size=4), cuts=st.data())
 @settings(deadline=None, max_examples=200)
 def test_masks_by_bytes_are_those_by_offsets(texts: list[str], cuts: st.DataObject) -> None:
-    encoder = Encoder(build_tokenizer().backend_tokenizer.to_str())
+    encoder = Encoder(_trimming_backend())
     texts = [text + END + text for text in texts]
     edges = [sorted(cuts.draw(st.lists(st.integers(0, len(text)), min_size=4, max_size=4))) for text in texts]
     spans = [[(a, b), (c, d)] for a, b, c, d in edges]
@@ -92,6 +92,15 @@ def test_masks_by_bytes_are_those_by_offsets(texts: list[str], cuts: st.DataObje
         assert ours[1].tolist() == oracle[1].tolist(), (text, wanted)
 
 
+def _trimming_backend() -> str:
+    """A backend that, as GPT-2's, leaves spaces out of the offsets it reports."""
+    from tokenizers import Tokenizer, processors
+
+    backend = Tokenizer.from_str(build_tokenizer().backend_tokenizer.to_str())
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    return str(backend.to_str())
+
+
 def test_a_normalizer_that_changes_a_text_does_not_shift_its_mask() -> None:
     from tokenizers import normalizers
 
@@ -99,6 +108,9 @@ def test_a_normalizer_that_changes_a_text_does_not_shift_its_mask() -> None:
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     messages = [user("e\u0301" * 9), assistant("yes"), user(NON_ASCII), assistant("no e\u0301")]
     assert trained_text(tokenizer, {"messages": messages}) == ["yes" + END, "no \u00e9" + END]
+    # two bytes less before the answer, two more after it: the sum is right, the places are not
+    messages = [user("e\u0301" * 2), assistant("yes"), user("\u0344")]
+    assert trained_text(tokenizer, {"messages": messages}) == ["yes" + END]
 
 
 def test_a_tokenizer_that_is_not_byte_level_is_masked_alike() -> None:
@@ -136,6 +148,7 @@ def test_only_the_completion_of_a_conversational_prompt_is_trained() -> None:
         ),
         ("opens_reasoning", TALK, "generation prompt alone otherwise"),
         ("never_ends", TALK, "no end-of-turn token"),
+        ("never_ends_but_begins", TALK, "no end-of-turn token"),
         ("gemma", [system("s"), *TALK], "System role not supported"),
         ("gemma", [user("a"), user("b")], "must alternate"),
         ("mistral", [{"role": "tool", "content": "x"}], "Only user and assistant"),
@@ -182,6 +195,17 @@ def test_raw_text_ends_with_one_eos_that_is_trained() -> None:
     assert trained_text(tokenizer, {"text": "hello" + END}) == [BOS + "hello" + END]
     assert trained_text(tokenizer, {"prompt": "2+2=", "completion": "4"}) == ["4" + END]
     assert trained_text(tokenizer, {"prompt": "2+2=", "completion": "4"}, train_on="all") == [BOS + "2+2=4" + END]
+
+
+def test_an_eos_that_the_tokenizer_adds_itself_is_the_only_one() -> None:
+    from tokenizers import processors
+
+    tokenizer = build_tokenizer()
+    ends = [(END, tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {END}", pair=f"$A {END} $B {END}", special_tokens=ends
+    )
+    assert trained_text(tokenizer, {"text": "hello"}) == ["hello" + END]
 
 
 def test_a_pretrain_message_is_raw_text() -> None:

@@ -183,9 +183,9 @@ def test_tokens_pass_unchanged_and_labels_default_to_them(tmp_path: Path, option
 
 
 def test_a_stated_count_of_loss_tokens_is_recomputed_and_reported(tmp_path: Path, options: Any) -> None:
-    lines = [{"input_ids": [5, 6, 7], "num_loss_counted_tokens": n} for n in (2, 3, "x")]
+    lines = [{"input_ids": [5, 6, 7], "num_loss_counted_tokens": n} for n in (2, 2, 3, "x")]
     store = prepare(write_jsonl(tmp_path / "t.jsonl", lines), None, options())
-    assert store.num_loss_tokens.tolist() == [2, 2, 2]
+    assert store.num_loss_tokens.tolist() == [2, 2, 2, 2]
     assert store.metadata["report"]["stated_loss_tokens_differ"] == 2
 
 
@@ -231,6 +231,9 @@ def test_a_sample_without_a_trained_token_is_an_error_or_counted(tmp_path: Path,
         prepare(path, TOKENIZER, options())
     store = prepare(path, TOKENIZER, options(on_untrainable="drop"))
     assert (len(store), _said(store)) == (1, {"untrainable_dropped": 1})
+    first = write_jsonl(tmp_path / "e.jsonl", [{"input_ids": [1, 2], "labels": [1, -100]}])
+    with pytest.raises(DataError, match=r"e.jsonl:1: found no token to train"):
+        prepare(first, None, options())
     only = write_jsonl(tmp_path / "d.jsonl", [chat("only a question")])
     with pytest.raises(DataError, match="no sample is left"):
         prepare(only, TOKENIZER, options(on_untrainable="drop"))
