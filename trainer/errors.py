@@ -54,6 +54,10 @@ class CheckpointError(TrainerError, RuntimeError):
     """A checkpoint could not be written, or what lies on disk is not a valid one."""
 
 
+class OutputError(TrainerError, OSError):
+    """What the run writes could not be written: the disk is full, or the folder is gone."""
+
+
 class NonFiniteError(TrainerError, ArithmeticError):
     """A loss or gradient is NaN or infinite; the step was not taken."""
 

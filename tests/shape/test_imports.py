@@ -12,15 +12,15 @@ from tests.shape.source import imports, modules, name_of
 FLOORS = {
     "errors": 0,
     "arguments": 1,
-    "data": 2,
+    "data": 3,
     "distributed": 2,
-    "model": 3,
-    "optim": 3,
-    "checkpoint": 4,
-    "training": 5,
-    "cli": 6,
-    "__main__": 7,
-    "train": 7,
+    "model": 4,
+    "optim": 4,
+    "checkpoint": 5,
+    "training": 6,
+    "cli": 7,
+    "__main__": 8,
+    "train": 8,
 }
 NEEDS_TORCH = {"trainer/data/collate.py", "trainer/data/loader.py", "trainer/data/dataset.py"}
 MAY_USE_TORCH_DISTRIBUTED = {

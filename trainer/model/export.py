@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -48,7 +49,7 @@ def export_model(
     if is_lead(model):
         try:
             _publish(model, tokenizer, tensors, target, max_shard_size)
-        except (OSError, ValueError, RuntimeError) as caught:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as caught:
             error = caught
     if error is not None:
         any_rank(True, model)
@@ -88,7 +89,7 @@ def _publish(
     hidden.mkdir(parents=True)
     try:
         _write(model, tokenizer, tensors, hidden, max_shard_size)
-        _flush(hidden)
+        _seal(hidden)
         if target.exists():
             target.rename(former)
         hidden.rename(target)
@@ -118,9 +119,14 @@ def _write(
         tokenizer.save_pretrained(directory)
 
 
-def _flush(directory: Path) -> None:
-    """Have the operating system put every file on disk, so that the rename cannot outrun them."""
+def _seal(directory: Path) -> None:
+    """Have every file put on disk, so that the rename cannot outrun them, and readable for who may read the config.
+
+    The safetensors library writes files that only their owner can read.
+    """
     for path in [*directory.rglob("*"), directory]:
+        if path.is_file():
+            shutil.copymode(directory / "config.json", path)
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

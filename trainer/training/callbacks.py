@@ -14,6 +14,7 @@ from typing import Any
 from transformers.trainer_callback import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState
 
 from trainer.arguments.training import TrainingArguments
+from trainer.errors import OutputError
 from trainer.training.evaluation import best_metric, improves
 from trainer.training.metrics import StepReport
 
@@ -86,9 +87,13 @@ class MetricsFile(TrainerCallback):
         self._append(state, {"step": state.global_step, "epoch": state.epoch, **metrics})
 
     def _append(self, state: RunState, line: Mapping[str, Any]) -> None:
-        if state.is_world_process_zero:
+        if not state.is_world_process_zero:
+            return
+        try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OutputError(f"{self.path} cannot be written after step {state.global_step}: {error}") from error
 
 
 class ExportCallback(TrainerCallback):
