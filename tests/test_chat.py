@@ -101,6 +101,14 @@ def _trimming_backend() -> str:
     return str(backend.to_str())
 
 
+def test_spaces_at_the_end_of_a_span_are_trained_also_by_offsets() -> None:
+    encoder = Encoder(_trimming_backend())
+    ((ids, by_bytes),) = encoder.encode(["ab   c"], [[(0, 4)]])
+    ((_, by_offsets),) = encoder._encode_by_offsets(["ab   c"], [[(0, 4)]])
+    assert by_bytes.tolist() == by_offsets.tolist()
+    assert build_tokenizer().decode(ids[by_bytes]) == "ab  "
+
+
 def test_a_normalizer_that_changes_a_text_does_not_shift_its_mask() -> None:
     from tokenizers import normalizers
 
