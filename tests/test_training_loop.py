@@ -112,6 +112,7 @@ class TestEvents:
             ({"eval_strategy": "epoch"}, [3, 6]),
             ({"min_samples_per_evaluation": 9}, [3, 5]),
             ({"eval_on_start": True, "eval_at_end": True}, [0, 6]),
+            ({"eval_strategy": "steps", "eval_steps": 3, "eval_at_end": True, "min_samples_per_evaluation": 10}, [3, 6]),
         ],
         ids=str,
     )

@@ -43,6 +43,7 @@ class Run:
     log: Callable[[dict[str, float]], None]
     loss_sum: float = 0.0  # over all loss tokens trained so far
     stop_signal: int | None = None  # the signal that ended the run
+    evaluated_step: int | None = None  # the last step after which there was an evaluation
 
 
 def train(run: Run) -> None:
@@ -50,14 +51,14 @@ def train(run: Run) -> None:
     run.state.max_steps = run.length.num_steps or -1
     run.callbacks.on_train_begin(run.args, run.state, run.control)
     if run.args.eval_on_start:
-        run.evaluate()
+        evaluate_once(run)
     with StopRequest() as stop:
         for epoch in itertools.count(run.state.num_samples_seen // run.num_samples):
             train_epoch(run, epoch, stop)
             if run.control.should_training_stop:
                 break
     if run.args.eval_at_end:
-        run.evaluate()
+        evaluate_once(run)
     run.callbacks.on_train_end(run.args, run.state, run.control)
 
 
@@ -149,5 +150,12 @@ def act(run: Run, window: LossWindow) -> None:
         run.log(window.take())
     run.control.should_log = False
     if run.control.should_evaluate:
-        run.evaluate()
+        evaluate_once(run)
     run.control.should_evaluate = False
+
+
+def evaluate_once(run: Run) -> None:
+    """Evaluate, unless that was done after this very step: several reasons to evaluate may fall together."""
+    if run.evaluated_step != run.state.global_step:
+        run.evaluate()
+        run.evaluated_step = run.state.global_step
