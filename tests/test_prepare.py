@@ -283,3 +283,10 @@ def _said(store: TokenStore) -> dict[str, int]:
     """The counts of the report that are not 0, but for those of what is in the store."""
     inside = {"documents", "samples", "tokens", "loss_tokens", "ignored_fields"}
     return {name: count for name, count in store.metadata["report"].items() if count and name not in inside}
+
+
+def test_a_last_block_of_one_token_has_nothing_to_train_and_is_counted(tmp_path: Path, options: Any) -> None:
+    path = write_jsonl(tmp_path / "t.jsonl", [{"input_ids": [5] * 8}])  # and EOS behind them
+    store = prepare(path, TOKENIZER, options(block_size=4))
+    assert store.lengths.tolist() == [4, 4]
+    assert store.metadata["report"]["untrainable_blocks_dropped"] == 1

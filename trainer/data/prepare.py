@@ -49,7 +49,7 @@ _COUNTS = (
     "tokens_truncated",
     "untrainable_dropped",
     "untrainable_pieces_dropped",
-    "untrainable_blocks_kept",
+    "untrainable_blocks_dropped",
     "turns_without_end_of_turn",
     "stated_loss_tokens_differ",
 )
@@ -133,9 +133,12 @@ class _Job:
         report = Counter(dict.fromkeys(_COUNTS, 0))
         with StoreWriter(directory) as writer, _tokenised(self.source, self.recipe, self._num_processes()) as results:
             for batch in self._with_blocks(self._counted(results, report)):
-                report.update(samples=len(batch.lengths), tokens=len(batch.input_ids))
-                loss_tokens = batch.count_loss_tokens()
-                report.update(loss_tokens=int(loss_tokens.sum()), untrainable_blocks_kept=int((loss_tokens == 0).sum()))
+                # A block of nothing but its first token, or of prompts alone, has nothing to train.
+                trainable = batch.count_loss_tokens() > 0
+                report.update(untrainable_blocks_dropped=int((~trainable).sum()))
+                batch = batch.where(trainable)
+                loss_tokens = int(batch.count_loss_tokens().sum())
+                report.update(samples=len(batch.lengths), tokens=len(batch.input_ids), loss_tokens=loss_tokens)
                 writer.append_batch(batch)
             if _stamp(self.source.path) != self.source.stamp:
                 raise DataError("the file changed while it was read", "prepare it again", self.source.path)
