@@ -53,9 +53,9 @@ class Run:
         return [float(text) for text in re.findall(r"rank \d+ +([\d.]+)s", self.block(name))]
 
 
-def run(pytester: pytest.Pytester, body: str, *args: str, preload: str = "", **env: str) -> Run:
-    """Run tests with the harness; `body` follows HEADER."""
-    pytester.makepyfile(test_inner=HEADER + textwrap.dedent(body))
+def run(pytester: pytest.Pytester, body: str, *args: str, header: str = HEADER, **env: str) -> Run:
+    """Run tests with the harness; `body` follows the header."""
+    pytester.makepyfile(test_inner=header + textwrap.dedent(body))
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch = pytest.MonkeyPatch()
     with monkeypatch.context() as patch:
@@ -63,18 +63,5 @@ def run(pytester: pytest.Pytester, body: str, *args: str, preload: str = "", **e
         patch.setenv("OMP_NUM_THREADS", "1")
         for name, value in env.items():
             patch.setenv(name, value)
-        options = ["-v", "-Werror", "-p", PLUGIN, "-p", "no:cacheprovider", "-o", f"rank_preload={preload}"]
+        options = ["-v", "-Werror", "-p", PLUGIN, "-p", "no:cacheprovider", "-o", "rank_preload="]
         return Run(pytester.runpytest_subprocess(*options, *args))
-
-
-def harness_processes() -> set[int]:
-    """Every process of this user whose temporary directory or command line belongs to an inner pytest."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if b"test_inner" in (entry / "environ").read_bytes() + (entry / "cmdline").read_bytes():
-                    found.add(int(entry.name))
-            except OSError:
-                continue
-    return found

@@ -1,0 +1,146 @@
+"""No process and no file outlives pytest, whatever ends it; and the other ways to start ranks."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.ranks.inner import HEADER, PLUGIN, ROOT, run
+
+pytest_plugins = "pytester"
+
+LIGHT = "import pytest\n"  # collection needs no torch
+PASSING = """
+@pytest.mark.world_size(1, 2)
+def test_passes(ranks): assert reduce()[0] == ranks.world_size
+
+def answer(): return dist.get_rank()
+
+def test_launches(launch): assert launch(2, answer).values == [0, 1]
+"""
+
+WAITING = """
+def test_waits(ranks):
+    if ranks.rank == 0:
+        os.system("sleep 300 &")
+    reduce()
+    open(f"pid{ranks.rank}", "w").write(f"{os.getpid()} {os.getppid()}")
+    time.sleep(300)
+"""
+
+
+def tree_of(pids):
+    """These processes and whatever they are parents of, that still run."""
+    living = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if fields[0] not in "ZX" and (int(entry.name) in pids or int(fields[1]) in pids):
+                living.add(int(entry.name))
+    return living
+
+
+def wait_until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGKILL, id="SIGKILL"),
+        pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.slow),
+    ],
+)
+def test_nothing_outlives_pytest(tmp_path, number):
+    (tmp_path / "test_inner.py").write_text(HEADER + WAITING)
+    shared = set(Path("/dev/shm").glob("ranks-*"))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", PLUGIN, "-p", "no:cacheprovider", "-o", "rank_preload="]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as process:
+        files = [tmp_path / "pid0", tmp_path / "pid1"]
+        assert wait_until(lambda: all(file.exists() and file.read_text() for file in files), 60)
+        pids = {int(pid) for file in files for pid in file.read_text().split()}
+        assert len(tree_of(pids)) >= 4  # zygote, two ranks, and what rank 0 started
+        family = tree_of(pids)
+        process.send_signal(number)
+        process.wait(30)
+    assert wait_until(lambda: not tree_of(family))
+    assert wait_until(lambda: set(Path("/dev/shm").glob("ranks-*")) <= shared)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(("--rank-zygote=exec",), id="exec"),
+        pytest.param(("--rank-zygote=off",), id="off", marks=pytest.mark.slow),
+        pytest.param(("--rank-isolation=fork",), id="isolated", marks=pytest.mark.slow),
+        pytest.param(("-n", "2"), id="xdist"),
+    ],
+)
+def test_ranks_start_in_other_ways(pytester, options):
+    run(pytester, PASSING, *options).result.assert_outcomes(passed=3)
+
+
+def test_options_choose_cells(pytester):
+    body = """
+    @pytest.mark.world_size(1, 2, 3)
+    @pytest.mark.backend("gloo", "fake")
+    def test_cells(ranks): pass
+    """
+    chosen = run(pytester, body, "--ranks=2,3", "--backends=gloo")
+    chosen.result.assert_outcomes(passed=2, deselected=4)
+    assert "test_cells[gloo-2] PASSED" in chosen.text
+
+
+def test_what_lacks_hardware_is_listed(pytester):
+    body = """
+    @pytest.mark.world_size(2, 64)
+    @pytest.mark.backend("nccl")
+    def test_cells(ranks): pass
+    """
+    listed = run(pytester, body, header=LIGHT, CUDA_VISIBLE_DEVICES="")
+    listed.result.assert_outcomes(skipped=2)
+    assert "cells not run for lack of hardware" in listed.text
+    assert "nccl-64 needs 64 GPUs, there are 0 (1 test)" in listed.text
+
+
+@pytest.mark.parametrize(
+    ("body", "options", "said"),
+    [
+        ("@pytest.mark.world_size(0)\ndef test_x(ranks): pass", (), "world_size(0,): allowed are positive integers"),
+        ("@pytest.mark.backend('mpi')\ndef test_x(ranks): pass", (), "allowed are any of gloo, nccl, fake, threads"),
+        ("def test_x(ranks): pass", ("--gpus=99",), "--gpus=99: allowed are auto and numbers up to"),
+        ("def test_x(ranks): pass", ("--backends=glo",), "got 'glo'; allowed: a comma-separated list of gloo"),
+        (
+            "@pytest.mark.backend('threads')\ndef test_x(ranks, tmp_path): pass",
+            (),
+            "fixture 'tmp_path' would be one object shared by all threads",
+        ),
+    ],
+    ids=["size", "backend", "gpus", "backends", "threads"],
+)
+def test_the_impossible_is_refused_at_collection(pytester, body, options, said):
+    refused = run(pytester, body, *options, header=LIGHT)
+    assert refused.result.ret != 0
+    assert said in refused.text + refused.result.stderr.str()
+
+
+def test_coverage_counts_what_ranks_run(pytester):
+    pytester.makepyfile(measured="def f(rank):\n    if rank:\n        return 1\n    return 2\n")
+    body = """
+    import measured
+    def test_f(ranks): measured.f(ranks.rank)
+    """
+    covered = run(pytester, body, "--cov=measured", "--cov-branch", "--cov-report=term")
+    assert "100%" in covered.text
