@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fixtures import tolerances
-from tests.fixtures.models import ATTENTION_ONLY, DENSE, MIXTURES, build_model, build_pack, random_samples
+from tests.fixtures.models import ATTENTION_ONLY, DENSE, MIXTURES, build_model, build_pack, random_samples, tiny_llama
+from trainer.errors import IsolationError, ModelError
 from trainer.model.attention import packed_inputs, use_packed_attention
+from trainer.model.isolation import check_positions
 from trainer.model.loss import token_loss_sum
 
 # Even and above 2: see tolerances.ISOLATION_FP32.
@@ -105,3 +107,19 @@ def test_an_attention_mask_and_a_cache_do_not_open_the_borders():
     with torch.no_grad():
         careless = model(**{**inputs, "use_cache": True}, attention_mask=torch.ones_like(inputs["input_ids"])).logits
     assert torch.equal(careless[0], torch.cat(packed_logits(model, samples)))
+
+
+def test_positions_that_follow_the_longest_sample_of_a_pack_are_refused():
+    model = tiny_llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    model.config.rope_parameters["original_max_position_embeddings"] = 64
+    check_positions(model, longest=64)
+    with pytest.raises(IsolationError, match="passes 64 tokens; the longest here has 65"):
+        check_positions(model, longest=65)
+
+
+def test_samples_longer_than_the_models_positions_are_refused():
+    model = shared_model("gpt2")
+    limit = model.config.max_position_embeddings
+    check_positions(model, limit)
+    with pytest.raises(ModelError, match=f"has positions for {limit}"):
+        check_positions(model, limit + 1)

@@ -17,6 +17,7 @@ from trainer.model.attention import packed_inputs
 from trainer.model.precision import compute_context, compute_dtype
 from trainer.model.shard import inference
 
+PACK_WIDE_ROPE = ("dynamic", "longrope")  # their scaling follows the largest position of the whole input
 PROBE_LENGTHS = (8, 5)
 # Relative (Frobenius) size of the change that counts as a leak. Neighbours exchanged: the same kernels on the same
 # shapes, so rounding hardly differs. Alone: other shapes. A leak measured 0.02 to 2 on tiny random models.
@@ -41,6 +42,34 @@ def check_isolation(model: PreTrainedModel) -> None:
         raise IsolationError(f"{_named(model)} cannot run packed samples: {error}") from error
     _compare(model, packed, exchanged, EXCHANGED_LIMIT, "what it is packed with")
     _compare(model, packed, alone, ALONE_LIMIT, "being packed at all")
+
+
+def check_positions(model: PreTrainedModel, longest: int) -> None:
+    """Refuse samples that reach past the positions for which the model was made, or that change others' positions.
+
+    Args:
+        model: Any transformers model.
+        longest: Tokens of the longest sample.
+
+    Raises:
+        ModelError: A sample is longer than the model's positions.
+        IsolationError: The model rescales the positions of a whole pack when one of its samples is long.
+    """
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise ModelError(
+            f"the longest sample has {longest} tokens, model type {config.model_type!r} has positions for {limit}; "
+            "set max_length and overlong, or raise max_position_embeddings in the model's config"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or limit
+    if rope.get("rope_type") in PACK_WIDE_ROPE and original is not None and longest > original:
+        raise IsolationError(
+            f"{_named(model)} scales rotary positions ({rope['rope_type']}) by the longest sample of a pack once that "
+            f"passes {original} tokens; the longest here has {longest}, so samples would depend on what they are packed "
+            f"with: set max_length to {original}"
+        )
 
 
 def _probe_samples(model: PreTrainedModel, seed: int) -> list[Tensor]:

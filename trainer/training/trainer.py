@@ -20,6 +20,7 @@ from trainer.data.store import TokenStore
 from trainer.distributed.group import Group
 from trainer.errors import UsageError
 from trainer.model.export import export_model
+from trainer.model.isolation import check_positions
 from trainer.model.tokenizer import load_tokenizer
 from trainer.optim.optimizers import build_optimizer
 from trainer.optim.schedules import build_schedule
@@ -75,6 +76,7 @@ class Trainer:
         self.eval_dataset = None if eval_dataset is None else _store(eval_dataset)
         self._check_data()
         self.model = build_model(model, self.args, self.processing_class, self.group)
+        check_positions(self.model, int(self.train_dataset.lengths.max()))
         torch.manual_seed(self.args.seed + self.group.rank)  # dropout differs between ranks
         self.stop_signal: int | None = None  # the signal that ended the last run, if one did
         self.answers: dict[int, list[Answer]] = {}  # step -> answers of the evaluation after it
