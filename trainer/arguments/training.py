@@ -115,6 +115,11 @@ class TrainingArguments(  # the last base's options come first
             or self.eval_at_end
         )
 
+    @property
+    def longest_sample(self) -> int:
+        """Most tokens that a sample may have."""
+        return min(self.max_length or self.max_tokens_per_rank, self.max_tokens_per_rank)
+
     def to_dict(self) -> dict[str, Any]:
         """Give every option as plain JSON values."""
         return dataclasses.asdict(self)

@@ -12,6 +12,7 @@ from rich.table import Table
 from trainer.arguments.groups import BatchArguments, DataArguments, ModelArguments
 from trainer.arguments.training import TrainingArguments
 from trainer.cli.parse import parse
+from trainer.cli.preparing import PreparationDisplay
 from trainer.data.prepare import prepare
 from trainer.data.store import TokenStore
 from trainer.errors import UsageError
@@ -38,8 +39,8 @@ def run(words: Sequence[str]) -> int:
 
 def open_store(path: str, args: TrainingArguments) -> TokenStore:
     """Prepare a file as training would, or open a prepared folder; a tokenised file needs no tokenizer."""
-    limit = min(args.max_length or args.max_tokens_per_rank, args.max_tokens_per_rank)
-    return prepare(path, load_tokenizer_if_named(args), args, limit)
+    with PreparationDisplay(console) as progress:
+        return prepare(path, load_tokenizer_if_named(args), args, args.longest_sample, progress)
 
 
 def load_tokenizer_if_named(args: TrainingArguments) -> Any:

@@ -9,6 +9,7 @@ from trainer.arguments.groups import GROUPS
 from trainer.arguments.options import option
 from trainer.arguments.training import TrainingArguments
 from trainer.cli.parse import parse
+from trainer.cli.preparing import PreparationDisplay
 
 
 @dataclass
@@ -33,15 +34,21 @@ def train(args: TrainingArguments) -> int:
     from transformers.utils import logging
 
     from trainer.cli.progress import ProgressDisplay, show_answers, show_summary
+    from trainer.distributed.group import Group
+    from trainer.model.tokenizer import load_tokenizer
+    from trainer.training.build import load_datasets
     from trainer.training.trainer import Trainer
 
     logging.disable_progress_bar()  # ours says what happens
-    trainer = Trainer(args=args, callbacks=[ProgressDisplay()])
-    trainer.train()
-    if trainer.group.is_lead:
-        show_answers(trainer.answers, args.num_generation_samples)
-        show_summary(trainer)
-    trainer.group.close()
+    tokenizer = load_tokenizer(args)
+    with Group.join(args) as group:
+        with PreparationDisplay() as progress:
+            train_dataset, eval_dataset = load_datasets(args, tokenizer, group, progress)
+        trainer = Trainer(None, args, train_dataset, eval_dataset, tokenizer, [ProgressDisplay()])
+        trainer.train()
+        if group.is_lead:
+            show_answers(trainer.answers, args.num_generation_samples)
+            show_summary(trainer)
     return 128 + trainer.stop_signal if trainer.stop_signal else 0
 
 

@@ -67,8 +67,8 @@ def check_positions(model: PreTrainedModel, longest: int) -> None:
     if rope.get("rope_type") in PACK_WIDE_ROPE and original is not None and longest > original:
         raise IsolationError(
             f"{_named(model)} scales rotary positions ({rope['rope_type']}) by the longest sample of a pack once that "
-            f"passes {original} tokens; the longest here has {longest}, so samples would depend on what they are packed "
-            f"with: set max_length to {original}"
+            f"passes {original} tokens; the longest here has {longest}, so what samples are packed with would matter: "
+            f"set max_length to {original}"
         )
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.arguments.training import TrainingArguments
 from trainer.data.costs import CostModel, cost_model_from_config
 from trainer.data.packing import TOKENS
-from trainer.data.prepare import prepare, split_validation
+from trainer.data.prepare import Progress, prepare, split_validation
 from trainer.data.store import TokenStore
 from trainer.distributed.group import Group
 from trainer.errors import DataError, UsageError
@@ -19,7 +17,7 @@ from trainer.model.load import load_model, prepare_model
 
 
 def load_datasets(
-    args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, group: Group
+    args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, group: Group, progress: Progress | None = None
 ) -> tuple[TokenStore, TokenStore | None]:
     """Prepare (or find prepared) the training samples and the held-out ones.
 
@@ -32,20 +30,12 @@ def load_datasets(
     if args.data_path is None:
         raise UsageError("data_path is missing: name a JSONL file, or give Trainer a train_dataset")
     with group.local_lead_first():
-        train = load_samples(args, args.data_path, tokenizer)
+        train = prepare(args.data_path, tokenizer, args, args.longest_sample, progress)
         if args.validation_data_path is not None:
-            return train, load_samples(args, args.validation_data_path, tokenizer)
+            return train, prepare(args.validation_data_path, tokenizer, args, args.longest_sample, progress)
         if args.validation_split:
             return split_validation(train, args.validation_split, args.seed)
         return train, None
-
-
-def load_samples(args: TrainingArguments, path: str, tokenizer: PreTrainedTokenizerBase | None) -> TokenStore:
-    """Open a prepared folder, or prepare a JSONL file, within the token budget."""
-    if Path(path).is_dir():
-        return TokenStore.open(path)
-    limit = min(args.max_length or args.max_tokens_per_rank, args.max_tokens_per_rank)
-    return prepare(path, tokenizer, args, limit)
 
 
 def check_samples(store: TokenStore, name: str) -> None:

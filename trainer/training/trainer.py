@@ -96,6 +96,7 @@ class Trainer:
         started = now()
         run = self._build_run()
         train(run)
+        self.group.barrier()  # what the lead rank wrote is there for all
         self.stop_signal = run.stop_signal
         mean_loss = run.loss_sum / max(self.state.num_loss_tokens_seen, 1)
         return TrainOutput(self.state.global_step, mean_loss, {"train_runtime": now() - started})
