@@ -9,7 +9,6 @@ from trainer.arguments.groups import GROUPS
 from trainer.arguments.options import option
 from trainer.arguments.training import TrainingArguments
 from trainer.cli.parse import parse
-from trainer.cli.preparing import PreparationDisplay
 
 
 @dataclass
@@ -33,6 +32,7 @@ def train(args: TrainingArguments) -> int:
     """Train in this process, with progress; give the exit code."""
     from transformers.utils import logging
 
+    from trainer.cli.preparing import PreparationDisplay
     from trainer.cli.progress import ProgressDisplay, show_answers, show_summary
     from trainer.distributed.group import Group
     from trainer.model.tokenizer import load_tokenizer
