@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from tests.fixtures.corpora import write_chats
-from tests.fixtures.models import build_config, save_model
+from tests.fixtures.models import save_model
 from tests.fixtures.tokenizers import build_tokenizer
 from tests.fixtures.tolerances import LAYOUT_FP32
+from trainer.cli.main import main
 
 SECONDS_TO_NOTICE = 30  # from the death of a rank to the end of the job
 HELP_CPU_SECONDS = 0.5  # of `trainer --help`, beyond a bare interpreter
@@ -41,10 +42,12 @@ class Job:
         }
         self.process: subprocess.Popen[str] | None = None
 
+    def words(self) -> list[str]:
+        return [f"--{name}={value}" for name, value in self.options.items()]
+
     def start(self, *extra: str, **popen: Any) -> subprocess.Popen[str]:
-        words = [f"--{name}={value}" for name, value in self.options.items()]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "trainer", "train", *words, *extra],
+            [sys.executable, "-m", "trainer", "train", *self.words(), *extra],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -88,8 +91,7 @@ def job(tmp_path: Path) -> Iterator[Job]:
 
 
 def test_two_ranks_under_torchrun_do_the_run_of_one(job: Job) -> None:
-    code, output = job.run("--max-steps=3", "--overwrite-output-dir")
-    assert code == 0, output
+    assert main(["train", *job.words(), "--max-steps=3"]) == 0
     alone = job.lines()
     code, output = job.run("--max-steps=3", "--overwrite-output-dir", "--nproc-per-node=2")
     assert code == 0, output
@@ -153,8 +155,7 @@ def is_below(process: int, ancestor: int) -> bool:
 
 @pytest.mark.parametrize("size", [2_000, 60_000], ids=["metrics", "weights"])
 def test_a_full_disk_is_a_message_and_code_1(job: Job, size: int) -> None:
-    code, output = job.run("--max-steps=1", "--overwrite-output-dir")  # prepares the data while there is room
-    assert code == 0, output
+    assert main(["prepare", *[word for word in job.words() if "output-dir" not in word]]) == 0  # while there is room
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -194,12 +195,3 @@ def test_torchrun_starts_the_flags_of_mini_trainer(job: Job) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in job.lines()] == [1, 2]
-
-
-def test_a_config_alone_starts_from_random_weights(job: Job) -> None:
-    build_config("llama", vocab_size=320, max_position_embeddings=512).save_pretrained(job.folder / "config")
-    del job.options["model-name-or-path"]
-    code, output = job.run(
-        f"--model-config={job.folder / 'config'}", f"--tokenizer-name-or-path={job.folder / 'model'}", "--max-steps=1"
-    )
-    assert code == 0, output
