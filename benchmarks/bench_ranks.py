@@ -3,7 +3,8 @@
 python benchmarks/bench_ranks.py                  2 and 4 ranks, an all_reduce and an FSDP2 step of a tiny Llama
 python benchmarks/bench_ranks.py --sizes 2 --tests 200
 
-Prints seconds per test (the first test of the warm ones left out, its cost in the last column) and the ratio to spawn.
+Prints seconds per test and the ratio to spawn; the first test is left out and stands in the last column.
+torch's test cases need the package expecttest.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def on_warm_ranks(body: str, size: int, tests: int, isolation: str = "warm") -> 
         text = TESTS.format(body=body, size=size, tests=tests, isolation=isolation)
         Path(directory, "test_bench.py").write_text(text)
         command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.fixtures.ranks.plugin", "-p", "no:cacheprovider"]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = _environment()
         started = time.perf_counter()
         subprocess.run(command, cwd=directory, env=environment, check=True, stdout=subprocess.DEVNULL)
         ends = [float(line) for line in Path(directory, "times").read_text().split()]
@@ -93,7 +94,7 @@ def on_test_case(kind: str, body: str, size: int, tests: int) -> list[float]:
         Path(directory, "conftest.py").write_text(CONFTEST)
         Path(directory, "test_bench.py").write_text(_test_case(kind, body, size, tests))
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = _environment()
         started = time.perf_counter()
         subprocess.run(command, cwd=directory, env=environment, check=True, stdout=subprocess.DEVNULL)
         ends = [float(line) for line in Path(directory, "times").read_text().split()]
@@ -115,6 +116,11 @@ def _test_case(kind: str, body: str, size: int, tests: int) -> str:
         + ("    @classmethod\n    def backend_str(cls): return 'gloo'\n" if is_continuous else setup)
         + f"    def body(self): {'' if is_continuous else per_test}{body}()\n{methods}\n"
     )
+
+
+def _environment() -> dict[str, str]:
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
 def _spawn(body: str, size: int) -> None:

@@ -1,6 +1,7 @@
 """No process and no file outlives pytest, whatever ends it; and the other ways to start ranks."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +135,15 @@ def test_the_impossible_is_refused_at_collection(pytester, body, options, said):
     refused = run(pytester, body, *options, header=LIGHT)
     assert refused.result.ret != 0
     assert said in refused.text + refused.result.stderr.str()
+
+
+def test_the_package_works_elsewhere_under_another_name(pytester, monkeypatch):
+    """Its imports are relative, and it knows nothing of this repository."""
+    shutil.copytree(ROOT / "tests/fixtures/ranks", pytester.path / "library/trainer_testing/ranks")
+    monkeypatch.setenv("PYTHONPATH", str(pytester.path / "library"))
+    pytester.makepyfile(test_inner=HEADER + PASSING)
+    options = ["-Werror", "-p", "trainer_testing.ranks.plugin", "-p", "no:cacheprovider"]
+    pytester.runpytest_subprocess(*options).assert_outcomes(passed=3)
 
 
 def test_coverage_counts_what_ranks_run(pytester):
