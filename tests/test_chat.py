@@ -251,3 +251,19 @@ def test_a_template_cannot_reach_out_of_its_sandbox() -> None:
     tokenizer.chat_template = "{{ messages.__class__.__base__.__subclasses__() }}"
     with pytest.raises(TemplateError, match="refuses"):
         ChatFormat.from_tokenizer(tokenizer).render(TALK)
+
+
+@pytest.mark.parametrize("template", ["marks", "plain"])
+def test_parts_that_the_template_would_write_as_code_are_refused(template: str) -> None:
+    parts = [{"type": "text", "text": "four"}]
+    for messages in ([user("2+2"), assistant(parts)], [user(parts), assistant("four")]):
+        with pytest.raises(DataError, match="writes the list itself into the text; make each content a string"):
+            tokenise(build_tokenizer(template), {"messages": messages})
+
+
+def test_parts_that_the_template_writes_are_trained() -> None:
+    tokenizer = build_tokenizer("plain")
+    tokenizer.chat_template = TEMPLATES["plain"].replace("message.content or ''", "message.content[0].text")
+    parts = [{"type": "text", "text": "four"}]
+    ids, labels = tokenise(tokenizer, {"messages": [user(parts), assistant(parts)]})
+    assert tokenizer.decode(ids[labels != -100]) == f"four{END}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ def options(tmp_path: Path) -> Callable[..., DataArguments]:
         (b"\xff\xfe{", None, "is not UTF-8"),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', None, "half a surrogate pair"),
         (b'{"messages": NaN}', None, "NaN is not a JSON number"),
+        (b'{"messages": [], "messages": []}', None, "the name 'messages' stands twice in one object"),
+        (b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}', None, "'content' stands twice"),
         (b"[" * 100_000, None, "nested too deeply|not JSON"),
         (b'{"id": 3}', None, "found 'id'; each line needs 'messages'"),
         (b"{}", None, "no fields"),
@@ -150,8 +153,18 @@ def test_empty_missing_and_marked_files(tmp_path: Path, options: Any) -> None:
         prepare(write_jsonl(tmp_path / "empty.jsonl", []), TOKENIZER, options())
     with pytest.raises(DataError, match=r"none.jsonl: cannot be read \(No such file"):
         prepare(tmp_path / "none.jsonl", TOKENIZER, options())
+    with pytest.raises(DataError, match=r"x: cannot be read"):
+        prepare("x" * 5000, TOKENIZER, options())
+    with pytest.raises(DataError, match="cannot be read"):
+        prepare("a\0b", TOKENIZER, options())
     marked = write_jsonl(tmp_path / "marked.jsonl", [b"\xef\xbb\xbf" + json.dumps({"text": "a b"}).encode() + b"\r"])
     assert len(prepare(marked, TOKENIZER, options())) == 1
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, options: Any) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="is not a regular file; give the path of a JSONL file"):
+        prepare(tmp_path / "pipe", TOKENIZER, options())
 
 
 def _attempt(path: Path, args: DataArguments) -> tuple[DataError | None, TokenStore]:

@@ -223,6 +223,20 @@ def test_a_prepared_folder_is_opened(tmp_path: Path, options: Any) -> None:
         prepare(folder, None, options(), limit=6)
 
 
+def test_options_that_a_prepared_folder_has_decided_already_are_refused(tmp_path: Path, options: Any) -> None:
+    store = prepare(write_tokens(tmp_path / "t.jsonl", [5, 7]), None, options())
+    folder = tmp_path / "cache" / store.metadata["fingerprint"]
+    for more in ({"train_on": "all"}, {"overlong": "drop"}, {"block_size": 4}, {"chat_template": "x.jinja"}):
+        with pytest.raises(UsageError, match=rf"{next(iter(more))} = .* has no effect: .* was prepared already"):
+            prepare(folder, None, options(**more))
+
+
+def test_a_folder_of_something_else_is_never_to_be_deleted(tmp_path: Path, options: Any) -> None:
+    with pytest.raises(DataError, match=r"a folder without metadata.json; name a JSONL file or a") as caught:
+        prepare(tmp_path, None, options())
+    assert "delete" not in str(caught.value)
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     path = write_tokens(tmp_path / "t.jsonl", [5])
     with pytest.raises(UsageError, match="with data_cache_dir"):

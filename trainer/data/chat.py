@@ -100,11 +100,17 @@ class ChatFormat:
         """Return the chat as text and its marked spans; with `prompt`, ending where the assistant begins to write."""
         given = [{key: value for key, value in message.items() if value is not None} for message in messages]
         try:
-            if not tools and all(message.keys() <= _PLAIN_FIELDS for message in given):
-                return self._render_plain(given, prompt)
-            return self._render_any(given, tools, prompt)
+            is_plain = not tools and all(message.keys() <= _PLAIN_FIELDS for message in given)
+            text, spans = self._render_plain(given, prompt) if is_plain else self._render_any(given, tools, prompt)
         except Exception as error:  # noqa: BLE001  a template is a program: it may raise anything
             raise TemplateError(f"the chat template refuses it: {str(error) or type(error).__name__}") from error
+        parts = [message["content"] for message in given if isinstance(message.get("content"), list)]
+        if any(content and str(content) in text for content in parts):
+            raise TemplateError(
+                "the chat template knows no contents made of parts, and writes the list itself into the text",
+                "make each content a string, or give a chat_template that writes the parts",
+            )
+        return text, spans
 
     def _render_any(self, messages: list[Message], tools: Any, prompt: bool) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template

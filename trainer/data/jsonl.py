@@ -114,7 +114,7 @@ def parse_line(raw: bytes, path: str, line: int) -> Document | None:
     if not raw.strip():
         return None
     try:
-        fields = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+        fields = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_object)
         if b"\\u" in raw:
             json.dumps(fields, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
@@ -166,9 +166,21 @@ def describe(value: Any) -> str:
 
 def _open(path: str | PathLike[str]) -> Any:
     try:
+        if Path(path).exists() and not Path(path).is_file():  # a pipe could be read once only, and might never end
+            raise DataError("is not a regular file", "give the path of a JSONL file", path)
         return Path(path).open("rb")
-    except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror})", "give the path of a JSONL file", path) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot be read ({reason})", "give the path of a JSONL file", path) from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice[:40]!r} stands twice in one object")
+    return fields
 
 
 def _refuse_constant(name: str) -> None:

@@ -7,6 +7,7 @@ processes.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections import Counter
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.arguments.groups import DataArguments
 from trainer.data.blocks import BlockCutter, end_with_eos
 from trainer.data.cache import fingerprint, open_or_build
 from trainer.data.jsonl import detect_file_kind
@@ -29,8 +31,6 @@ from trainer.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from trainer.arguments.groups import DataArguments
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) as a file is tokenised."""
@@ -55,6 +55,8 @@ _COUNTS = (
 )
 """What the report always says, 0 included."""
 
+_DECIDED_BY_PREPARING = ("train_on", "chat_template", "overlong", "on_untrainable", "block_size")
+
 
 def prepare(
     path: str | os.PathLike[str],
@@ -70,8 +72,8 @@ def prepare(
     `source`, `fingerprint`, and whether it was `cached`.
     """
     path = Path(path)
-    if path.is_dir():
-        return _open_prepared(path, limit)
+    if os.path.isdir(path):  # unlike Path.is_dir, says no where it may not look
+        return _open_prepared(path, args, limit)
     expected = detect_file_kind(path)
     recipe = Recipe.build(expected, tokenizer, args, limit)
     source = _scan(path)
@@ -220,8 +222,14 @@ def _stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _open_prepared(path: Path, limit: int | None) -> TokenStore:
+def _open_prepared(path: Path, args: DataArguments, limit: int | None) -> TokenStore:
     store = TokenStore.open(path)
+    for field in dataclasses.fields(DataArguments):
+        if field.name in _DECIDED_BY_PREPARING and getattr(args, field.name) != field.default:
+            raise UsageError(
+                f"{field.name} = {getattr(args, field.name)!r} has no effect: {path} was prepared already; leave it "
+                "out, or prepare the data again from its JSONL file"
+            )
     longest = int(store.lengths.max(initial=0))
     if limit is not None and longest > limit:
         raise DataError(f"holds a sample of {longest:,} tokens", f"at most {limit:,} are allowed; prepare again", path)

@@ -299,6 +299,9 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
             raise ValueError(f"format {metadata['format_version']}, this trainer reads {FORMAT_VERSION}")
         if (folder / "tokens.arrow").stat().st_size != metadata["tokens_bytes"]:
             raise ValueError("tokens.arrow has another size than it was written with")
+    except FileNotFoundError as error:
+        allowed = "name a JSONL file or a whole prepared folder, or prepare the data again"
+        raise DataError(f"a folder without {Path(error.filename).name}", allowed, folder) from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"not a prepared data set, or a damaged one ({error})", _REMEDY, folder) from None
     return dict(metadata)
