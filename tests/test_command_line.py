@@ -1,12 +1,12 @@
 """The command line: help, typos, exit codes, and what each command shows."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.fixtures.corpora import write_chats, write_malformed, write_tokens
-from tests.fixtures.models import build_config, save_model
+from tests.fixtures.models import save_model
+from tests.fixtures.runs import as_words, chat_job
 from tests.fixtures.tokenizers import build_tokenizer
 from trainer.cli.main import COMMANDS, main
 
@@ -124,36 +124,25 @@ def test_export_writes_another_type(tmp_path: Path, model_folder: Path) -> None:
 
 
 @pytest.fixture
-def chat_job(tmp_path: Path) -> list[str]:
-    build_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    build_config("llama", vocab_size=320, max_position_embeddings=512).save_pretrained(tmp_path / "config")
-    options: dict[str, Any] = {
-        "model-config": tmp_path / "config",
-        "tokenizer-name-or-path": tmp_path / "tokenizer",
-        "data-path": write_chats(tmp_path / "chats.jsonl", 12),
-        "data-cache-dir": tmp_path / "cache",
-        "output-dir": tmp_path / "run",
-        "dataset-num-proc": 1,
-        "batch-size": 4,
-        "max-tokens-per-rank": 512,
-        "generation-max-new-tokens": 4,
-    }
-    return [f"--{name}={value}" for name, value in options.items()]
+def job(tmp_path: Path) -> list[str]:
+    """A run over chats, in the words of the command line."""
+    options = {"output_dir": tmp_path / "run", "generation_max_new_tokens": 4}
+    return as_words({**chat_job(tmp_path), **options})
 
 
 def test_train_shows_progress_answers_and_where_things_lie(
-    tmp_path: Path, chat_job: list[str], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, job: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     extra = ["--validation-split=0.25", "--eval-on-start", "--eval-at-end", "--num-generation-samples=2"]
-    assert main(["train", *chat_job, *extra, "--max-steps=2", "--logging-steps=1", "--eval-exact-match"]) == 0
+    assert main(["train", *job, *extra, "--max-steps=2", "--logging-steps=1", "--eval-exact-match"]) == 0
     shown = capsys.readouterr().out
     for text in ("step 1/2", "step 2/2", "tokens/s", "exact_match", "expected", "finished step 2", str(tmp_path)):
         assert text in shown.replace("\n", "") or text in shown
 
 
-def test_answers_need_chats(tmp_path: Path, chat_job: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_answers_need_chats(tmp_path: Path, job: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "text.jsonl"
     file.write_text('{"text": "one two"}\n{"text": "three four"}\n')
-    words = [*chat_job, f"--data-path={file}", f"--validation-data-path={file}", "--eval-at-end", "--eval-exact-match"]
+    words = [*job, f"--data-path={file}", f"--validation-data-path={file}", "--eval-at-end", "--eval-exact-match"]
     assert main(["train", *words, "--max-steps=1"]) == 2
     assert "not for 'text' data" in capsys.readouterr().err

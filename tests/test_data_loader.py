@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from tests.fixtures import tolerances
+from tests.fixtures.corpora import write_jsonl
+from tests.fixtures.runs import numbered_store
 from tests.fixtures.strategies import TokenSample, trained_batches
 from trainer.data.collate import DUMMY_SAMPLE, MaxTokensPerRankCollator, MicroBatch
 from trainer.data.dataset import JsonlDataset
@@ -33,11 +34,6 @@ LINES: list[dict[str, Any]] = [
 ]
 
 
-def write_jsonl(path: Path, lines: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return path
-
-
 @pytest.fixture
 def jsonl(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "data.jsonl", LINES)
@@ -45,11 +41,6 @@ def jsonl(tmp_path: Path) -> Path:
 
 def as_dict(sample: TokenSample) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.tensor(sample.input_ids), "labels": torch.tensor(sample.labels)}
-
-
-def store_of(lengths: list[int]) -> TokenStore:
-    """A store in which every token of sample i is i, all trained."""
-    return TokenStore.from_samples((np.full(n, i), np.full(n, i)) for i, n in enumerate(lengths))
 
 
 def borders(micro_batch: MicroBatch) -> list[tuple[int, int]]:
@@ -124,7 +115,7 @@ class TestJsonlDataset:
         with pytest.raises(UsageError, match="path"):
             JsonlDataset()
         with pytest.raises(UsageError, match="path"):
-            JsonlDataset(jsonl, store=store_of([1]))
+            JsonlDataset(jsonl, store=numbered_store([1]))
 
 
 class TestEpochOrder:
@@ -310,7 +301,7 @@ class TestGetDataLoader:
 
     def loader(self, lengths: list[int] | None = None, **options: Any) -> DataLoader[list[MicroBatch]]:
         defaults: dict[str, Any] = {"batch_size": 4, "max_tokens_per_gpu": 500, "seed": 42, "rank": 0, "world_size": 1}
-        return get_data_loader(store=store_of(lengths or self.LENGTHS), **{**defaults, **options})
+        return get_data_loader(store=numbered_store(lengths or self.LENGTHS), **{**defaults, **options})
 
     def test_get_data_loader_basic(self, jsonl: Path) -> None:
         loader = get_data_loader(data_path=jsonl, batch_size=2, max_tokens_per_gpu=20, seed=0, rank=0, world_size=1)
@@ -409,7 +400,7 @@ class TestForecast:
     @pytest.mark.parametrize("cost", [CostModel(1, 0), CostModel(100, 1)], ids=["tokens", "squares"])
     def test_foretells_what_the_loader_does(self, world_size: int, cost: CostModel) -> None:
         lengths = np.random.default_rng(0).integers(2, 200, 101).tolist()
-        store = store_of(lengths)
+        store = numbered_store(lengths)
         told = forecast(store.lengths, store.num_loss_tokens, Layout(16, 256, world_size, cost), seed=7, epochs=2)
         for epoch in told.epochs:
             whole_numbers = dataclasses.astuple(epoch)[1:6]

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from tests.fixtures.models import tiny_llama
 from tests.fixtures.oracles import count_loss_tokens
 from tests.fixtures.runs import build_trainer, random_token_samples, read_metrics, step_lines, weights_of
+from tests.fixtures.tolerances import LAYOUT_FLOAT64
 from trainer.data.sampler import epoch_order
 from trainer.errors import DataError, NonFiniteError, UsageError
 
@@ -82,7 +83,7 @@ class TestTrainingLength:
 
         options = {"num_train_epochs": math.inf, "lr_scheduler_type": "constant"}
         assert build_trainer(tmp_path, SAMPLES, callbacks=[StopAt()], **options).train().global_step == 10
-        assert step_lines(tmp_path)[-1]["epoch"] == pytest.approx(3.4)
+        assert step_lines(tmp_path)[-1]["epoch"] == pytest.approx(3.4, rel=LAYOUT_FLOAT64)
 
     def test_a_schedule_that_needs_an_end_is_refused_without_one(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="'linear' needs an end"):
@@ -112,7 +113,10 @@ class TestEvents:
             ({"eval_strategy": "epoch"}, [3, 6]),
             ({"min_samples_per_evaluation": 9}, [3, 5]),
             ({"eval_on_start": True, "eval_at_end": True}, [0, 6]),
-            ({"eval_strategy": "steps", "eval_steps": 3, "eval_at_end": True, "min_samples_per_evaluation": 10}, [3, 6]),
+            (
+                {"eval_strategy": "steps", "eval_steps": 3, "eval_at_end": True, "min_samples_per_evaluation": 10},
+                [3, 6],
+            ),
         ],
         ids=str,
     )
@@ -142,7 +146,7 @@ class TestEvents:
         trainer.train()
         lines = step_lines(tmp_path)
         expected = sum(line["loss"] * line["num_loss_tokens"] for line in lines) / count_loss_tokens(SAMPLES)
-        assert trainer.state.log_history[0]["loss"] == pytest.approx(expected)
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=LAYOUT_FLOAT64)
 
     def test_evaluation_without_held_out_data_is_refused_at_once(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="evaluation needs held-out data"):

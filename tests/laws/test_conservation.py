@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.fixtures.runs import numbered_store
 from trainer.data.loader import get_data_loader
 from trainer.data.packing import plan_batch
 from trainer.data.sampler import EpochSampler, epoch_order
@@ -18,9 +19,7 @@ BUDGET = 40
 
 @st.composite
 def stores(draw: st.DrawFn) -> TokenStore:
-    """Sample i holds nothing but the token i, once to BUDGET times, all trained (one token: nothing trained)."""
-    lengths = draw(st.lists(st.integers(2, BUDGET), min_size=1, max_size=40))
-    return TokenStore.from_samples((np.full(n, i), np.full(n, i)) for i, n in enumerate(lengths))
+    return numbered_store(draw(st.lists(st.integers(2, BUDGET), min_size=1, max_size=40)))
 
 
 def trained(store: TokenStore, batch_size: int, world_size: int, epoch: int, start: int = 0) -> list[list[int]]:

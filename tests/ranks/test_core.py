@@ -34,3 +34,4 @@ def test_fsdp2(ranks):
     model = torch.nn.Linear(4, 4)
     fully_shard(model, mesh=ranks.mesh())
     model(torch.ones(1, 4)).sum().backward()
+    assert torch.equal(model.weight.grad.full_tensor(), torch.ones(4, 4))
