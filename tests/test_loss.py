@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.fixtures import tolerances
-from tests.fixtures.models import ATTENTION_ONLY, VOCABULARY, build_model, build_pack, tiny_llama
+from tests.fixtures.models import ATTENTION_ONLY, VOCABULARY, build_pack, packed_model, tiny_llama
+from tests.fixtures.oracles import largest_difference, relative_difference
+from tests.fixtures.runs import gradients_of
 from trainer.errors import ModelError
 from trainer.model import cross_entropy
 from trainer.model.attention import packed_inputs, use_packed_attention
@@ -21,23 +23,6 @@ SUMMED = torch.tensor(1)  # transformers divides a sum by this many items
 
 # What a model does to the output of its head; all others do nothing.
 HEAD_OUTPUTS = {"gemma2": HeadOutput(1.0, 4.0), "granite": HeadOutput(1 / 3), "cohere": HeadOutput(0.0625)}
-
-
-def packed_model(name, **options):
-    model = build_model(name, **options)
-    use_packed_attention(model)
-    return model
-
-
-def gradients(model):
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
-
-
-def assert_close_gradients(ours, theirs, tolerance):
-    for name, gradient in theirs.named_parameters():
-        expected = gradient.grad
-        scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
-        assert (gradients(ours)[name] - expected).abs().max() / scale < tolerance, name
 
 
 @pytest.mark.parametrize("name", ATTENTION_ONLY)
@@ -53,7 +38,7 @@ def test_loss_head_and_gradients_are_transformers_own(name):
     torch.testing.assert_close(loss, expected, rtol=tolerances.LOSS_FP32, atol=0)
     loss.backward()
     expected.backward()
-    assert_close_gradients(ours, theirs, tolerances.LOSS_GRADIENT_FP32)
+    assert largest_difference(gradients_of(ours), gradients_of(theirs)) < tolerances.LOSS_GRADIENT_FP32
 
 
 def assert_measured(found, expected):
@@ -107,7 +92,7 @@ def test_a_pack_without_trained_tokens_gives_zero_everywhere():
         loss = token_loss_sum(model, pack)
         loss.backward()
         assert loss.item() == 0
-        assert all(gradient is not None and not gradient.any() for gradient in gradients(model).values())
+        assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
 
 
 def test_a_router_loss_weighs_what_its_tokens_weigh_in_the_global_batch():
@@ -138,15 +123,7 @@ def test_bfloat16_compute_keeps_float32_gradients_near_the_exact_ones():
     assert losses[1].dtype == torch.float32
     assert losses[0] != losses[1]
     torch.testing.assert_close(losses[1], losses[0], rtol=tolerances.LOSS_BF16, atol=0)
-    difference = torch.stack(
-        [(a.grad - b.grad).norm() for a, b in zip(*map(parameters_of, (exact, rough)), strict=True)]
-    )
-    norm = torch.stack([parameter.grad.norm() for parameter in exact.parameters()]).norm()
-    assert difference.norm() / norm < tolerances.GRADIENT_BF16
-
-
-def parameters_of(model):
-    return list(model.parameters())
+    assert relative_difference(gradients_of(rough), gradients_of(exact)) < tolerances.GRADIENT_BF16
 
 
 @settings(max_examples=20, deadline=None)
@@ -213,4 +190,4 @@ def test_evaluation_computes_no_gradients():
     with torch.no_grad():
         loss = token_loss_sum(model, build_pack(LENGTHS))
     assert not loss.requires_grad
-    assert all(gradient is None for gradient in gradients(model).values())
+    assert gradients_of(model) == {}

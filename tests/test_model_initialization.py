@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.fixtures import tolerances
 from tests.fixtures.models import ATTENTION_ONLY, VOCABULARY, build_config, build_pack, save_model, tiny_llama
+from tests.fixtures.oracles import largest_difference
+from tests.fixtures.runs import gradients_of
 from tests.fixtures.tokenizers import build_tokenizer
 from trainer.arguments.groups import ModelArguments
 from trainer.errors import MissingPackageError, ModelError, UsageError
@@ -303,7 +305,7 @@ class TestShardingWithFSDP2:
             losses = [token_loss_sum(single, pack) for pack in packs]
             sum(losses).backward()
             assert torch.equal(loss, losses[ranks.rank])
-        assert_close_gradients(sharded, single, tolerances.LAYOUT_FP32)
+        assert largest_difference(gradients_of(sharded), gradients_of(single)) < tolerances.LAYOUT_FP32
 
     @pytest.mark.world_size(2)
     def test_bfloat16_reduces_in_float32(self, ranks, saved):
@@ -371,12 +373,6 @@ class CountingWeights(FileWeights):
 
 UNEVEN = 1.1  # dimensions that the ranks do not divide
 BATCH = {"num_tokens": 100, "num_loss_counted_tokens": 50, "num_samples": 9}
-
-
-def assert_close_gradients(ours, theirs, tolerance):
-    for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        scale = other.grad.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-        assert (whole(one.grad) - other.grad).abs().max() / scale < tolerance, name
 
 
 class TestLigerKernels:

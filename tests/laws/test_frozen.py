@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from tests.fixtures.models import build_pack, save_model
+from tests.fixtures.runs import weights_of
 from trainer.arguments.groups import ModelArguments
 from trainer.model.load import load_model
 from trainer.model.loss import token_loss_sum
-from trainer.model.shard import whole
 
 PATTERNS = {
     "embeddings": ["embed_tokens"],
@@ -25,16 +25,12 @@ def train(model, num_steps=3):
         optimizer.zero_grad()
 
 
-def values(model):
-    return {name: whole(parameter).clone() for name, parameter in model.named_parameters()}
-
-
 def check_training_moves_only_what_is_not_frozen(directory, patterns, mesh=None, **options):
     args = ModelArguments(model_name_or_path=str(directory), freeze_patterns=patterns, **options)
     model = load_model(args, None, mesh, seed=0)
-    before = values(model)
+    before = weights_of(model)
     train(model)
-    moved = {name for name, value in values(model).items() if not torch.equal(value, before[name])}
+    moved = {name for name, value in weights_of(model).items() if not torch.equal(value, before[name])}
     assert moved == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert 0 < len(moved) < len(before)
 

@@ -8,20 +8,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fixtures import tolerances
-from tests.fixtures.models import ATTENTION_ONLY, DENSE, MIXTURES, build_model, build_pack, random_samples, tiny_llama
+from tests.fixtures.models import (
+    ATTENTION_ONLY,
+    DENSE,
+    MIXTURES,
+    build_model,
+    build_pack,
+    packed_model,
+    random_samples,
+    tiny_llama,
+)
+from tests.fixtures.oracles import largest_difference
+from tests.fixtures.runs import gradients_of
 from trainer.errors import IsolationError, ModelError
-from trainer.model.attention import packed_inputs, use_packed_attention
+from trainer.model.attention import packed_inputs
 from trainer.model.isolation import check_positions
 from trainer.model.loss import token_loss_sum
 
 # Even and above 2: see tolerances.ISOLATION_FP32.
 LENGTHS = (12, 4, 22, 8)
-
-
-def packed_model(name, **options):
-    model = build_model(name, **options)
-    use_packed_attention(model)
-    return model
 
 
 shared_model = cache(packed_model)  # for tests that only read
@@ -96,9 +101,7 @@ def test_gradients_add_up_over_samples(name):
         count = int((labels != -100).sum())
         one = {**pack_of([sample]), "labels": labels[None], "num_loss_counted_tokens": count}
         token_loss_sum(parts, one).backward()
-    for (name_, one), other in zip(whole.named_parameters(), parts.parameters(), strict=True):
-        scale = other.grad.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-        assert (one.grad - other.grad).abs().max() / scale < tolerances.ISOLATION_GRADIENT_FP32, name_
+    assert largest_difference(gradients_of(whole), gradients_of(parts)) < tolerances.ISOLATION_GRADIENT_FP32
 
 
 def test_an_attention_mask_and_a_cache_do_not_open_the_borders():
