@@ -35,6 +35,7 @@ def pytest_runtest_logfinish(nodeid):
 TESTS = """
 import pytest
 from benchmarks.bench_ranks import {body}
+from transformers import LlamaForCausalLM  # as tests of models do: the zygote has it, no rank imports it
 
 @pytest.mark.world_size({size})
 @pytest.mark.isolation({isolation!r})
