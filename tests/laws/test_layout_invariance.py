@@ -92,16 +92,23 @@ def by_hand(model: torch.nn.Module, samples: list[Sample]) -> tuple[list[float],
     return losses, {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.slow
-@pytest.mark.world_size(1, 2, 3)
-def test_layout_invariance_shows_in_numbers(ranks, tmp_path: Path) -> None:
+def rows_of_differences(folder: Path, world_size: int) -> list[str]:
+    """What every dtype and token budget makes of the gradient, as rows of a table."""
     expected = gradients(tiny_llama().double(), random_token_samples(LENGTHS))
     rows = []
     for dtype in TOLERANCES:
         for budget in BUDGETS:
-            _, found, num = first_batch(tmp_path, dtype, max_tokens_per_rank=budget)
+            _, found, num = first_batch(folder, dtype, max_tokens_per_rank=budget)
             difference = relative_difference({name: g.double() for name, g in found.items()}, expected)
             assert difference < TOLERANCES[dtype]
-            rows.append(f"{ranks.world_size:>5} {budget:>7} {num:>13} {str(dtype):>14} {difference:>11.1e}")
-    if ranks.is_lead:
-        print(f"\n{'ranks':>5} {'budget':>7} {'micro-batches':>13} {'dtype':>14} {'difference':>11}", *rows, sep="\n")
+            rows.append(f"{world_size:>5} {budget:>7} {num:>13} {str(dtype):>14} {difference:>11.1e}")
+    return rows
+
+
+@pytest.mark.slow
+def test_layout_invariance_shows_in_numbers(launch, tmp_path: Path) -> None:
+    print(f"\n{'ranks':>5} {'budget':>7} {'micro-batches':>13} {'dtype':>14} {'difference':>11}")
+    for world_size in (1, 2, 3):
+        rows = launch(world_size, rows_of_differences, tmp_path, world_size).values[0]
+        assert len(rows) == len(TOLERANCES) * len(BUDGETS)
+        print(*rows, sep="\n")
