@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,22 @@ def test_every_option_says_what_it_is_and_belongs_to_one_group() -> None:
         ({"eval_steps": 5}, "has no effect with eval_strategy=no"),
         ({"eval_strategy": "steps"}, "needs eval_steps"),
         ({"export_best": True}, "needs evaluations to choose by"),
+        ({"greater_is_better": True}, "no effect without evaluations"),
+        ({"output_dir": ""}, "output_dir = '': expected text that is not empty"),
+        ({"data_path": "a\0b"}, "expected text"),
+        ({"learning_rate": math.inf}, "learning_rate = inf: must be below inf"),
+        ({"weight_decay": math.inf}, "must be below inf"),
+        ({"adam_epsilon": math.inf}, "must be below inf"),
+        ({"warmup_steps": math.inf}, "must be below inf"),
+        ({"learning_rate": math.nan}, "learning_rate = nan"),
+        ({"seed": 2**32}, "seed = 4294967296: must be at most 4294967295"),
+        ({"batch_size": 10**30}, "must be at most"),
+        ({"max_tokens_per_rank": 2**31}, "must be at most"),
+        ({"max_samples": 2**63}, "must be at most"),
+        ({"max_length": 65, "max_tokens_per_rank": 64}, "max_length = 65 is more than max_tokens_per_rank = 64"),
+        ({"warmup_steps": 5, "lr_scheduler_type": "constant"}, "warmup_steps has no effect"),
+        ({"logging_first_step": True, "logging_strategy": "epoch"}, "logging_first_step has no effect"),
+        ({"max_tokens_per_rank": 6, "max_tokens_per_gpu": 5}, "max_tokens_per_gpu is another name"),
         ({"max_tokens_per_gpu": 5, "max_tokens_per_rank": 6}, "is another name of max_tokens_per_rank"),
     ],
     ids=str,
@@ -113,12 +130,40 @@ def test_aliases_are_understood_everywhere(tmp_path: Path) -> None:
         assert args.max_tokens_per_rank == 77
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", "a: b: c\n", "", "1: 2\n", "!!python/object/apply:os.getcwd []"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "- a\n- b\n",
+        "a: b: c\n",
+        "",
+        "1: 2\n",
+        "!!python/object/apply:os.getcwd []",
+        "seed: 1\nseed: 2\n",
+        "seed: " + "9" * 5000,
+        "bf16: !!bool maybe",
+        "seed: !!timestamp x",
+        "seed: 2024-99-99",
+        "[" * 5000,
+    ],
+    ids=lambda text: text[:12],
+)
 def test_a_file_that_is_no_configuration_is_refused_with_its_name(tmp_path: Path, text: str) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(text)
     with pytest.raises(UsageError, match=r"run\.yaml"):
         read_yaml(file)
+
+
+def test_no_is_a_choice_in_yaml_too(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("eval_strategy: no\nlogging_strategy: no\n")
+    args = TrainingArguments.from_yaml(file)
+    assert (args.eval_strategy, args.logging_strategy) == ("no", "no")
+
+
+def test_the_range_of_a_commands_own_option_is_checked() -> None:
+    with pytest.raises(UsageError, match="nproc_per_node = 0: must be above 0"):
+        from_words(["--nproc-per-node=0"])
 
 
 @given(st.binary(max_size=200))

@@ -83,3 +83,6 @@ def test_blocks_refuse_what_has_no_effect_or_no_room(tmp_path: Path) -> None:
         prepare(path, build_tokenizer(None), DataArguments(block_size=64), limit=32)
     with pytest.raises(UsageError, match="max_length has no effect"):
         prepare(path, build_tokenizer(None), DataArguments(block_size=64, max_length=64))
+    for policy in ({"overlong": "truncate"}, {"on_untrainable": "drop"}):
+        with pytest.raises(UsageError, match="overlong and on_untrainable have no effect with block_size"):
+            prepare(path, build_tokenizer(None), DataArguments(block_size=64, **policy))

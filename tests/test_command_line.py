@@ -60,7 +60,8 @@ def test_a_typo_in_a_file_gets_the_nearest(tmp_path: Path, capsys: pytest.Captur
     ("words", "message"),
     [
         (["train", "nowhere.yaml"], "nowhere.yaml"),
-        (["train"], "tokenizer_name_or_path"),
+        (["train"], "model_name_or_path is missing"),
+        (["train", "--model-config", "x"], "tokenizer_name_or_path"),
         (["plan"], "data_path is missing"),
         (["prepare"], "data_path is missing"),
         (["plan", "--data-path", "x.jsonl", "--world-size", "0"], "world_size"),

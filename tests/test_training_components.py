@@ -169,8 +169,19 @@ class TestSchedule:
         with pytest.raises(UsageError, match="lr_scheduler_kwargs"):
             self.rates(3, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_rl": 0.1})
 
+    def test_a_share_of_endless_training_is_refused(self) -> None:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        args = ScheduleArguments(lr_scheduler_type="constant_with_warmup", warmup_steps=0.5)
+        with pytest.raises(UsageError, match="^warmup_steps = 0.5 is a share of all steps, but training never ends"):
+            build_schedule(optimizer, args, None)
+
 
 class TestRunLength:
+    def test_more_epochs_than_numbers_can_hold_never_end(self) -> None:
+        import numpy as np
+
+        assert run_length(np.ones(20), 1, 0, ScheduleArguments(num_train_epochs=1e308)).num_steps is None
+
     @given(
         counts=st.lists(st.integers(1, 9), min_size=1, max_size=30),
         batch_size=st.integers(1, 8),

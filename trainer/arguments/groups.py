@@ -7,9 +7,13 @@ here; what two options may not say together is in `training.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Literal
 
 from trainer.arguments.options import option
+
+INT32 = 2**31 - 1  # lengths of samples and borders in a pack are 32 bits wide
+LARGEST_SEED = 2**32 - 1  # of numpy's global generator
 
 
 @dataclass
@@ -41,11 +45,13 @@ class DataArguments:
         "assistant", "Which turns are trained: every assistant turn, all turns, or the last assistant turn."
     )
     chat_template: str | None = option(None, "A Jinja file to use instead of the tokenizer's own chat template.")
-    max_length: int | None = option(None, "Longest sample allowed, in tokens; by default the token budget.", above=0)
+    max_length: int | None = option(
+        None, "Longest sample allowed, in tokens; by default the token budget.", above=0, maximum=INT32
+    )
     overlong: Literal["error", "drop", "truncate", "split"] = option("error", "What to do with longer samples.")
     on_untrainable: Literal["error", "drop"] = option("error", "What to do with samples without a trained token.")
     block_size: int | None = option(
-        None, "Pretraining: join documents with EOS, cut blocks of so many tokens.", above=1
+        None, "Pretraining: join documents with EOS, cut blocks of so many tokens.", above=1, maximum=INT32
     )
     dataset_num_proc: int | None = option(None, "Processes that tokenise; by default one per core.", above=0)
     data_cache_dir: str | None = option(None, "Where prepared data is kept; by default ~/.cache/trainer/prepared.")
@@ -55,8 +61,8 @@ class DataArguments:
 class BatchArguments:
     """Global batch and token budget."""
 
-    batch_size: int = option(64, "Samples per optimizer step, over all ranks.", above=0)
-    max_tokens_per_rank: int = option(8192, "Token budget of one rank in one micro-batch.", above=0)
+    batch_size: int = option(64, "Samples per optimizer step, over all ranks.", above=0, maximum=INT32)
+    max_tokens_per_rank: int = option(8192, "Token budget of one rank in one micro-batch.", above=0, maximum=INT32)
     packing_cost: Literal["attention", "tokens"] = option(
         "attention", "What packing balances over ranks: tokens plus squared lengths, or tokens alone."
     )
@@ -68,11 +74,13 @@ class OptimizerArguments:
     """Optimizer."""
 
     optim: str = option("adamw_torch_fused", "Name of the optimizer.")
-    learning_rate: float = option(5e-5, "Peak learning rate.", minimum=0)
-    weight_decay: float = option(0.0, "Decoupled weight decay; never applied to norms and biases.", minimum=0)
+    learning_rate: float = option(5e-5, "Peak learning rate.", minimum=0, below=inf)
+    weight_decay: float = option(
+        0.0, "Decoupled weight decay; never applied to norms and biases.", minimum=0, below=inf
+    )
     adam_beta1: float = option(0.9, "Decay of AdamW's first moment.", minimum=0, below=1)
     adam_beta2: float = option(0.999, "Decay of AdamW's second moment.", minimum=0, below=1)
-    adam_epsilon: float = option(1e-8, "AdamW's epsilon.", above=0)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon.", above=0, below=inf)
     max_grad_norm: float = option(1.0, "Clip the global gradient norm to this; 0 never clips.", minimum=0)
 
 
@@ -82,11 +90,11 @@ class ScheduleArguments:
 
     num_train_epochs: float = option(3.0, "Passes over the data, fractions allowed; inf never stops.", above=0)
     max_steps: int = option(-1, "Stop after so many optimizer steps, whatever num_train_epochs says.", minimum=-1)
-    max_tokens: int | None = option(None, "Stop once so many loss tokens were trained.", above=0)
-    max_samples: int | None = option(None, "Stop once so many samples were trained.", above=0)
+    max_tokens: int | None = option(None, "Stop once so many loss tokens were trained.", above=0, maximum=2**62)
+    max_samples: int | None = option(None, "Stop once so many samples were trained.", above=0, maximum=2**62)
     lr_scheduler_type: str = option("linear", "Name of one of transformers' schedules.")
     lr_scheduler_kwargs: dict[str, Any] = option({}, "Extra settings of the schedule, as JSON.")
-    warmup_steps: float = option(0, "Steps of warm-up; below 1 a share of all steps.", minimum=0)
+    warmup_steps: float = option(0, "Steps of warm-up; below 1 a share of all steps.", minimum=0, below=inf)
 
 
 @dataclass
@@ -136,9 +144,9 @@ class LoggingArguments:
 class MachineArguments:
     """Seeds and machine."""
 
-    seed: int = option(42, "Seed of weights, data order and dropout.", minimum=0)
+    seed: int = option(42, "Seed of weights, data order and dropout.", minimum=0, maximum=LARGEST_SEED)
     use_cpu: bool = option(False, "Stay on the CPU although a GPU is there.")
-    ddp_timeout: int = option(1800, "Seconds a rank waits for the others before the job ends.", above=0)
+    ddp_timeout: int = option(1800, "Seconds a rank waits for the others before the job ends.", above=0, maximum=INT32)
 
 
 GROUPS = (

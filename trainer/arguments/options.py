@@ -44,6 +44,10 @@ def check_options(configuration: Any) -> None:
         value, hint = getattr(configuration, field.name), hints[field.name]
         if not _fits(value, hint):
             raise UsageError(f"{field.name} = {value!r}: expected {describe(hint)}")
+        if isinstance(value, str) and (not value or "\0" in value):
+            raise UsageError(
+                f"{field.name} = {value!r}: expected text that is not empty; leave the option out for none"
+            )
         _check_range(field, value)
 
 
@@ -62,6 +66,10 @@ def describe(hint: Any) -> str:
         return "one of " + ", ".join(str(choice) for choice in get_args(hint))
     if _is_union(hint):
         return " or ".join(describe(part) for part in get_args(hint))
+    if get_origin(hint) is list:
+        return f"a list, each {describe(get_args(hint)[0])}"
+    if get_origin(hint) is dict:
+        return "an object of names and values"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar, get_type_hints
+from typing import Any, Self, TypeVar, get_args, get_type_hints
 
 from trainer.arguments.groups import (
     BatchArguments,
@@ -50,7 +50,8 @@ def _known_options(cls: type[Any], options: Mapping[str, Any]) -> dict[str, Any]
         if name not in names:
             raise unknown_option(given, names)
         if name in known:
-            raise UsageError(f"{given} is another name of {name}: give one of them")
+            alias = next(alias for alias, meant in ALIASES.items() if meant == name)
+            raise UsageError(f"{alias} is another name of {name}: give one of them")
         known[name] = value
     return known
 
@@ -98,10 +99,28 @@ class TrainingArguments(  # the last base's options come first
                 self.eval_steps is not None and self.eval_strategy != "steps",
                 f"eval_steps has no effect with eval_strategy={self.eval_strategy}: say eval_strategy=steps",
             ),
+            (
+                self.max_length is not None and self.max_length > self.max_tokens_per_rank,
+                f"max_length = {self.max_length} is more than max_tokens_per_rank = {self.max_tokens_per_rank}, which "
+                "no sample may exceed: lower the one or raise the other",
+            ),
+            (
+                self.warmup_steps > 0 and self.lr_scheduler_type == "constant",
+                "warmup_steps has no effect with lr_scheduler_type=constant: say constant_with_warmup",
+            ),
+            (
+                self.logging_first_step and self.logging_strategy != "steps",
+                f"logging_first_step has no effect with logging_strategy={self.logging_strategy}: say "
+                "logging_strategy=steps",
+            ),
             (self.max_steps == 0, "max_steps = 0 would train nothing: give a positive number, or -1 for no limit"),
             (
                 self.export_best and not self.does_evaluate,
                 "export_best needs evaluations to choose by: set eval_strategy or min_samples_per_evaluation",
+            ),
+            (
+                self.greater_is_better is not None and not self.does_evaluate,
+                "greater_is_better has no effect without evaluations: set eval_strategy or min_samples_per_evaluation",
             ),
         ]
 
@@ -130,9 +149,9 @@ class TrainingArguments(  # the last base's options come first
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> Self:
-        """Build from parsed YAML or JSON; numbers that YAML leaves as text (1e-4) are read as numbers."""
+        """Build from parsed YAML or JSON; what YAML misreads (1e-4 as text, no as false) is put right."""
         hints = get_type_hints(cls)
-        return cls(**{name: _number(value, hints.get(ALIASES.get(name, name))) for name, value in options.items()})
+        return cls(**{name: _as_meant(value, hints.get(ALIASES.get(name, name))) for name, value in options.items()})
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Self:
@@ -149,16 +168,25 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     import yaml
 
     try:
-        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+        options = yaml.safe_load(text)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise UsageError(f"configuration {path}: {error}") from error
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
-        raise UsageError(f"configuration {path}: expected lines of `option: value`, found {type(options).__name__}")
+        found = ", ".join(map(repr, options)) if isinstance(options, dict) else type(options).__name__
+        raise UsageError(f"configuration {path}: expected lines of `option: value`, found {found}")
+    node: Any = yaml.compose(text, yaml.SafeLoader)
+    names = [name.value for name, _ in node.value]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UsageError(f"configuration {path}: {', '.join(twice)} stands there more than once: give it once")
     return options
 
 
-def _number(value: Any, hint: Any) -> Any:
-    """Read text as a number where the option is a float: YAML takes 1e-4 and inf for words."""
+def _as_meant(value: Any, hint: Any) -> Any:
+    """Read text as a number where the option is a float, false as no where it is a choice: YAML takes 1e-4 for text."""
+    if value is False and "no" in get_args(hint):
+        return "no"
     if hint is not float or not isinstance(value, str):
         return value
     try:

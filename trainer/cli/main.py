@@ -41,7 +41,7 @@ def run_command(name: str, words: list[str]) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         advice = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(COMMANDS)}"
         return fail(f"unknown command {name!r}: {advice}", EXIT_USAGE)
-    return report_errors(importlib.import_module(f"trainer.cli.{name}").run, words)
+    return report_errors(lambda words: int(importlib.import_module(f"trainer.cli.{name}").run(words)), words)
 
 
 def report_errors(run: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:

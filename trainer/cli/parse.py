@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from trainer.arguments.options import parse_json
+from trainer.arguments.options import check_options, parse_json
 from trainer.arguments.training import ALIASES, TrainingArguments, read_yaml
 
 Extra = TypeVar("Extra")
@@ -49,6 +49,7 @@ def parse(
         registry=_registry,
     )
     given = {name: value for kind in groups for name, value in vars(getattr(parsed, _title(kind))).items()}
+    check_options(getattr(parsed, _title(extra)))
     return dataclasses.replace(base, **given), getattr(parsed, _title(extra))
 
 

@@ -45,9 +45,8 @@ def run_length(num_loss_tokens: np.ndarray, batch_size: int, seed: int, args: Sc
     given = [limit for limit in limits if limit is not None]
     if given:
         return RunLength(min(given), steps_per_epoch)
-    if math.isinf(args.num_train_epochs):
-        return RunLength(None, steps_per_epoch)
-    return RunLength(math.ceil(args.num_train_epochs * steps_per_epoch), steps_per_epoch)
+    num_steps = args.num_train_epochs * steps_per_epoch
+    return RunLength(None if math.isinf(num_steps) else math.ceil(num_steps), steps_per_epoch)
 
 
 def _first_step_reaching(limit: int | None, counts: Callable[[int], Counts], steps_per_epoch: int) -> int | None:

@@ -254,6 +254,8 @@ def _check_options(
         raise UsageError(f"block_size={args.block_size} is more than the {limit} tokens that one rank can hold")
     if args.block_size and args.max_length is not None:
         raise UsageError("max_length has no effect with block_size: every sample is a block")
+    if args.block_size and (args.overlong, args.on_untrainable) != ("error", "error"):
+        raise UsageError("overlong and on_untrainable have no effect with block_size: every sample is a block")
     if args.overlong == "split" and min(args.max_length or 2, limit or 2) < 2:
         raise UsageError("overlong='split' needs room for two tokens: one of context and one to train")
 

@@ -26,6 +26,8 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
         ModelError: There is no tokenizer there.
     """
     place = args.tokenizer_name_or_path or args.model_name_or_path
+    if place is None and args.model_config is None:
+        raise UsageError("model_name_or_path is missing: name the model to fine-tune, or give model_config")
     if place is None:
         raise UsageError("tokenizer_name_or_path: needed with model_config, a config has no tokenizer of its own")
     try:

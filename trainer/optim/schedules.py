@@ -35,11 +35,12 @@ def build_schedule(optimizer: Optimizer, args: ScheduleArguments, num_steps: int
         raise UsageError(f"lr_scheduler_type = {args.lr_scheduler_type!r}: one of {', '.join(allowed)}")
     if num_steps is None and args.lr_scheduler_type not in _ENDLESS:
         raise UsageError(f"lr_scheduler_type = {args.lr_scheduler_type!r} needs an end: one of {', '.join(_ENDLESS)}")
+    warmup = num_warmup_steps(args, num_steps)
     try:
         return get_scheduler(
             args.lr_scheduler_type,
             optimizer,
-            num_warmup_steps=num_warmup_steps(args, num_steps),
+            num_warmup_steps=warmup,
             num_training_steps=num_steps,
             scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs),
         )
