@@ -69,10 +69,19 @@ class Every:
 
 
 class MetricsFile(TrainerCallback):
-    """Appends one JSON line for each step and each evaluation to metrics.jsonl, on the lead rank."""
+    """Appends one JSON line for each step and each evaluation of a run to metrics.jsonl, on the lead rank."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._is_training = False
+
+    def on_train_begin(self, args: TrainingArguments, state: RunState, control: TrainerControl, **_: Any) -> None:
+        """Write from now on; an evaluation outside a run leaves no line."""
+        self._is_training = True
+
+    def on_train_end(self, args: TrainingArguments, state: RunState, control: TrainerControl, **_: Any) -> None:
+        """Write no more."""
+        self._is_training = False
 
     def on_step_end(
         self, args: TrainingArguments, state: RunState, control: TrainerControl, report: StepReport, **_: Any
@@ -87,7 +96,7 @@ class MetricsFile(TrainerCallback):
         self._append(state, {"step": state.global_step, "epoch": state.epoch, **metrics})
 
     def _append(self, state: RunState, line: Mapping[str, Any]) -> None:
-        if not state.is_world_process_zero:
+        if not (self._is_training and state.is_world_process_zero):
             return
         try:
             with self.path.open("a", encoding="utf-8") as file:

@@ -1,0 +1,94 @@
+"""Answers to held-out chats: the same from every number of ranks, beside what they should be."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.fixtures.corpora import write_chats, write_jsonl
+from tests.fixtures.models import tiny_llama
+from tests.fixtures.runs import build_arguments
+from tests.fixtures.tokenizers import build_tokenizer
+from trainer.data.prepare import prepare, split_validation
+from trainer.data.store import TokenStore
+from trainer.errors import UsageError
+from trainer.training.generation import Answer, Question, questions_of
+from trainer.training.trainer import Trainer
+
+NUM_NEW = 5
+VOCABULARY_SIZE = 320
+
+
+def held_out(folder: Path, num_documents: int = 7) -> TokenStore:
+    args = build_arguments(folder, data_cache_dir=str(folder / "cache"), dataset_num_proc=1)
+    return prepare(write_chats(folder / "chats.jsonl", num_documents), build_tokenizer(), args, limit=512)
+
+
+def greedily(model: Any, tokenizer: Any, question: Question) -> str:
+    """One token after another, the model run anew on all of them each time."""
+    ids = list(question.prompt_ids)
+    for _ in range(NUM_NEW):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    return str(tokenizer.decode(ids[len(question.prompt_ids) :], skip_special_tokens=True))
+
+
+def trainer_over(folder: Path, store: TokenStore, **options: Any) -> Trainer:
+    args = build_arguments(folder / "run", max_tokens_per_rank=512, generation_max_new_tokens=NUM_NEW, **options)
+    model = tiny_llama(vocab_size=VOCABULARY_SIZE, max_position_embeddings=512)
+    return Trainer(model, args, train_dataset=store, eval_dataset=store, processing_class=build_tokenizer())
+
+
+@pytest.mark.world_size(1, 2, 3)
+@pytest.mark.parametrize("num_documents", [1, 7], ids=["fewer_than_ranks", "more"])
+def test_answers_are_the_greedy_ones_on_any_number_of_ranks(ranks, tmp_path: Path, num_documents: int) -> None:
+    store, tokenizer = held_out(tmp_path, num_documents), build_tokenizer()
+    trainer = trainer_over(tmp_path, store, eval_at_end=True, eval_exact_match=True)
+    metrics = trainer.evaluate()
+    questions = questions_of(store, tokenizer, None, None)
+    model = tiny_llama(vocab_size=VOCABULARY_SIZE, max_position_embeddings=512)
+    answers = trainer.answers[0]
+    assert [answer.answer for answer in answers] == [greedily(model, tokenizer, question) for question in questions]
+    assert [answer.reference for answer in answers] == [question.reference for question in questions]
+    assert metrics["eval_exact_match"] == sum(answer.is_exact for answer in answers) / num_documents
+
+
+@pytest.mark.world_size(2)
+def test_training_goes_on_after_answers(ranks, tmp_path: Path) -> None:
+    options = {"eval_strategy": "steps", "eval_steps": 1, "num_generation_samples": 2, "max_steps": 2}
+    trainer = trainer_over(tmp_path, held_out(tmp_path), **options)
+    assert trainer.train().global_step == 2
+    assert {step: len(answers) for step, answers in trainer.answers.items()} == {1: 2, 2: 2}
+
+
+def test_questions_are_those_of_the_held_out_documents_alone(tmp_path: Path) -> None:
+    store = held_out(tmp_path, 10)
+    train, validation = split_validation(store, 0.3, seed=0)
+    tokenizer = build_tokenizer()
+    asked = [[tuple(q.prompt_ids) for q in questions_of(part, tokenizer, None, None)] for part in (train, validation)]
+    assert (len(asked[0]), len(asked[1])) == (7, 3)
+    assert len(questions_of(validation, tokenizer, 2, None)) == 2
+
+
+def test_a_question_ends_where_the_answer_begins(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": messages}])
+    args = build_arguments(tmp_path, data_cache_dir=str(tmp_path / "cache"))
+    tokenizer = build_tokenizer()
+    (question,) = questions_of(prepare(path, tokenizer, args, 512), tokenizer, None, None)
+    assert (question.asked, question.reference) == ("one", "two")
+    assert tokenizer.decode(question.prompt_ids).endswith("assistant\n")
+
+
+def test_samples_that_were_no_chats_have_no_questions() -> None:
+    store = TokenStore.from_samples([([5, 6], [5, 6])])
+    with pytest.raises(UsageError, match="leave eval_exact_match and num_generation_samples off"):
+        questions_of(store, build_tokenizer(), None, None)
+
+
+@pytest.mark.parametrize(("said", "is_exact"), [("A-B", True), (" A-B\n", True), ("A-B-C", False), ("", False)])
+def test_white_space_at_the_ends_does_not_count(said: str, is_exact: bool) -> None:
+    assert Answer("?", "A-B", said).is_exact == is_exact
