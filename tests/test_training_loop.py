@@ -184,7 +184,7 @@ class TestExports:
 
     def test_an_unknown_best_metric_names_those_that_were_measured(self, tmp_path: Path) -> None:
         options = {"eval_on_start": True, "export_best": True, "metric_for_best_model": "accuracy"}
-        with pytest.raises(UsageError, match=r"'accuracy': measured are eval_loss"):
+        with pytest.raises(UsageError, match=r"'accuracy': measured are loss"):
             build_trainer(tmp_path, SAMPLES, None, HELD_OUT, **options).train()
 
     @pytest.mark.world_size(2)

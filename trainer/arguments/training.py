@@ -119,8 +119,9 @@ class TrainingArguments(  # the last base's options come first
                 "export_best needs evaluations to choose by: set eval_strategy or min_samples_per_evaluation",
             ),
             (
-                self.greater_is_better is not None and not self.does_evaluate,
-                "greater_is_better has no effect without evaluations: set eval_strategy or min_samples_per_evaluation",
+                (self.greater_is_better, self.metric_for_best_model) != (None, "loss") and not self.does_evaluate,
+                "greater_is_better and metric_for_best_model have no effect without evaluations: set eval_strategy or "
+                "min_samples_per_evaluation",
             ),
         ]
 

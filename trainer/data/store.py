@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from trainer.data.tokens import IGNORED
 from trainer.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CHUNK_TOKENS = 2**20
 """Tokens after which a record batch of the tokens file is closed; a sample never lies in two."""
 
@@ -70,6 +70,10 @@ class TokenBatch:
         tokens = np.repeat(wanted, self.lengths)
         return TokenBatch(self.input_ids[tokens], self.labels[tokens], self.lengths[wanted], self.documents[wanted])
 
+    def largest_id(self) -> int:
+        """Give the largest token id among ids and labels, -1 if there is none."""
+        return int(max(self.input_ids.max(initial=-1), self.labels.max(initial=-1)))
+
     def count_loss_tokens(self) -> Int32s:
         """Count, for each sample, the labels trained after the shift by one: the first never is."""
         ends = np.cumsum(self.lengths, dtype=np.int64)
@@ -108,7 +112,8 @@ class TokenStore:
         batch = TokenBatch.join(pairs, range(1, len(pairs) + 1))
         index = _Index(batch.lengths, batch.count_loss_tokens(), batch.documents)
         starts = np.cumsum(batch.lengths, dtype=np.int64) - batch.lengths
-        return cls(_MemoryTokens(batch.input_ids, batch.labels), starts, index, metadata or {})
+        facts = {**(metadata or {}), "largest_id": batch.largest_id()}
+        return cls(_MemoryTokens(batch.input_ids, batch.labels), starts, index, facts)
 
     @property
     def lengths(self) -> Int32s:
@@ -124,6 +129,11 @@ class TokenStore:
     def documents(self) -> Int64s:
         """Line in the source file of the document that each sample comes from (a block: begins in)."""
         return self._index.documents
+
+    @property
+    def largest_id(self) -> int:
+        """Largest token id among ids and labels, of this store or of the one that it was selected from."""
+        return int(self.metadata["largest_id"])
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -155,6 +165,7 @@ class StoreWriter:
         self._temporary = self.directory.with_name(f"{self.directory.name}.tmp-{uuid.uuid4().hex}")
         self._pending: list[TokenBatch] = []
         self._num_pending = self._num_samples = 0
+        self._largest_id = -1
         self._chunk_tokens: list[int] = []
         self._index: list[_Index] = []
 
@@ -177,6 +188,7 @@ class StoreWriter:
         self._pending.append(batch)
         self._num_pending += len(batch.input_ids)
         self._num_samples += len(batch.lengths)
+        self._largest_id = max(self._largest_id, batch.largest_id())
         if self._num_pending >= CHUNK_TOKENS:
             self._flush()
 
@@ -210,6 +222,7 @@ class StoreWriter:
         facts = {
             "format_version": FORMAT_VERSION,
             "num_samples": len(index.lengths),
+            "largest_id": self._largest_id,
             "num_tokens": sum(self._chunk_tokens),
             "num_loss_tokens": int(index.num_loss_tokens.sum(dtype=np.int64)),
             "chunk_tokens": self._chunk_tokens,
@@ -331,6 +344,8 @@ def _check_sample(sample: Sample) -> None:
     if sample.input_ids.ndim != 1 or sample.input_ids.shape != sample.labels.shape:
         found = f"input_ids {sample.input_ids.shape} and labels {sample.labels.shape}"
         raise DataError(found, "both must be flat and of one length")
+    if (sample.input_ids < 0).any() or ((sample.labels < 0) & (sample.labels != IGNORED)).any():
+        raise DataError("found a negative token id", f"ids must be at least 0, labels too or {IGNORED}")
 
 
 def _synchronise(path: Path) -> None:

@@ -11,8 +11,8 @@ from trainer.data.packing import TOKENS
 from trainer.data.prepare import Progress, prepare, split_validation
 from trainer.data.store import TokenStore
 from trainer.distributed.group import Group
-from trainer.errors import DataError, UsageError
-from trainer.model.isolation import check_isolation
+from trainer.errors import DataError, ModelError, UsageError
+from trainer.model.isolation import check_isolation, check_positions
 from trainer.model.load import load_model, prepare_model
 
 
@@ -50,6 +50,17 @@ def check_samples(store: TokenStore, name: str) -> None:
         )
 
 
+def check_fit(model: PreTrainedModel, store: TokenStore, name: str) -> None:
+    """Raise where the model has no position or no embedding for some token of a data set."""
+    check_positions(model, int(store.lengths.max()))
+    vocabulary_size = model.config.get_text_config().vocab_size
+    if store.largest_id >= vocabulary_size:
+        raise DataError(
+            f"{name} holds token id {store.largest_id}",
+            f"the model's ids are 0 to {vocabulary_size - 1}; prepare the data with the model's own tokenizer",
+        )
+
+
 def build_model(
     model: PreTrainedModel | None,
     args: TrainingArguments,
@@ -59,6 +70,10 @@ def build_model(
     """Give a model that is ready to train on this rank: the one given, or the one that the options name."""
     if model is None:
         return load_model(args, tokenizer, group.mesh, group.device, seed=args.seed)
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        raise ModelError(f"model is a {type(model).__name__}: give a transformers causal language model, not wrapped")
+    if getattr(model, "is_quantized", False):
+        raise ModelError("quantised weights cannot be trained; start from the original model")
     if model.dtype in (torch.bfloat16, torch.float16):
         stored, model = model.dtype, model.float()  # master weights are float32; exports go back to what was stored
         model.config.dtype = stored

@@ -15,6 +15,8 @@ from trainer.model.shard import inference
 from trainer.training.metrics import BatchMetrics
 from trainer.training.step import to_device
 
+MEASURED = ("loss", "num_loss_tokens", "num_samples", "runtime")  # by every evaluation
+
 
 def evaluation_loss(model: nn.Module, loader: Iterable[list[MicroBatch]], group: Group) -> dict[str, float]:
     """Give `loss` (mean over all loss tokens), `num_loss_tokens` and `num_samples` of a data set, over all ranks."""
@@ -30,16 +32,16 @@ def evaluation_loss(model: nn.Module, loader: Iterable[list[MicroBatch]], group:
     return {"loss": loss_sum / num_loss_tokens, "num_loss_tokens": num_loss_tokens, "num_samples": num_samples}
 
 
-def best_metric(args: EvaluationArguments, metrics: Mapping[str, float]) -> float:
-    """Give the value of `metric_for_best_model`, which may be named with or without eval_.
+def check_metric(args: EvaluationArguments) -> None:
+    """Raise UsageError where no evaluation will measure `metric_for_best_model`."""
+    measured = [*MEASURED, *(["exact_match"] if args.eval_exact_match else [])]
+    if args.metric_for_best_model.removeprefix("eval_") not in measured:
+        raise UsageError(f"metric_for_best_model = {args.metric_for_best_model!r}: measured are {', '.join(measured)}")
 
-    Raises:
-        UsageError: the evaluation did not measure it.
-    """
-    name = "eval_" + args.metric_for_best_model.removeprefix("eval_")
-    if name not in metrics:
-        raise UsageError(f"metric_for_best_model = {args.metric_for_best_model!r}: measured are {', '.join(metrics)}")
-    return metrics[name]
+
+def best_metric(args: EvaluationArguments, metrics: Mapping[str, float]) -> float:
+    """Give the value of `metric_for_best_model`, which may be named with or without eval_."""
+    return metrics["eval_" + args.metric_for_best_model.removeprefix("eval_")]
 
 
 def improves(args: EvaluationArguments, value: float, best: float | None) -> bool:

@@ -13,7 +13,7 @@ from trainer.data.chat import generation_prompt
 from trainer.data.jsonl import Document, read_documents
 from trainer.data.store import TokenStore
 from trainer.distributed.group import Group
-from trainer.errors import UsageError
+from trainer.errors import DataError, UsageError
 from trainer.model.precision import compute_context
 from trainer.model.shard import inference
 
@@ -63,6 +63,17 @@ def questions_of(
     ]
 
 
+def check_room(model: PreTrainedModel, questions: Sequence[Question], max_new_tokens: int) -> None:
+    """Raise UsageError where an answer could outgrow the positions of the model."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(question.prompt_ids) for question in questions)
+    if limit is not None and longest + max_new_tokens > limit:
+        raise UsageError(
+            f"generation_max_new_tokens = {max_new_tokens}: the longest held-out prompt has {longest} tokens, "
+            f"the model has positions for {limit}; lower the one, or hold out shorter chats"
+        )
+
+
 def answer_questions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -98,7 +109,8 @@ def generate(
 ) -> torch.Tensor:
     """Continue prompts greedily; gives the new tokens, (len(prompts), at most max_new_tokens)."""
     width = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
+    padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)  # masked anyway
+    input_ids = torch.full((len(prompts), width), padding)
     for row, prompt in zip(input_ids, prompts, strict=True):
         row[width - len(prompt) :] = torch.tensor(prompt)
     lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -108,7 +120,7 @@ def generate(
         attention_mask=mask.long().to(group.device),
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=padding,
         eos_token_id=tokenizer.eos_token_id,
         use_cache=True,
         synced_gpus=group.world_size > 1,
@@ -118,9 +130,12 @@ def generate(
 
 def _question(document: Document, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> Question:
     messages = document.fields["messages"]
-    asked = [message["content"] for message in messages if message["role"] == "user"]
-    prompt_ids, reference = generation_prompt(tokenizer, messages, document.fields.get("tools"), chat_template)
-    return Question(str(asked[-1]) if asked else "", prompt_ids, reference)
+    asked = [message.get("content") for message in messages if message["role"] == "user"]
+    try:
+        prompt_ids, reference = generation_prompt(tokenizer, messages, document.fields.get("tools"), chat_template)
+    except DataError as error:
+        raise document.refusal(error.found, error.allowed, error.field) from error
+    return Question(str(asked[-1] or "") if asked else "", prompt_ids, reference)
 
 
 def _by_length(questions: Sequence[Question], size: int) -> list[list[int]]:

@@ -20,14 +20,13 @@ from trainer.data.store import TokenStore
 from trainer.distributed.group import Group
 from trainer.errors import UsageError
 from trainer.model.export import export_model
-from trainer.model.isolation import check_positions
 from trainer.model.tokenizer import load_tokenizer
 from trainer.optim.optimizers import build_optimizer
 from trainer.optim.schedules import build_schedule
-from trainer.training.build import build_cost, build_model, check_samples, load_datasets
+from trainer.training.build import build_cost, build_model, check_fit, check_samples, load_datasets
 from trainer.training.callbacks import ExportCallback, FlowCallback, MetricsFile, RunState
-from trainer.training.evaluation import best_metric, evaluation_loss, improves
-from trainer.training.generation import Answer, answer_questions, questions_of
+from trainer.training.evaluation import best_metric, check_metric, evaluation_loss, improves
+from trainer.training.generation import Answer, Question, answer_questions, check_room, questions_of
 from trainer.training.loop import GlobalBatch, Run, train
 from trainer.training.metrics import now
 from trainer.training.output import open_output_dir
@@ -64,23 +63,30 @@ class Trainer:
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.args = args if args is not None else TrainingArguments()
+        if not isinstance(self.args, TrainingArguments):
+            raise UsageError(f"args is a {_class_of(args)}: give trainer.TrainingArguments")
         self.group = Group.join(self.args)
         set_seed(self.args.seed)
         self.processing_class = processing_class
         if processing_class is None and (model is None or train_dataset is None):
             self.processing_class = load_tokenizer(self.args)
+        self._check_held_out(train_dataset, eval_dataset)
         if train_dataset is None:
             assert self.processing_class is not None
-            train_dataset, eval_dataset = load_datasets(self.args, self.processing_class, self.group)
+            train_dataset, held_out = load_datasets(self.args, self.processing_class, self.group)
+            eval_dataset = held_out if eval_dataset is None else eval_dataset
         self.train_dataset = _store(train_dataset)
         self.eval_dataset = None if eval_dataset is None else _store(eval_dataset)
         self._check_data()
         self.model = build_model(model, self.args, self.processing_class, self.group)
-        check_positions(self.model, int(self.train_dataset.lengths.max()))
+        check_fit(self.model, self.train_dataset, "train_dataset")
+        if self.eval_dataset is not None:
+            check_fit(self.model, self.eval_dataset, "eval_dataset")
         torch.manual_seed(self.args.seed + self.group.rank)  # dropout differs between ranks
         self.stop_signal: int | None = None  # the signal that ended the last run, if one did
         self.answers: dict[int, list[Answer]] = {}  # step -> answers of the evaluation after it
         self._exports: dict[Path, int] = {}  # folder -> step whose weights it holds
+        self._asked: tuple[TokenStore, list[Question]] | None = None  # what a data set asks, read once
         self._start_state(callbacks)
 
     def train(self) -> TrainOutput:
@@ -92,6 +98,8 @@ class Trainer:
         Raises:
             NonFiniteError: a loss or gradient is NaN or infinite.
         """
+        if self.args.does_evaluate and self.eval_dataset is not None:
+            self._questions(self.eval_dataset)  # whatever is wrong with them shows before the first step
         open_output_dir(self.args, self.group)
         started = now()
         run = self._build_run()
@@ -112,6 +120,7 @@ class Trainer:
         if store is None:
             raise UsageError("nothing to evaluate on: give eval_dataset, validation_data_path or validation_split")
         check_samples(store, "eval_dataset")
+        check_fit(self.model, store, "eval_dataset")
         started = now()
         metrics = evaluation_loss(self.model, self.get_eval_dataloader(store), self.group)
         metrics |= self._answer(store)
@@ -167,6 +176,19 @@ class Trainer:
             raise UsageError(
                 "evaluation needs held-out data: give validation_split, validation_data_path, or eval_dataset"
             )
+        if self.args.does_evaluate:
+            check_metric(self.args)
+
+    def _check_held_out(self, train_dataset: Dataset | None, eval_dataset: Dataset | None) -> None:
+        """Raise UsageError where the options name held-out data that would not be used."""
+        if not self.args.validation_split and self.args.validation_data_path is None:
+            return
+        if train_dataset is None and eval_dataset is not None:
+            raise UsageError("validation_split, validation_data_path and eval_dataset exclude each other: give one")
+        if train_dataset is not None and eval_dataset is None:
+            raise UsageError(
+                "validation_split and validation_data_path have no effect beside train_dataset: give eval_dataset"
+            )
 
     def _start_state(self, callbacks: Sequence[TrainerCallback]) -> None:
         self.state = RunState(
@@ -219,19 +241,42 @@ class Trainer:
 
     def _answer(self, store: TokenStore) -> dict[str, float]:
         """Answer held-out chats where asked for; gives `exact_match` if all of them were answered."""
-        count = None if self.args.eval_exact_match else self.args.num_generation_samples
-        if count == 0:
+        questions = self._questions(store)
+        if not questions:
             return {}
         assert self.processing_class is not None
-        questions = questions_of(store, self.processing_class, count, self.args.chat_template)
         answers = answer_questions(
             self.model, self.processing_class, questions, self.group, self.args.generation_max_new_tokens
         )
         self.answers[self.state.global_step] = answers
-        if count is not None:
+        if not self.args.eval_exact_match:
             return {}
         return {"exact_match": sum(answer.is_exact for answer in answers) / len(answers)}
 
+    def _questions(self, store: TokenStore) -> list[Question]:
+        """Read the held-out chats to answer, if answers are asked for; the file may change or go while training."""
+        count = None if self.args.eval_exact_match else self.args.num_generation_samples
+        if count == 0:
+            return []
+        if self.processing_class is None:
+            raise UsageError("eval_exact_match and num_generation_samples need a tokenizer: give processing_class")
+        if self._asked is None or self._asked[0] is not store:
+            questions = questions_of(store, self.processing_class, count, self.args.chat_template)
+            check_room(self.model, questions, self.args.generation_max_new_tokens)
+            self._asked = store, questions
+        return self._asked[1]
+
 
 def _store(dataset: Dataset) -> TokenStore:
-    return dataset.store if isinstance(dataset, JsonlDataset) else dataset
+    if isinstance(dataset, TokenStore):
+        return dataset
+    if isinstance(dataset, JsonlDataset):
+        return dataset.store
+    raise UsageError(
+        f"a data set is a {_class_of(dataset)}: give JsonlDataset(path), TokenStore.from_samples([(ids, labels)]), or "
+        "name a file with data_path"
+    )
+
+
+def _class_of(given: object) -> str:
+    return f"{type(given).__module__}.{type(given).__qualname__}"
