@@ -13,6 +13,11 @@ class TrainerError(Exception):
     """Base of all errors that a user can cause and mend."""
 
 
+def named_error(error: Exception) -> str:
+    """Say what another library raised; many of its messages mean nothing without their class."""
+    return f"{type(error).__name__}: {error}"
+
+
 class UsageError(TrainerError, ValueError):
     """An option is unknown, out of range, without effect, or contradicts another one (exit code 2)."""
 

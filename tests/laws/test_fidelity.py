@@ -1,5 +1,7 @@
 """L5, model part: exported weights, loaded by transformers, give the logits of the model that was exported."""
 
+import json
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -93,6 +95,14 @@ def test_tokenizer_and_generation_config_come_along(tmp_path):
     export_model(model, build_tokenizer(), tmp_path / "out")
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "<|im_end|>"
     assert reload(tmp_path / "out")[0].generation_config.eos_token_id == [2, 7]
+
+
+def test_a_generation_config_that_transformers_would_not_save_comes_along(tmp_path):
+    model = tiny_llama()
+    model.generation_config.temperature = 0.5  # without do_sample, as many models on the hub have it
+    export_model(model, None, tmp_path / "out")
+    assert model.generation_config.temperature == 0.5
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.5
 
 
 def test_an_older_export_is_replaced_and_nothing_is_left_beside_it(tmp_path):

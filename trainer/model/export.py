@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.errors import CheckpointError
 from trainer.model.shard import any_rank, is_lead, whole
@@ -106,15 +106,18 @@ def _write(
     max_shard_size: str,
 ) -> None:
     dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
-    trained_config = model.config
-    # save_pretrained writes into the config, and takes the dtype from the float32 parameters.
-    model.config = copy.deepcopy(trained_config)
+    trained_config, generation = model.config, getattr(model, "generation_config", None)
+    # save_pretrained writes into the config, takes the dtype from the float32 parameters, and refuses a generation
+    # config that it finds contradictory, though it loaded it.
+    model.config, model.generation_config = copy.deepcopy(trained_config), GenerationConfig()
     try:
         model.save_pretrained(directory, state_dict=tensors, max_shard_size=max_shard_size)
         model.config.dtype = dtype
         model.config.save_pretrained(directory)
     finally:
-        model.config = trained_config
+        model.config, model.generation_config = trained_config, generation
+    if generation is not None:
+        generation.to_json_file(directory / "generation_config.json")
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
 

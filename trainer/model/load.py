@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.arguments.groups import ModelArguments
-from trainer.errors import ModelError, UsageError
+from trainer.errors import ModelError, UsageError, named_error
 from trainer.model.attention import use_packed_attention
 from trainer.model.isolation import check_isolation
 from trainer.model.kernels import apply_liger_kernels
@@ -98,8 +98,8 @@ def read_config(args: ModelArguments, folder: Path) -> Any:
     place = Path(args.model_config) if args.model_config is not None else folder
     try:
         config = AutoConfig.from_pretrained(place, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"no usable config.json in {place}: {error}") from error
+    except Exception as error:  # noqa: BLE001  a malformed file makes transformers raise anything
+        raise ModelError(f"no usable config.json in {place}: {named_error(error)}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"{place}: quantised weights cannot be trained; start from the original model")
     return config
@@ -116,8 +116,12 @@ def build_on_meta(config: Any, *, trust_remote_code: bool = False) -> PreTrained
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=trust_remote_code
             )
-    except (ValueError, ImportError) as error:
-        raise ModelError(f"model type {config.model_type!r} is no causal language model here: {error}") from error
+    except Exception as error:  # noqa: BLE001  a config may say anything
+        reason = str(error).partition("Model type should be one of")[0]  # a list of hundreds follows
+        raise ModelError(
+            f"model type {config.model_type!r} cannot be built as a causal language model: {type(error).__name__}: "
+            f"{reason}"
+        ) from error
     model.config.dtype = stored_dtype
     return model
 
@@ -127,7 +131,7 @@ def open_weights(model: PreTrainedModel, args: ModelArguments, folder: Path, see
     if args.model_name_or_path is None:
         return SeededWeights(build_on_meta(model.config, trust_remote_code=args.trust_remote_code), seed)
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.generation_config = _read_generation_config(folder)
     return FileWeights(model, find_files(folder))
 
 
@@ -137,10 +141,7 @@ def find_files(folder: Path) -> list[Path]:
     Raises:
         ModelError: There are none; pickled weights are named and refused.
     """
-    if (folder / INDEX_NAME).is_file():
-        names = sorted(set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values()))
-    else:
-        names = [SINGLE_NAME]
+    names = _names_in_index(folder / INDEX_NAME) if (folder / INDEX_NAME).is_file() else [SINGLE_NAME]
     absent = [name for name in names if not (folder / name).is_file()]
     if not absent:
         return [folder / name for name in names]
@@ -151,6 +152,20 @@ def find_files(folder: Path) -> list[Path]:
             "you trust them: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
     raise ModelError(f"{folder} lacks {', '.join(absent)}; fetch or export the model again")
+
+
+def _names_in_index(path: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path} is no index of weights ({named_error(error)}); fetch or export it again") from error
+
+
+def _read_generation_config(folder: Path) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # noqa: BLE001  a malformed file makes transformers raise anything
+        raise ModelError(f"no usable generation_config.json in {folder}: {named_error(error)}; delete it") from error
 
 
 def prepare_model(

@@ -6,13 +6,14 @@ model's ids; no row of an embedding is left untrained because some id is called 
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.arguments.groups import ModelArguments
-from trainer.errors import ModelError, UsageError
+from trainer.errors import ModelError, UsageError, named_error
 
 VOCABULARY_UNIT = 8
 SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -34,8 +35,9 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             place, trust_remote_code=args.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"no tokenizer could be loaded from {place!r}: {error}") from error
+    except Exception as error:  # noqa: BLE001  a malformed file makes transformers raise anything
+        absent = "" if os.path.exists(place) else ", which is no folder here"
+        raise ModelError(f"no tokenizer could be loaded from {place!r}{absent}: {named_error(error)}") from error
     return tokenizer
 
 
