@@ -76,7 +76,8 @@ def on_warm_ranks(body: str, size: int, tests: int, isolation: str = "warm") -> 
         Path(directory, "conftest.py").write_text(CONFTEST)
         text = TESTS.format(body=body, size=size, tests=tests, isolation=isolation)
         Path(directory, "test_bench.py").write_text(text)
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.fixtures.ranks.plugin", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        command += ["-p", "no:trainer_ranks", "-p", "tests.fixtures.ranks.plugin"]
         environment = _environment()
         started = time.perf_counter()
         subprocess.run(command, cwd=directory, env=environment, check=True, stdout=subprocess.DEVNULL)

@@ -12,6 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = "tests.fixtures.ranks.plugin"
+INSTALLED = "trainer_ranks"  # the same plugin where this distribution is installed
+LOAD = ("-p", f"no:{INSTALLED}", "-p", PLUGIN, "-p", "no:cacheprovider")
 HEADER = """
 import os, signal, sys, threading, time
 import pytest, torch
@@ -63,5 +65,5 @@ def run(pytester: pytest.Pytester, body: str, *args: str, header: str = HEADER, 
         patch.setenv("OMP_NUM_THREADS", "1")
         for name, value in env.items():
             patch.setenv(name, value)
-        options = ["-v", "-Werror", "-p", PLUGIN, "-p", "no:cacheprovider", "-o", "rank_preload="]
+        options = ["-v", "-Werror", *LOAD, "-o", "rank_preload="]
         return Run(pytester.runpytest_subprocess(*options, *args))

@@ -1,7 +1,6 @@
 """No process and no file outlives pytest, whatever ends it; and the other ways to start ranks."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks.inner import HEADER, PLUGIN, ROOT, run
+from tests.ranks.inner import HEADER, LOAD, ROOT, run
 
 pytest_plugins = "pytester"
 
@@ -67,7 +66,7 @@ def test_nothing_outlives_pytest(tmp_path, number):
     (tmp_path / "test_inner.py").write_text(HEADER + WAITING)
     shared = set(Path("/dev/shm").glob("ranks-*"))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", PLUGIN, "-p", "no:cacheprovider", "-o", "rank_preload="]
+    command = [sys.executable, "-m", "pytest", *LOAD, "-o", "rank_preload="]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as process:
         files = [tmp_path / "pid0", tmp_path / "pid1"]
         assert wait_until(lambda: all(file.exists() and file.read_text() for file in files), 60)
@@ -135,15 +134,6 @@ def test_the_impossible_is_refused_at_collection(pytester, body, options, said):
     refused = run(pytester, body, *options, header=LIGHT)
     assert refused.result.ret != 0
     assert said in refused.text + refused.result.stderr.str()
-
-
-def test_the_package_works_elsewhere_under_another_name(pytester, monkeypatch):
-    """Its imports are relative, and it knows nothing of this repository."""
-    shutil.copytree(ROOT / "tests/fixtures/ranks", pytester.path / "library/trainer_testing/ranks")
-    monkeypatch.setenv("PYTHONPATH", str(pytester.path / "library"))
-    pytester.makepyfile(test_inner=HEADER + PASSING)
-    options = ["-Werror", "-p", "trainer_testing.ranks.plugin", "-p", "no:cacheprovider"]
-    pytester.runpytest_subprocess(*options).assert_outcomes(passed=3)
 
 
 def test_coverage_counts_what_ranks_run(pytester):
