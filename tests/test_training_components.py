@@ -21,7 +21,7 @@ from trainer.data.length import run_length
 from trainer.data.sampler import epoch_order
 from trainer.distributed.group import Group
 from trainer.distributed.topology import Topology
-from trainer.errors import UsageError
+from trainer.errors import RankError, UsageError
 from trainer.optim.gradients import clip, global_norm
 from trainer.optim.optimizers import build_optimizer, parameter_groups
 from trainer.optim.schedules import build_schedule
@@ -236,6 +236,19 @@ class TestTopology:
             if ranks.is_lead:
                 file.touch()
             assert file.exists()
+
+    @pytest.mark.world_size(3)
+    def test_all_ranks_stop_when_the_first_of_a_node_fails(self, ranks) -> None:
+        group = one_process()
+        group.topology = Topology(ranks.rank, 3, ranks.rank, 3)
+        kind, message = (KeyError, "why") if ranks.is_lead else (RankError, "see its message")
+
+        def fail() -> None:
+            with group.local_lead_first():
+                raise KeyError("why")
+
+        with pytest.raises(kind, match=message):
+            fail()
 
 
 class TestCheckpointing:

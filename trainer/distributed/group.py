@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trainer.arguments.groups import MachineArguments
 from trainer.distributed.topology import Topology
+from trainer.errors import RankError
 
 
 class Group:
@@ -84,16 +85,26 @@ class Group:
 
     @contextmanager
     def local_lead_first(self) -> Iterator[None]:
-        """Run the body on the first rank of each node, then on the others, which find done what it did."""
-        if not self.topology.is_local_lead:
-            self.barrier()
-        failed = True
+        """Run the body on the first rank of each node, then on the others, which find done what it did.
+
+        Raises:
+            RankError: it failed on the first rank of some node, which says why; the body is not run on the others.
+        """
+        leads = self.topology.is_local_lead
+        if not leads:
+            self._check_leads()
         try:
             yield
-            failed = False
-        finally:
-            if self.topology.is_local_lead and not failed:
-                self.barrier()
+        except BaseException:
+            if leads:
+                self.any(True)
+            raise
+        if leads:
+            self._check_leads()
+
+    def _check_leads(self) -> None:
+        if self.any(False):
+            raise RankError("stopped because the first rank of a node failed; see its message")
 
     def close(self) -> None:
         """End the process group if this object started it."""
