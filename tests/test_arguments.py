@@ -90,6 +90,7 @@ def test_every_option_says_what_it_is_and_belongs_to_one_group() -> None:
         ({"max_steps": 0}, "would train nothing"),
         ({"model_config": "a", "model_name_or_path": "b"}, "exclude each other"),
         ({"validation_split": 0.1, "validation_data_path": "x"}, "exclude each other"),
+        ({"data_path": "x", "validation_data_path": "x"}, "must not be trained on"),
         ({"eval_steps": 5}, "has no effect with eval_strategy=no"),
         ({"eval_strategy": "steps"}, "needs eval_steps"),
         ({"export_best": True}, "needs evaluations to choose by"),

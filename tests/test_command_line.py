@@ -144,6 +144,6 @@ def test_train_shows_progress_answers_and_where_things_lie(
 def test_answers_need_chats(tmp_path: Path, job: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "text.jsonl"
     file.write_text('{"text": "one two"}\n{"text": "three four"}\n')
-    words = [*job, f"--data-path={file}", f"--validation-data-path={file}", "--eval-at-end", "--eval-exact-match"]
+    words = [*job, f"--data-path={file}", "--validation-split=0.5", "--eval-at-end", "--eval-exact-match"]
     assert main(["train", *words, "--max-steps=1"]) == 2
     assert "not for 'text' data" in capsys.readouterr().err

@@ -21,7 +21,7 @@ from trainer.data.length import run_length
 from trainer.data.sampler import epoch_order
 from trainer.distributed.group import Group
 from trainer.distributed.topology import Topology
-from trainer.errors import RankError, UsageError
+from trainer.errors import CheckpointError, RankError, UsageError
 from trainer.optim.gradients import clip, global_norm
 from trainer.optim.optimizers import build_optimizer, parameter_groups
 from trainer.optim.schedules import build_schedule
@@ -257,6 +257,14 @@ class TestCheckpointing:
         loaded = AutoModelForCausalLM.from_pretrained(trainer.save_model(tmp_path / "saved"))
         ids = torch.tensor([[5, 6, 7]])
         assert torch.equal(loaded(ids).logits, trainer.model.eval()(ids).logits)
+
+    def test_weights_beyond_a_narrower_type_are_refused(self, tmp_path: Path) -> None:
+        trainer = build_trainer(tmp_path / "run", random_token_samples((5, 6)), save_dtype="float16")
+        with torch.no_grad():
+            next(trainer.model.parameters()).fill_(1e6)
+        with pytest.raises(CheckpointError, match="beyond the range of float16"):
+            trainer.save_model(tmp_path / "saved")
+        assert not (tmp_path / "saved").exists()
 
     def test_the_saved_type_can_be_chosen(self, tmp_path: Path) -> None:
         trainer = build_trainer(tmp_path / "run", random_token_samples((5, 6)), save_dtype="bfloat16")

@@ -206,6 +206,16 @@ class TestStopping:
         assert (tmp_path / "hf_format" / "samples_8").is_dir()
         assert signal.getsignal(number) is handler
 
+    def test_a_signal_during_the_final_evaluation_does_not_cost_the_weights(self, tmp_path: Path) -> None:
+        class SignalAtEvaluation(TrainerCallback):
+            def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        options = {"max_steps": 1, "eval_at_end": True, "export_final": True}
+        trainer = build_trainer(tmp_path, SAMPLES, None, HELD_OUT, callbacks=[SignalAtEvaluation()], **options)
+        assert trainer.train().global_step == 1
+        assert (tmp_path / "hf_format" / "samples_4").is_dir()
+
     @pytest.mark.world_size(2)
     def test_a_signal_to_one_rank_stops_all_after_the_same_step(self, ranks, tmp_path: Path) -> None:
         callbacks = [SignalAt(2, signal.SIGTERM)] if ranks.rank == 1 else []

@@ -92,6 +92,10 @@ class TrainingArguments(  # the last base's options come first
                 "validation_split and validation_data_path exclude each other: give one",
             ),
             (
+                self.data_path is not None and self.data_path == self.validation_data_path,
+                f"data_path and validation_data_path are both {self.data_path!r}: held-out data must not be trained on",
+            ),
+            (
                 self.eval_strategy == "steps" and self.eval_steps is None,
                 "eval_strategy=steps needs eval_steps, the number of steps between evaluations",
             ),

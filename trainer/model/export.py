@@ -48,6 +48,7 @@ def export_model(
     error: Exception | None = None
     if is_lead(model):
         try:
+            _check_range(tensors)
             _publish(model, tokenizer, tensors, target, max_shard_size)
         except (OSError, ValueError, RuntimeError, SafetensorError) as caught:
             error = caught
@@ -70,6 +71,13 @@ def _gather(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
             kept = dtype if gathered.is_floating_point() else gathered.dtype
             tensors[name] = gathered.to("cpu", kept, copy=True)
     return tensors
+
+
+def _check_range(tensors: dict[str, Tensor]) -> None:
+    """Refuse weights that became infinite in a narrower format."""
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.float16 and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} holds values beyond the range of float16; choose bfloat16 or float32")
 
 
 def _publish(

@@ -47,19 +47,23 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """Run from the position in `run.state` to the end, or until a callback or a signal stops it."""
+    """Run from the position in `run.state` to the end, or until a callback or a signal stops it.
+
+    A signal skips the last evaluation, but not what is written at the end; one that comes after the last step changes
+    nothing.
+    """
     run.state.max_steps = run.length.num_steps or -1
-    run.callbacks.on_train_begin(run.args, run.state, run.control)
-    if run.args.eval_on_start:
-        evaluate_once(run)
     with StopRequest() as stop:
+        run.callbacks.on_train_begin(run.args, run.state, run.control)
+        if run.args.eval_on_start:
+            evaluate_once(run)
         for epoch in itertools.count(run.state.num_samples_seen // run.num_samples):
             train_epoch(run, epoch, stop)
             if run.control.should_training_stop:
                 break
-    if run.args.eval_at_end:
-        evaluate_once(run)
-    run.callbacks.on_train_end(run.args, run.state, run.control)
+        if run.args.eval_at_end and run.stop_signal is None:
+            evaluate_once(run)
+        run.callbacks.on_train_end(run.args, run.state, run.control)
 
 
 def train_epoch(run: Run, epoch: int, stop: StopRequest) -> None:
