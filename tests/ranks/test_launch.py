@@ -124,6 +124,11 @@ def test_a_slow_rank_changes_nothing(launch):
     assert max(outcome.seconds for outcome in slow) > 0.25
 
 
+@pytest.mark.parametrize("name", ["all_gather*", "reduce_scatter*"])
+def test_a_name_finds_the_collectives_of_a_sharded_model(launch, name):
+    assert launch(2, train, 2, faults=[kill(1, at=("collective", 2, name))]).died == [1]
+
+
 def test_a_kill_by_the_clock_needs_no_event(launch):
     outcomes = launch(2, signal.pause, faults=[kill(0, at=("seconds", 0.1)), kill(1, at=("seconds", 0.2))])
     assert [outcome.signal for outcome in outcomes] == ["SIGKILL", "SIGKILL"]
