@@ -2,10 +2,12 @@
 
 python tests/run_tests.py                     the default lane and the comparison of the packing algorithms
 python tests/run_tests.py gloo2 -- -k loop    one lane, with words for pytest behind --
+python tests/run_tests.py gloo2 --reports DIR keep DIR/gloo2.xml, from which tests/report_cells.py tells what never ran
 """
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -52,12 +54,17 @@ COMPARISON = (sys.executable, "tests/test_batch_lengths_to_minibatches.py")
 
 def main(words: Sequence[str]) -> int:
     """Run the named lanes (default: `default` and the comparison) and give the exit code."""
-    names, extra = split_words(words)
+    before, extra = split_words(words)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lanes", nargs="*", metavar="LANE")
+    parser.add_argument("--reports", type=Path)
+    arguments = parser.parse_args(before)
+    names = arguments.lanes
     unknown = [name for name in names if name not in LANES]
     if unknown:
         print(f"unknown lane {unknown[0]!r}; one of: {', '.join(LANES)}", file=sys.stderr)
         return 2
-    results = [run_lane(name, extra) for name in names or ["default"]]
+    results = [run_lane(name, LANES[name], extra, arguments.reports) for name in names or ["default"]]
     print_table(results)
     compared = subprocess.run(COMPARISON, cwd=ROOT).returncode if not names else 0
     return int(compared != 0 or any(result.verdict != "passed" for result in results))
@@ -71,16 +78,18 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(words[:border]), list(words[border + 1 :])
 
 
-def run_lane(name: str, extra: Sequence[str]) -> Result:
+def run_lane(
+    name: str, lane: Lane, extra: Sequence[str] = (), reports: Path | None = None, root: Path = ROOT
+) -> Result:
     """Run one lane; extra words take the place of the whole `tests` folder when they name tests themselves."""
-    lane = LANES[name]
     names_tests = any(word.split("::")[0].startswith("tests") for word in extra)
     words = [word for word in lane.words if not (names_tests and word == "tests")]
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder, "report.xml")
+        report = Path(reports or folder, f"{name}.xml").absolute()
+        report.unlink(missing_ok=True)
         started = time.monotonic()
         code = subprocess.run(
-            [sys.executable, "-m", "pytest", *words, *extra, f"--junitxml={report}"], cwd=ROOT
+            [sys.executable, "-m", "pytest", *words, *extra, f"--junitxml={report}"], cwd=root
         ).returncode
         counts = count(report)
     ran = counts["tests"] - counts["skipped"]
