@@ -104,7 +104,7 @@ def test_held_out_data_is_used_or_refused(tmp_path: Path) -> None:
     }
     trainer = build(tmp_path, **given, **named)
     assert (len(trainer.train_dataset), trainer.eval_dataset) == (2, STORE)
-    for held_out in ({"validation_split": 0.5}, {"validation_data_path": str(path)}):
+    for held_out in ({"validation_split": 0.5}, {"validation_data_path": str(tmp_path / "held_out.jsonl")}):
         with pytest.raises(UsageError, match="exclude each other"):
             build(tmp_path, **given, **named, **held_out)
         with pytest.raises(UsageError, match="have no effect beside train_dataset: give eval_dataset"):
