@@ -8,7 +8,8 @@ from tests.fixtures.corpora import write_chats, write_malformed, write_tokens
 from tests.fixtures.models import save_model
 from tests.fixtures.runs import as_words, chat_job
 from tests.fixtures.tokenizers import build_tokenizer
-from trainer.cli.main import COMMANDS, main
+from trainer.cli.main import COMMANDS, main, report_errors
+from trainer.cli.mini_trainer import run as run_mini_trainer
 
 
 @pytest.fixture
@@ -147,3 +148,13 @@ def test_answers_need_chats(tmp_path: Path, job: list[str], capsys: pytest.Captu
     words = [*job, f"--data-path={file}", "--validation-split=0.5", "--eval-at-end", "--eval-exact-match"]
     assert main(["train", *words, "--max-steps=1"]) == 2
     assert "not for 'text' data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flag", ["--osft", "--wandb-project=x", "--on_demand_checkpointing", "--serialized-callbacks=x"]
+)
+def test_a_flag_of_mini_trainer_that_is_left_out_says_why(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report_errors(run_mini_trainer, [flag]) == 2
+    assert (
+        f"{flag.partition('=')[0].replace('-', '_').replace('__', '--', 1)} is not supported" in capsys.readouterr().err
+    )

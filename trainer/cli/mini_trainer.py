@@ -12,8 +12,18 @@ from trainer.arguments.options import option, parse_json
 from trainer.arguments.training import TrainingArguments
 from trainer.errors import UsageError
 
+_LATER = "not part of this version yet; leave it out"
+_TRACKERS = "experiment trackers are " + _LATER
+_FULL_STATE = "full-state checkpoints are " + _LATER
+_OSFT = "orthogonal subspace fine-tuning is " + _LATER
 NOT_HERE = {
     "serialized_callbacks": "pickled callbacks are never executed; give Trainer(callbacks=[...]) from Python",
+    "val_loss_improvement_threshold": "every improvement counts; leave it out",
+    "on_demand_checkpointing": _FULL_STATE,
+    "resume_from_full_state_checkpoint": _FULL_STATE,
+    **dict.fromkeys(("osft", "osft_unfreeze_rank_ratio", "osft_target_patterns", "osft_upcast_dtype"), _OSFT),
+    **dict.fromkeys(("wandb_project", "wandb_run_name", "wandb_entity"), _TRACKERS),
+    **dict.fromkeys(("mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name"), _TRACKERS),
 }
 
 
