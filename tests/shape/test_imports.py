@@ -86,7 +86,10 @@ def loaded_by(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("statement", ["import trainer", "import trainer.cli.main", "import trainer.data.packing"])
+@pytest.mark.parametrize(
+    "statement",
+    ["import trainer", "import trainer.cli.main", "import trainer.cli.planning", "import trainer.data.packing"],
+)
 def test_importing_loads_no_torch(statement: str) -> None:
     assert not {"torch", "transformers"} & loaded_by(statement)
 
