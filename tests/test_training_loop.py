@@ -253,6 +253,11 @@ class TestBadInput:
         build_trainer(tmp_path, SAMPLES, overwrite_output_dir=True, max_steps=1).train()
         assert len(read_metrics(tmp_path)) == 1
 
+    def test_a_wrong_name_leaves_no_folder_behind(self, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match="optim = 'adamv'"):
+            build_trainer(tmp_path / "run", SAMPLES, optim="adamv").train()
+        assert not (tmp_path / "run").exists()
+
     def test_a_sample_over_the_budget_is_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="29"):
             build_trainer(tmp_path, SAMPLES, max_tokens_per_rank=29).train()

@@ -100,9 +100,9 @@ class Trainer:
         """
         if self.args.does_evaluate and self.eval_dataset is not None:
             self._questions(self.eval_dataset)  # whatever is wrong with them shows before the first step
+        run = self._build_run()
         open_output_dir(self.args, self.group)
         started = now()
-        run = self._build_run()
         train(run)
         self.group.barrier()  # what the lead rank wrote is there for all
         self.stop_signal = run.stop_signal
