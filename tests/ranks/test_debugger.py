@@ -38,14 +38,16 @@ class Dialogue:
     def __init__(self, terminal: int) -> None:
         self._terminal = terminal
         self.text = ""
+        self._answered = 0  # end of the words that were waited for last
 
     def wait_for(self, words: str) -> None:
         """Read until these words appear, after what was waited for before."""
-        start, deadline = len(self.text), time.monotonic() + SECONDS
-        while words not in self.text[start:]:
+        deadline = time.monotonic() + SECONDS
+        while words not in self.text[self._answered :]:
             assert time.monotonic() < deadline, f"no {words!r} in\n{self.text}"
             if select.select([self._terminal], [], [], 0.1)[0]:
                 self.text += os.read(self._terminal, 1 << 16).decode()
+        self._answered = self.text.index(words, self._answered) + len(words)
 
     def say(self, line: str) -> None:
         os.write(self._terminal, f"{line}\n".encode())
