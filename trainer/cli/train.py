@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,9 +30,6 @@ def run(words: Sequence[str]) -> int:
 
 def train(args: TrainingArguments) -> int:
     """Train in this process, with progress; give the exit code."""
-    # Read when torch is loaded. Threads that spin while they wait slow each other down, up to 40 times when something
-    # else runs on the machine; sleeping costs at most a fifth when nothing does.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from transformers.utils import logging
 
     from trainer.cli.preparing import PreparationDisplay
