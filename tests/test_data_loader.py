@@ -343,8 +343,8 @@ class TestGetDataLoader:
     def test_a_rank_reads_only_its_own_samples(self, monkeypatch: pytest.MonkeyPatch) -> None:
         loader = self.loader(sampler=EpochSampler(10), rank=1, world_size=2, batch_size=5)
         read: list[int] = []
-        sample = TokenStore.sample
-        monkeypatch.setattr(TokenStore, "sample", lambda store, i: (read.append(i), sample(store, i))[1])
+        plain = TokenStore.read
+        monkeypatch.setattr(TokenStore, "read", lambda store, rows: (read.extend(rows), plain(store, rows))[1])
         held = [ids[0] for batch in loader for ids, _ in samples_in(batch)]
         assert sorted(read) == sorted(held)
         assert 0 < len(held) < 10

@@ -65,8 +65,8 @@ class Samples(Protocol):
     def num_loss_tokens(self) -> NDArray[np.integer]:
         """Trained tokens of each sample, after the causal shift."""
 
-    def read(self, i: int) -> Arrays:
-        """Tokens and labels of the i-th sample."""
+    def read(self, indices: Sequence[int]) -> Arrays:
+        """Tokens and labels of the samples with these numbers, end to end."""
 
 
 class LoadedSamples:
@@ -77,9 +77,10 @@ class LoadedSamples:
         self.lengths = np.array([len(input_ids) for input_ids, _ in self._arrays], np.int64)
         self.num_loss_tokens = np.array([(labels[1:] != IGNORED).sum() for _, labels in self._arrays], np.int64)
 
-    def read(self, i: int) -> Arrays:
-        """Tokens and labels of the i-th sample."""
-        return self._arrays[i]
+    def read(self, indices: Sequence[int]) -> Arrays:
+        """Tokens and labels of the samples with these numbers, end to end."""
+        input_ids, labels = zip(*(self._arrays[i] for i in indices), strict=True)
+        return np.concatenate(input_ids), np.concatenate(labels)
 
 
 class MaxTokensPerRankCollator:
@@ -124,11 +125,13 @@ class MaxTokensPerRankCollator:
         return [self._micro_batch(batch, pack, totals) for pack in plan.of_rank(self.global_rank)]
 
     def _micro_batch(self, batch: Samples, pack: tuple[int, ...], totals: BatchTotals) -> MicroBatch:
-        arrays = [batch.read(i) for i in pack if batch.lengths[i]]
-        micro_batch = collate_pack(arrays or [self._dummy], totals)
-        micro_batch["num_samples"] = len(pack)
-        if not arrays:
+        filled = [i for i in pack if batch.lengths[i]]
+        if filled:
+            micro_batch = collate_pack(batch.read(filled), batch.lengths[filled], totals)
+        else:
+            micro_batch = collate_pack(self._dummy, np.array([len(self._dummy[0])]), totals)
             micro_batch["num_tokens"] = 0
+        micro_batch["num_samples"] = len(pack)
         return micro_batch
 
     def _check_trainable(self, batch: Samples, totals: BatchTotals) -> None:
@@ -143,20 +146,19 @@ class MaxTokensPerRankCollator:
             )
 
 
-def collate_pack(samples: Sequence[Arrays], totals: BatchTotals) -> MicroBatch:
-    """Lay samples (at least one, none empty) end to end; positions restart and nothing is trained at each border."""
-    lengths = np.array([len(input_ids) for input_ids, _ in samples], np.int64)
-    borders = np.concatenate(([0], np.cumsum(lengths)))
+def collate_pack(tokens: Arrays, lengths: NDArray[np.integer], totals: BatchTotals) -> MicroBatch:
+    """Samples that lie end to end (at least one, none empty) as tensors; nothing is trained at a border."""
+    input_ids, labels = (column.astype(np.int64) for column in tokens)
+    borders = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
     starts, num_tokens = borders[:-1], int(borders[-1])
-    labels = np.concatenate([labels for _, labels in samples], dtype=np.int64)
     labels[starts] = IGNORED
     return MicroBatch(
-        input_ids=_row(np.concatenate([input_ids for input_ids, _ in samples], dtype=np.int64)),
+        input_ids=_row(input_ids),
         labels=_row(labels),
         position_ids=_row(np.arange(num_tokens) - np.repeat(starts, lengths)),
         cu_seq_lens=torch.from_numpy(borders.astype(np.int32)),
         max_length=int(lengths.max()),
-        num_samples=len(samples),
+        num_samples=len(lengths),
         num_tokens=num_tokens,
         num_loss_counted_tokens=int(np.count_nonzero(labels != IGNORED)),
         batch_num_samples=totals.num_samples,

@@ -72,9 +72,9 @@ class StoredSamples(Sequence[dict[str, Any]]):
         self.lengths = dataset.store.lengths[indices]
         self.num_loss_tokens = dataset.store.num_loss_tokens[indices]
 
-    def read(self, i: int) -> Sample:
-        """Tokens and labels of the i-th sample."""
-        return self._dataset.store.sample(int(self._indices[i]))
+    def read(self, indices: Sequence[int]) -> Sample:
+        """Tokens and labels of the samples with these numbers among these, end to end."""
+        return self._dataset.store.read(self._indices[indices])
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -39,7 +39,7 @@ Int64s = NDArray[np.int64]
 
 
 class Sample(NamedTuple):
-    """Token ids and labels of one sample, int32[T] each; read-only views where they lie in a mapped file."""
+    """Token ids and labels, int32[T] each, of one sample or of several laid end to end."""
 
     input_ids: Int32s
     labels: Int32s
@@ -140,17 +140,26 @@ class TokenStore:
 
     def sample(self, i: int) -> Sample:
         """Return sample i in O(1)."""
-        if not 0 <= i < len(self):
-            raise IndexError(f"sample {i} of a store of {len(self)}")
-        return self._tokens.read(int(self._starts[i]), int(self.lengths[i]))
+        return self.read([i])
+
+    def read(self, indices: Any) -> Sample:
+        """Return the samples with these numbers laid end to end, in this order; each costs its length."""
+        rows = self._rows(indices)
+        rows = rows[self.lengths[rows] > 0]
+        return self._tokens.read(self._starts[rows], self.lengths[rows])
 
     def select(self, indices: Any) -> TokenStore:
         """Return a store of the samples with these numbers, in this order, over the same tokens."""
-        rows = np.asarray(indices, dtype=np.int64)
-        if ((rows < 0) | (rows >= len(self))).any():
-            raise IndexError(f"samples {rows.min()} to {rows.max()} of a store of {len(self)}")
+        rows = self._rows(indices)
         index = _Index(self.lengths[rows], self.num_loss_tokens[rows], self.documents[rows])
         return TokenStore(self._tokens, self._starts[rows], index, self.metadata)
+
+    def _rows(self, indices: Any) -> Int64s:
+        rows = np.asarray(indices, dtype=np.int64)
+        unknown = rows[(rows < 0) | (rows >= len(self))]
+        if len(unknown):
+            raise IndexError(f"sample {unknown[0]} of a store of {len(self)}")
+        return rows
 
 
 class StoreWriter:
@@ -252,7 +261,13 @@ class _Index(NamedTuple):
 
 
 class _Tokens(Protocol):
-    def read(self, start: int, length: int) -> Sample: ...
+    def read(self, starts: Int64s, lengths: Int32s) -> Sample: ...
+
+
+def _places(starts: Int64s, lengths: Int32s) -> Int64s:
+    """Where the tokens of spans lie that begin at `starts`, one span after the other."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)
 
 
 @dataclass(frozen=True)
@@ -260,39 +275,43 @@ class _MemoryTokens:
     input_ids: Int32s
     labels: Int32s
 
-    def read(self, start: int, length: int) -> Sample:
-        return Sample(self.input_ids[start : start + length], self.labels[start : start + length])
+    def read(self, starts: Int64s, lengths: Int32s) -> Sample:
+        places = _places(starts, lengths)
+        return Sample(self.input_ids[places], self.labels[places])
 
 
 class _MappedTokens:
-    """The tokens file; record batches are mapped when first read. Pickles as its path."""
+    """The tokens file, mapped as one array of 32-bit words; a record batch is checked when it is first read from.
+
+    Pickles as its path.
+    """
 
     def __init__(self, path: Path, bounds: Int64s) -> None:
-        self.path, self.bounds = path, bounds
-        self._reader: Any = None
-        self._chunks: dict[int, Sample] = {}
+        self.path, self.bounds = path, bounds  # bounds: first token of each record batch, and the number of tokens
+        self._file: Any = None
+        self._words: Int32s = np.zeros(0, np.int32)
+        self._places = np.full((2, len(bounds) - 1), -1)  # word at which ids, and labels, of each record batch begin
 
     def __reduce__(self) -> tuple[type[_MappedTokens], tuple[Path, Int64s]]:
         return type(self), (self.path, self.bounds)
 
-    def read(self, start: int, length: int) -> Sample:
-        number = max(int(np.searchsorted(self.bounds, start, side="right")) - 1, 0)
-        if length == 0:
-            return Sample(np.zeros(0, np.int32), np.zeros(0, np.int32))
-        chunk = self._chunks.get(number) or self._load(number)
-        begin = start - int(self.bounds[number])
-        return Sample(chunk.input_ids[begin : begin + length], chunk.labels[begin : begin + length])
+    def read(self, starts: Int64s, lengths: Int32s) -> Sample:
+        batches = np.searchsorted(self.bounds, starts, side="right") - 1
+        for number in np.unique(batches[self._places[0, batches] < 0]).tolist():
+            self._places[:, number] = self._locate(number)
+        begins = self._places[:, batches] + (starts - self.bounds[batches])
+        return Sample(*(self._words[_places(column, lengths)] for column in begins))
 
-    def _load(self, number: int) -> Sample:
+    def _locate(self, number: int) -> list[int]:
         try:
-            if self._reader is None:
-                self._reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
-            batch = self._reader.get_batch(number)
-            columns = _columns(batch, _TOKENS_SCHEMA, int(self.bounds[number + 1] - self.bounds[number]))
+            if self._file is None:
+                self._file = pa.memory_map(str(self.path)).read_buffer()
+                self._words = np.frombuffer(self._file, np.int32, self._file.size // 4)
+            batch = pa.ipc.open_file(self._file).get_batch(number)
+            _columns(batch, _TOKENS_SCHEMA, int(self.bounds[number + 1] - self.bounds[number]))
         except (pa.ArrowException, OSError, ValueError, IndexError) as error:
             raise DataError(f"cannot read its tokens ({error})", _REMEDY, self.path) from error
-        self._chunks[number] = Sample(*columns)
-        return self._chunks[number]
+        return [(column.buffers()[1].address - self._file.address) // 4 for column in batch.columns]
 
 
 def _columns(batch: Any, schema: Any, num_rows: int) -> list[NDArray[Any]]:
