@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from threading import Event, active_count
 from typing import Any
 
 import numpy as np
@@ -23,9 +25,12 @@ from trainer.data.dataset import JsonlDataset
 from trainer.data.forecast import Layout, forecast
 from trainer.data.loader import get_data_loader
 from trainer.data.packing import CostModel, plan_batch
+from trainer.data.prefetch import prefetched
 from trainer.data.sampler import EpochSampler, InfiniteSampler, epoch_order
 from trainer.data.store import StoreWriter, TokenStore
 from trainer.errors import DataError, UsageError
+
+TIMEOUT_SECONDS = 60
 
 LINES: list[dict[str, Any]] = [
     {"input_ids": [1, 2, 3, 4, 5], "labels": [1, 2, -100, 4, 5], "len": 5, "num_loss_counted_tokens": 3},
@@ -450,3 +455,49 @@ class TestForecast:
             Layout(0, 10)
         with pytest.raises(UsageError, match="epochs=0"):
             forecast(np.array([1]), np.array([1]), Layout(1, 1), epochs=0)
+
+
+class TestPrefetch:
+    """What is drawn ahead is what would have been drawn."""
+
+    @given(items=st.lists(st.integers()), taken=st.integers(0, 5))
+    def test_same_items_in_the_same_order(self, items: list[int], taken: int) -> None:
+        assert list(prefetched(items)) == items
+        assert list(islice(prefetched(items), taken)) == items[:taken]
+
+    def test_draws_one_ahead_and_no_more(self) -> None:
+        drawn: list[int] = []
+        items = prefetched(map(lambda i: (drawn.append(i), i)[1], range(9)))  # type: ignore[func-returns-value]
+        assert (next(items), next(items)) == (0, 1)
+        items.close()  # type: ignore[attr-defined]
+        assert drawn == [0, 1, 2]
+
+    def test_works_while_the_consumer_does(self) -> None:
+        made, used = Event(), Event()
+
+        def items() -> Iterator[int]:
+            yield 0
+            made.set()
+            assert used.wait(TIMEOUT_SECONDS)  # set while this runs: the consumer does not wait for it
+            yield 1
+
+        for item in prefetched(items()):
+            assert item == 1 or made.wait(TIMEOUT_SECONDS)
+            used.set()
+
+    def test_an_error_comes_at_its_place(self) -> None:
+        def items() -> Iterator[int]:
+            yield 0
+            raise DataError("line 7 is torn", "whole lines")
+
+        seen: list[int] = []
+        with pytest.raises(DataError, match="line 7"):
+            seen.extend(prefetched(items()))
+        assert seen == [0]
+
+    def test_leaves_no_thread(self) -> None:
+        before = active_count()
+        items = prefetched(range(5))
+        next(items)
+        items.close()  # type: ignore[attr-defined]
+        assert active_count() == before

@@ -6,7 +6,8 @@ one global batch. Every rank draws the same indices and plans the same: ranks ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -16,9 +17,19 @@ from torch.utils.data import DataLoader
 from trainer.data.collate import MaxTokensPerRankCollator, MicroBatch, overlong
 from trainer.data.dataset import JsonlDataset
 from trainer.data.packing import TOKENS, CostModel
+from trainer.data.prefetch import prefetched
 from trainer.data.sampler import EpochSampler, InfiniteSampler
 from trainer.data.store import TokenStore
 from trainer.errors import UsageError
+
+
+class TokenLoader(DataLoader[list[MicroBatch]]):
+    """Global batches in the sampler's order; the next one is planned, read and pinned while one is trained on."""
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:  # type: ignore[override]
+        # Pinning needs the CUDA context of this rank's device, which each thread chooses for itself.
+        choose_device = partial(torch.cuda.set_device, torch.cuda.current_device()) if self.pin_memory else None
+        return prefetched(super().__iter__(), choose_device)
 
 
 def get_data_loader(
@@ -34,7 +45,8 @@ def get_data_loader(
     sampler: EpochSampler | InfiniteSampler | None = None,
     max_tokens_per_rank: int | None = None,
     cost: CostModel = TOKENS,
-) -> DataLoader[list[MicroBatch]]:
+    pin_memory: bool = False,
+) -> TokenLoader:
     """Build the loader of this rank's share of every global batch.
 
     Args:
@@ -45,6 +57,7 @@ def get_data_loader(
         rank, world_size, dummy_sample: see `MaxTokensPerRankCollator`.
         sampler: another order; `EpochSampler` gives one epoch for each iteration.
         cost: what packing balances over ranks.
+        pin_memory: lay tensors where a GPU can fetch them while it computes.
 
     Raises:
         UsageError: arguments contradict each other or are out of range.
@@ -61,11 +74,12 @@ def get_data_loader(
         sampler = InfiniteSampler(len(dataset), seed)
     if sampler.len_data != len(dataset):
         raise UsageError(f"the sampler orders {sampler.len_data} samples, the data has {len(dataset)}")
-    return DataLoader[list[MicroBatch]](
+    return TokenLoader(
         dataset,  # type: ignore[arg-type] # it gives samples, the collator makes them micro-batches
         batch_size=batch_size,
         sampler=sampler,
         collate_fn=collator,
+        pin_memory=pin_memory,
         generator=torch.Generator(),  # else every iteration would draw from torch's global generator
     )
 
