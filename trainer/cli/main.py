@@ -19,6 +19,7 @@ COMMANDS = {
     "prepare": "tokenise a data set and report what is in it",
     "plan": "foretell steps, micro-batches and packing, for any number of ranks",
     "export": "write Hugging Face weights in another type",
+    "verify": "check that checkpoints are whole",
 }
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 

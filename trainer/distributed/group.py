@@ -83,6 +83,26 @@ class Group:
         """Wait until every rank has come here."""
         self.any(False)
 
+    def first_error(self, error: BaseException | None) -> str | None:
+        """Say what went wrong on the first rank where something did, naming it; None where nothing did.
+
+        All ranks call, each with its own error or None, and all get the same answer.
+        """
+        text = b"" if error is None else f"{type(error).__name__}: {error}".encode()
+        sizes = self.sum([float(len(text)) * (rank == self.rank) for rank in range(self.world_size)])
+        failed = next((rank for rank, size in enumerate(sizes) if size), None)
+        if failed is None:
+            return None
+        letters = list(text) if failed == self.rank else [0] * int(sizes[failed])
+        said = self.sum_tensor(torch.tensor(letters, dtype=torch.int32, device=self.device)).tolist()
+        return f"rank {failed}: {bytes(said).decode(errors='replace')}" if self.world_size > 1 else text.decode()
+
+    def from_lead(self, numbers: list[int]) -> list[int]:
+        """Give every rank the lead's numbers."""
+        count = int(self.sum([float(len(numbers)) * self.is_lead])[0])
+        mine = numbers if self.is_lead else [0] * count
+        return self.sum_tensor(torch.tensor(mine, dtype=torch.int64, device=self.device)).tolist()
+
     @contextmanager
     def local_lead_first(self) -> Iterator[None]:
         """Run the body on the first rank of each node, then on the others, which find done what it did.

@@ -1,0 +1,1 @@
+"""How a run survives: what a checkpoint holds, how it is written, checked, found and read again."""

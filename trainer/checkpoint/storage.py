@@ -1,0 +1,316 @@
+"""Tensors of a run, each rank's share in its own safetensors file, and an index that finds any region of any of them.
+
+Owns the cutting into pieces and the reading across them; knows nothing of models and optimizers. Invariants: the pieces
+of a tensor cover it once; what is read is bit for bit what was saved, on any number of ranks; a rank reads no more than
+it asks for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from trainer.checkpoint.manifest import read_json
+from trainer.distributed.group import Group
+from trainer.errors import CheckpointError
+from trainer.model.shard import Region, local_part
+
+INDEX = "tensors.json"
+SPLIT, SHARED, OWN = "split", "shared", "own"  # in pieces, equal on all ranks, another one on each rank
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_NAMED = {name: dtype for dtype, name in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A region of a tensor in a file, under the tensor's own name."""
+
+    file: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass
+class Entry:
+    """What the index says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    kind: str  # SPLIT, SHARED or OWN
+    placements: tuple[int | None, ...] | None  # of a DTensor: the dimension sharded over each axis, None: replicated
+    pieces: list[Piece] = field(default_factory=list)
+
+    def fault(self) -> str | None:
+        """Say why the pieces do not cover the tensor once, if they do not."""
+        if self.kind == OWN:
+            return None
+        covered, size = sum(piece.size for piece in self.pieces), math.prod(self.shape)
+        if covered != size or len({(piece.offset, piece.shape) for piece in self.pieces}) != len(self.pieces):
+            return f"its {len(self.pieces)} pieces hold {covered} of {size} elements"
+        return None
+
+
+Entries = dict[str, Entry]
+
+
+def cut(tensors: Mapping[str, Tensor], file: str, group: Group) -> tuple[Entries, dict[str, Tensor]]:
+    """Decide what this rank writes into its file; all ranks call, with the same names.
+
+    Returns:
+        An entry for each tensor, with this rank's piece in it if it has one, and the local tensors to write.
+
+    Raises:
+        CheckpointError: a tensor is of a type or placement that cannot be stored.
+    """
+    plain = {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
+    shared = _equal_on_all_ranks(plain, group)
+    entries: Entries = {}
+    local: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        kind = SPLIT if name not in plain else SHARED if name in shared else OWN
+        entry = entries[name] = _entry(name, tensor, kind)
+        part, region = local_part(tensor)
+        offset, shape = tuple(s.start for s in region), tuple(s.stop - s.start for s in region)
+        if _is_writer(tensor, kind, group) and (part.numel() or not math.prod(entry.shape)):
+            entry.pieces.append(Piece(file, offset, shape))
+            local[name] = part
+    return entries, local
+
+
+def _entry(name: str, tensor: Tensor, kind: str) -> Entry:
+    if tensor.dtype not in DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise CheckpointError(f"{name} is of type {tensor.dtype}: a checkpoint holds {allowed}")
+    placements = None
+    if isinstance(tensor, DTensor):
+        if not all(type(p) in (Shard, Replicate) for p in tensor.placements):
+            raise CheckpointError(f"{name} is placed as {tensor.placements}: a checkpoint holds shards and replicas")
+        placements = tuple(p.dim if isinstance(p, Shard) else None for p in tensor.placements)
+    return Entry(DTYPES[tensor.dtype], tuple(tensor.shape), kind, placements)
+
+
+def _is_writer(tensor: Tensor, kind: str, group: Group) -> bool:
+    """Whether this rank is the one that writes its part: of replicas, the first does."""
+    if isinstance(tensor, DTensor):
+        coordinate: Any = tensor.device_mesh.get_coordinate()
+        return all(c == 0 for c, p in zip(coordinate, tensor.placements, strict=True) if isinstance(p, Replicate))
+    return kind == OWN or group.is_lead
+
+
+def _equal_on_all_ranks(tensors: Mapping[str, Tensor], group: Group) -> set[str]:
+    """Names of the tensors that every rank holds alike."""
+    if group.world_size == 1 or not tensors:
+        return set(tensors)
+    names = sorted(tensors)
+    mine = torch.tensor([_fingerprint(name, tensors[name]) for name in names], device=group.device)
+    leads = group.sum_tensor(mine.clone() if group.is_lead else torch.zeros_like(mine))
+    num_other = group.sum_tensor((mine != leads).long()).tolist()
+    return {name for name, count in zip(names, num_other, strict=True) if not count}
+
+
+def _fingerprint(name: str, tensor: Tensor) -> int:
+    digest = hashlib.blake2b(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=7)
+    digest.update(_bytes_of(tensor))
+    return int.from_bytes(digest.digest(), "big")
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def safetensors_chunks(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
+    """The bytes of a safetensors file, tensor by tensor, so that hashing and writing need no copy of all of them."""
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # keeps every tensor aligned
+    header, end = {}, 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        yield _bytes_of(tensors[name])
+
+
+def merge(parts: Iterable[Entries]) -> Entries:
+    """Put together what the ranks wrote of each tensor.
+
+    Raises:
+        CheckpointError: the pieces of a tensor do not cover it.
+    """
+    merged: Entries = {}
+    for entries in parts:
+        for name, entry in entries.items():
+            merged.setdefault(name, Entry(entry.dtype, entry.shape, entry.kind, entry.placements))
+            merged[name].pieces += entry.pieces
+    for name, entry in merged.items():
+        if (fault := entry.fault()) is not None:
+            raise CheckpointError(f"{name}: {fault}; did all ranks save the same model?")
+    return merged
+
+
+def to_json(entries: Entries, world_size: int) -> Any:
+    """Give the index as plain values."""
+    tensors = {name: {**vars(e), "pieces": [vars(piece) for piece in e.pieces]} for name, e in entries.items()}
+    return {"world_size": world_size, "tensors": tensors}
+
+
+def from_json(form: Any) -> Entries:
+    """Read the tensors of an index back."""
+    return {
+        name: Entry(
+            entry["dtype"],
+            tuple(entry["shape"]),
+            entry["kind"],
+            None if entry["placements"] is None else tuple(entry["placements"]),
+            [Piece(piece["file"], tuple(piece["offset"]), tuple(piece["shape"])) for piece in entry["pieces"]],
+        )
+        for name, entry in form.items()
+    }
+
+
+class StoredTensors:
+    """The tensors of a checkpoint, read region by region; a source of weights as `model.weights` wants one."""
+
+    def __init__(self, folder: Path, rank: int = 0, world_size: int = 1) -> None:
+        self.folder, self.rank, self.world_size = folder, rank, world_size
+        form = read_json(folder / INDEX)
+        try:
+            self.saved_world_size, self.entries = int(form["world_size"]), from_json(form["tensors"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{folder / INDEX} is no index of tensors ({error!r})") from error
+        self._open: dict[str, Any] = {}
+
+    def entry(self, name: str) -> Entry:
+        """What the index says of a tensor.
+
+        Raises:
+            CheckpointError: it is not in the checkpoint.
+        """
+        if name not in self.entries:
+            raise CheckpointError(f"{self.folder} does not hold {name}: it was saved from another model or optimizer")
+        return self.entries[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type in which a tensor is stored."""
+        return _NAMED[self.entry(name).dtype]
+
+    def read(self, name: str, region: Region) -> Tensor:
+        """One region of a tensor, on the CPU; () is the whole of it."""
+        entry = self.entry(name)
+        if entry.kind == OWN:
+            return self._read_own(name, entry)
+        region = region or tuple(slice(0, size) for size in entry.shape)
+        shape = [s.stop - s.start for s in region]
+        found = torch.empty(shape, dtype=_NAMED[entry.dtype])
+        num_missing = found.numel()
+        for piece in entry.pieces:
+            common = _overlap(region, piece)
+            if common is None:
+                continue
+            target = tuple(slice(c.start - r.start, c.stop - r.start) for c, r in zip(common, region, strict=True))
+            source = tuple(slice(c.start - o, c.stop - o) for c, o in zip(common, piece.offset, strict=True))
+            found[target] = self._slice(piece.file, name, source)
+            num_missing -= math.prod(c.stop - c.start for c in common)
+        if num_missing:
+            raise CheckpointError(f"{self.folder}: {num_missing} elements of {name} are in none of its pieces")
+        return found
+
+    def find_damage(self) -> list[str]:
+        """Say of each tensor that cannot be read whole what is wrong."""
+        wrong = []
+        for name, entry in self.entries.items():
+            faults = {entry.fault(), *(self._fault(name, entry, piece) for piece in entry.pieces)} - {None}
+            wrong += [f"{name}: {fault}" for fault in faults]
+        return wrong
+
+    def _read_own(self, name: str, entry: Entry) -> Tensor:
+        """The tensor that this rank had for itself."""
+        if len(entry.pieces) != self.world_size:
+            raise CheckpointError(
+                f"{self.folder}: each of {len(entry.pieces)} ranks saved a {name} of its own, which {self.world_size} "
+                f"ranks cannot share; resume on {len(entry.pieces)} ranks"
+            )
+        piece = entry.pieces[self.rank]
+        return self._slice(piece.file, name, tuple(slice(0, size) for size in piece.shape))
+
+    def _fault(self, name: str, entry: Entry, piece: Piece) -> str | None:
+        try:
+            stored = self._file(piece.file).get_slice(name)
+        except (CheckpointError, SafetensorError) as error:
+            return f"not readable from {piece.file} ({error})"
+        found = (stored.get_dtype(), tuple(stored.get_shape()))
+        expected = (entry.dtype, piece.shape)
+        return None if found == expected else f"{piece.file} holds {found}, the index says {expected}"
+
+    def _slice(self, file: str, name: str, region: Region) -> Tensor:
+        try:
+            tensor: Tensor = self._file(file).get_slice(name)[region] if region else self._file(file).get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.folder / file}: {name} cannot be read ({error})") from error
+        return tensor
+
+    def _file(self, file: str) -> Any:
+        if file not in self._open:
+            try:
+                self._open[file] = safe_open(self.folder / file, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{self.folder / file} cannot be read ({error})") from error
+        return self._open[file]
+
+
+def _overlap(region: Region, piece: Piece) -> Region | None:
+    common = tuple(
+        slice(max(r.start, o), min(r.stop, o + size))
+        for r, o, size in zip(region, piece.offset, piece.shape, strict=True)
+    )
+    return common if all(c.start < c.stop for c in common) else None
+
+
+def fill(tensor: Tensor, name: str, stored: StoredTensors) -> None:
+    """Overwrite this rank's part of a tensor with what a checkpoint holds of it.
+
+    Raises:
+        CheckpointError: the checkpoint does not hold it, or in another shape or type.
+    """
+    entry = stored.entry(name)
+    expected = (DTYPES.get(tensor.dtype), tuple(tensor.shape))
+    if (entry.dtype, entry.shape) != expected:
+        raise CheckpointError(
+            f"{name} is {expected[0]} {expected[1]} here and {entry.dtype} {entry.shape} in {stored.folder}: "
+            "the checkpoint was saved from another model"
+        )
+    part, region = local_part(tensor)
+    if part.numel():
+        with torch.no_grad():
+            part.copy_(stored.read(name, region))

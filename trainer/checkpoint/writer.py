@@ -1,0 +1,202 @@
+"""Saves checkpoints: copies this rank's share, writes it beside the training, and publishes when every rank has.
+
+Owns the one save that may be in flight; knows nothing of when to save or of what the records mean. Invariants: nothing
+appears before it is whole; a failure anywhere is the same error on every rank, and leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.checkpoint import manifest
+from trainer.checkpoint.manifest import FileFact, Manifest
+from trainer.checkpoint.randomness import random_state
+from trainer.checkpoint.storage import INDEX, Entries, cut, from_json, merge, safetensors_chunks, to_json
+from trainer.distributed.group import Group
+from trainer.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What goes into a checkpoint; the same on every rank but for the regions that each holds of the tensors."""
+
+    step: int
+    tensors: Mapping[str, Mapping[str, Tensor]]  # name of the file -> tensors
+    records: Mapping[str, Any]  # name of the file -> JSON values
+    files: Mapping[str, bytes] = field(default_factory=dict)  # small files as they are
+    is_resumable: bool = True
+
+
+@dataclass
+class _Pending:
+    """A save in flight, as this rank sees it."""
+
+    contents: Contents
+    hidden: Path
+    target: Path
+    thread: threading.Thread | None = None
+    error: Exception | None = None
+    num_bytes: int = 0  # of this rank's share
+    num_written: int = 0
+
+
+class CheckpointWriter:
+    """Writes checkpoints into a folder.
+
+    Args:
+        folder: where they lie, the same for all ranks.
+        group: all ranks.
+        is_async: write beside the training; it waits only while this rank's share is copied to host memory.
+        limit: how many to keep, None for all; see `manifest.retire`.
+    """
+
+    def __init__(self, folder: Path, group: Group, *, is_async: bool, limit: int | None) -> None:
+        self.folder, self.group, self.is_async, self.limit = folder, group, is_async, limit
+        self.best_step: int | None = None  # never removed
+        self._pending: _Pending | None = None
+        self._host: dict[str, Tensor] = {}  # pinned copies, kept from one save to the next
+
+    def save(self, contents: Contents) -> Path | None:
+        """Begin to save (all ranks call); a former save is finished first.
+
+        Returns:
+            The checkpoint, if it is there already; None if `poll` or `wait` will give it.
+
+        Raises:
+            CheckpointError: this save or the former one failed on some rank.
+        """
+        self.wait()
+        target = manifest.folder_of(self.folder, contents.step)
+        hidden = target.with_name(f".{target.name}.writing")
+        error: OSError | None = None
+        if self.group.is_lead:
+            try:
+                manifest.stage(target)
+            except OSError as caught:
+                error = caught
+        self._agree(error, contents.step)
+        pending = self._pending = _Pending(contents, hidden, target)
+        shares = {name: cut(tensors, _file(name, self.group), self.group) for name, tensors in contents.tensors.items()}
+        record = {"random": random_state(self.group.device)}
+        if not self.is_async:
+            self._write(pending, shares, record)
+            return self._finish()
+        copied = {name: (entries, self._to_host(tensors)) for name, (entries, tensors) in shares.items()}
+        pending.thread = threading.Thread(target=self._write, args=(pending, copied, record), daemon=True)
+        pending.thread.start()
+        return None
+
+    def poll(self) -> Path | None:
+        """Publish the save in flight once every rank has written its share, and give it (all ranks call)."""
+        if self._pending is None or self._pending.thread is None:
+            return None
+        is_done = not self._pending.thread.is_alive()
+        num_done, num_failed = self.group.sum([is_done, is_done and self._pending.error is not None])
+        return self._finish() if num_failed or num_done == self.group.world_size else None
+
+    def wait(self) -> Path | None:
+        """Wait until the save in flight is published, and give it; None if there is none (all ranks call)."""
+        return None if self._pending is None else self._finish()
+
+    def _to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self.group.device.type != "cuda":
+            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            host = self._host.get(name)
+            if host is None or (host.shape, host.dtype) != (tensor.shape, tensor.dtype):
+                host = self._host[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            host.copy_(tensor.detach(), non_blocking=True)
+        torch.cuda.synchronize(self.group.device)
+        return {name: self._host[name] for name in tensors}
+
+    def _write(
+        self, pending: _Pending, shares: Mapping[str, tuple[Entries, dict[str, Tensor]]], record: dict[str, Any]
+    ) -> None:
+        """Write this rank's share, and last its record, which says what that was."""
+        try:
+            facts: dict[str, FileFact] = {}
+            for name, (_, tensors) in shares.items():
+                if tensors:
+                    file = _file(name, self.group)
+                    facts[file] = manifest.write_file(pending.hidden / file, safetensors_chunks(tensors))
+            entries = {tensor: entry for part, _ in shares.values() for tensor, entry in part.items()}
+            body = record | {
+                "files": {name: vars(fact) for name, fact in facts.items()},
+                "tensors": to_json(entries, self.group.world_size)["tensors"],
+            }
+            manifest.write_sealed(pending.hidden / rank_file(self.group.rank), body)
+        except Exception as error:  # noqa: BLE001  whatever it is, it must surface in the training thread
+            pending.error = error
+
+    def _finish(self) -> Path:
+        pending, self._pending = self._pending, None
+        assert pending is not None
+        if pending.thread is not None:
+            pending.thread.join()
+        self._agree(pending.error, pending.contents.step, pending.hidden)
+        error: Exception | None = None
+        if self.group.is_lead:
+            try:
+                self._publish(pending)
+                if self.limit is not None:
+                    manifest.retire(self.folder, self.limit, self.best_step)
+            except (OSError, CheckpointError) as caught:
+                error = caught
+        self._agree(error, pending.contents.step, pending.hidden)
+        return pending.target
+
+    def _publish(self, pending: _Pending) -> None:
+        """Add what is the same for all ranks, seal, and rename."""
+        files: dict[str, FileFact] = {}
+        parts: list[Entries] = []
+        for rank in range(self.group.world_size):
+            body, fact = manifest.read_sealed(pending.hidden / rank_file(rank))
+            parts.append(from_json(body["tensors"]))
+            files |= {name: FileFact(**entry) for name, entry in body["files"].items()} | {rank_file(rank): fact}
+        contents = pending.contents
+        records = {**contents.records, INDEX: to_json(merge(parts), self.group.world_size)}
+        for name, value in records.items():
+            files[name] = manifest.write_json(pending.hidden / name, value)
+        for name, content in contents.files.items():
+            files[name] = manifest.write_file(pending.hidden / name, [content])
+        about = Manifest(contents.step, self.group.world_size, contents.is_resumable, files, _versions())
+        manifest.publish(pending.hidden, pending.target, about)
+
+    def _agree(self, error: Exception | None, step: int, hidden: Path | None = None) -> None:
+        """Raise CheckpointError on every rank if there is an error on any."""
+        said = self.group.first_error(error)
+        if said is None:
+            return
+        if hidden is not None and self.group.is_lead:
+            shutil.rmtree(hidden, ignore_errors=True)
+        raise CheckpointError(
+            f"the checkpoint after step {step} could not be written: {said}; the checkpoints before it are untouched"
+        ) from error
+
+
+def rank_file(rank: int) -> str:
+    """Name of the record of one rank."""
+    return f"rank_{rank}.json"
+
+
+def _file(name: str, group: Group) -> str:
+    return f"{name}_{group.rank}.safetensors"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("reference-trainer", "torch", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
