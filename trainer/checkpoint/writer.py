@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -77,13 +77,7 @@ class CheckpointWriter:
         self.wait()
         target = manifest.folder_of(self.folder, contents.step)
         hidden = target.with_name(f".{target.name}.writing")
-        error: OSError | None = None
-        if self.group.is_lead:
-            try:
-                manifest.stage(target)
-            except OSError as caught:
-                error = caught
-        self._agree(error, contents.step)
+        self._on_lead(lambda: manifest.stage(target), contents.step)
         pending = self._pending = _Pending(contents, hidden, target)
         shares = {name: cut(tensors, _file(name, self.group), self.group) for name, tensors in contents.tensors.items()}
         record = {"random": random_state(self.group.device)}
@@ -143,16 +137,26 @@ class CheckpointWriter:
         if pending.thread is not None:
             pending.thread.join()
         self._agree(pending.error, pending.contents.step, pending.hidden)
+        self._on_lead(lambda: self._publish(pending), pending.contents.step, pending.hidden)
+        self._on_lead(self._retire, pending.contents.step)
+        return pending.target
+
+    def _on_lead(self, act: Callable[[], object], step: int, hidden: Path | None = None) -> None:
+        """Have the lead do something; if it fails, it fails on every rank."""
         error: Exception | None = None
         if self.group.is_lead:
             try:
-                self._publish(pending)
-                if self.limit is not None:
-                    manifest.retire(self.folder, self.limit, self.best_step)
+                act()
             except (OSError, CheckpointError) as caught:
                 error = caught
-        self._agree(error, pending.contents.step, pending.hidden)
-        return pending.target
+        self._agree(error, step, hidden)
+
+    def _retire(self) -> None:
+        if self.limit is not None:
+            try:
+                manifest.retire(self.folder, self.limit, self.best_step)
+            except OSError as error:
+                raise CheckpointError(f"it is there, but older ones could not be removed: {error}") from error
 
     def _publish(self, pending: _Pending) -> None:
         """Add what is the same for all ranks, seal, and rename."""
@@ -179,7 +183,7 @@ class CheckpointWriter:
         if hidden is not None and self.group.is_lead:
             shutil.rmtree(hidden, ignore_errors=True)
         raise CheckpointError(
-            f"the checkpoint after step {step} could not be written: {said}; the checkpoints before it are untouched"
+            f"the checkpoint after step {step} failed: {said}; the checkpoints before it are untouched"
         ) from error
 
 
