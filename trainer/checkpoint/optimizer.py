@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import tensor as distributed
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import empty as empty_dtensor
 
 from trainer.checkpoint.storage import Entry, StoredTensors, fill
 from trainer.checkpoint.tree import pack, unpack
@@ -89,7 +89,7 @@ def _reader(parameter: nn.Parameter, settings: Mapping[str, Any], stored: Stored
             return stored.read(name, ()).to("cpu" if is_count else parameter.device)
         assert isinstance(parameter, DTensor)
         mesh, dtype = parameter.device_mesh, stored.dtype(name)
-        made = distributed.empty(entry.shape, dtype=dtype, device_mesh=mesh, placements=placements)
+        made = empty_dtensor(entry.shape, dtype=dtype, device_mesh=mesh, placements=placements)
         fill(made, name, stored)
         return made
 
