@@ -27,7 +27,7 @@ VOCABULARY_SIZE = 320  # of build_tokenizer
 def build(folder: Path, *, model: Any = None, train_dataset: Any = STORE, **more: Any) -> Trainer:
     given = {name: more.pop(name) for name in ("eval_dataset", "processing_class") if name in more}
     args = build_arguments(folder / "run", **more)
-    return Trainer(model if model is not None else tiny_llama(), args, train_dataset, **given)
+    return Trainer(model if model is not None else tiny_llama(), args, train_dataset=train_dataset, **given)
 
 
 def chat_trainer(
@@ -41,19 +41,27 @@ def chat_trainer(
     )
     store = prepare(path, tokenizer, args, 64)
     model = tiny_llama(vocab_size=VOCABULARY_SIZE, max_position_embeddings=positions)
-    return Trainer(model, args, store, store, processing_class=tokenizer)
+    return Trainer(model, args, train_dataset=store, eval_dataset=store, processing_class=tokenizer)
 
 
-@pytest.mark.parametrize("dataset", [[1, 2], [{"input_ids": [1, 2]}], "data.jsonl"], ids=str)
-def test_a_data_set_of_another_kind_is_refused(tmp_path: Path, dataset: Any) -> None:
-    with pytest.raises(UsageError, match=r"a data set is a builtins\.(list|str): give JsonlDataset"):
+@pytest.mark.parametrize("dataset", [7, "data.jsonl"], ids=str)
+def test_what_has_no_samples_is_refused(tmp_path: Path, dataset: Any) -> None:
+    with pytest.raises(UsageError, match=r"train_dataset is a builtins\.(int|str): give something with samples"):
         build(tmp_path, train_dataset=dataset)
+
+
+def test_held_out_token_data_is_not_for_ordinary_training_nor_the_other_way_round(tmp_path: Path) -> None:
+    samples = [{"input_ids": [3, 4], "labels": [3, 4]}]
+    with pytest.raises(UsageError, match=r"a data set is a builtins\.list: give JsonlDataset"):
+        build(tmp_path, eval_dataset=samples)
+    with pytest.raises(UsageError, match="eval_dataset is token data and train_dataset is not"):
+        build(tmp_path, train_dataset=samples, eval_dataset=STORE, batch_size=64, max_tokens_per_rank=8192)
 
 
 def test_arguments_of_another_kind_are_refused() -> None:
     args: Any = {"learning_rate": 1.0}
     with pytest.raises(UsageError, match=r"args is a builtins.dict: give trainer.TrainingArguments"):
-        Trainer(tiny_llama(), args, STORE)
+        Trainer(tiny_llama(), args, train_dataset=STORE)
 
 
 def test_a_model_that_is_no_causal_language_model_is_refused(tmp_path: Path) -> None:

@@ -99,10 +99,13 @@ class TestEvents:
             "on_train_begin",
             "on_epoch_begin",
             "on_step_begin",
+            "on_pre_optimizer_step",
+            "on_optimizer_step",
             "on_step_end",
             "on_epoch_end",
             "on_log",
             "on_evaluate",
+            "on_log",
             "on_train_end",
         ]
 
@@ -139,7 +142,7 @@ class TestEvents:
     def test_logs_when_asked(self, tmp_path: Path, options: dict[str, Any], steps: list[int]) -> None:
         trainer = build_trainer(tmp_path, SAMPLES, num_train_epochs=2, **options)
         trainer.train()
-        assert [line["step"] for line in trainer.state.log_history] == steps
+        assert [line["step"] for line in trainer.state.log_history if "loss" in line] == steps
 
     def test_a_logged_loss_is_the_mean_over_the_loss_tokens_since_the_last(self, tmp_path: Path) -> None:
         trainer = build_trainer(tmp_path, SAMPLES, logging_steps=3)

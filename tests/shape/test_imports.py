@@ -22,7 +22,7 @@ FLOORS = {
     "__main__": 8,
     "train": 8,
 }
-NEEDS_TORCH = {"trainer/data/collate.py", "trainer/data/loader.py", "trainer/data/dataset.py"}
+NEEDS_TORCH = {f"trainer/data/{name}.py" for name in ("collate", "loader", "dataset", "ordinary")}
 MAY_USE_TORCH_DISTRIBUTED = {
     "trainer/distributed/group.py",
     "trainer/model/shard.py",

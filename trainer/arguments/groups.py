@@ -17,6 +17,23 @@ LARGEST_SEED = 2**32 - 1  # of numpy's global generator
 
 
 @dataclass
+class ExportArguments:
+    """What is written, and where."""
+
+    output_dir: str = option("outputs", "Folder of everything that the run writes.")
+    overwrite_output_dir: bool = option(False, "Start afresh in a folder that already holds a run.")
+    min_samples_per_checkpoint: int | None = option(
+        None, "Export Hugging Face weights each time so many samples were trained.", above=0
+    )
+    export_at_epoch: bool = option(False, "Export Hugging Face weights after each epoch.")
+    export_best: bool = option(False, "Export Hugging Face weights whenever metric_for_best_model improves.")
+    export_final: bool = option(True, "Export Hugging Face weights after the last step.")
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        None, "Type of exported weights; by default the type in which the model was stored."
+    )
+
+
+@dataclass
 class ModelArguments:
     """Model and tokenizer."""
 
@@ -70,6 +87,25 @@ class BatchArguments:
 
 
 @dataclass
+class LoaderArguments:
+    """Batches of data sets of one's own: whatever is not token data, which is packed."""
+
+    per_device_train_batch_size: int = option(8, "Samples of one rank in one micro-batch.", above=0, maximum=INT32)
+    per_device_eval_batch_size: int = option(8, "Samples of one rank in one evaluation batch.", above=0, maximum=INT32)
+    gradient_accumulation_steps: int = option(1, "Micro-batches of one rank in one optimizer step.", above=0)
+    average_tokens_across_devices: bool = option(True, "Count the labels of a step over all ranks, not on each alone.")
+    dataloader_drop_last: bool = option(False, "Leave out the samples of an epoch that do not fill a micro-batch.")
+    dataloader_num_workers: int = option(
+        0, "Processes that read and collate; 0 does it in the training process.", minimum=0
+    )
+    dataloader_pin_memory: bool = option(True, "Collate into page-locked memory where there is a GPU.")
+    dataloader_persistent_workers: bool = option(False, "Keep those processes from epoch to epoch.")
+    dataloader_prefetch_factor: int | None = option(None, "Batches that each process reads ahead.", above=0)
+    remove_unused_columns: bool = option(True, "Leave out columns that the model's forward does not take.")
+    label_names: list[str] | None = option(None, "Columns that are labels; by default those of the model's forward.")
+
+
+@dataclass
 class OptimizerArguments:
     """Optimizer."""
 
@@ -114,23 +150,6 @@ class EvaluationArguments:
 
 
 @dataclass
-class ExportArguments:
-    """What is written, and where."""
-
-    output_dir: str = option("outputs", "Folder of everything that the run writes.")
-    overwrite_output_dir: bool = option(False, "Start afresh in a folder that already holds a run.")
-    min_samples_per_checkpoint: int | None = option(
-        None, "Export Hugging Face weights each time so many samples were trained.", above=0
-    )
-    export_at_epoch: bool = option(False, "Export Hugging Face weights after each epoch.")
-    export_best: bool = option(False, "Export Hugging Face weights whenever metric_for_best_model improves.")
-    export_final: bool = option(True, "Export Hugging Face weights after the last step.")
-    save_dtype: Literal["float32", "bfloat16", "float16"] | None = option(
-        None, "Type of exported weights; by default the type in which the model was stored."
-    )
-
-
-@dataclass
 class LoggingArguments:
     """Logging and progress."""
 
@@ -150,13 +169,14 @@ class MachineArguments:
 
 
 GROUPS = (
+    ExportArguments,
     ModelArguments,
     DataArguments,
     BatchArguments,
+    LoaderArguments,
     OptimizerArguments,
     ScheduleArguments,
     EvaluationArguments,
-    ExportArguments,
     LoggingArguments,
     MachineArguments,
 )

@@ -17,6 +17,7 @@ from trainer.arguments.groups import (
     DataArguments,
     EvaluationArguments,
     ExportArguments,
+    LoaderArguments,
     LoggingArguments,
     MachineArguments,
     ModelArguments,
@@ -61,13 +62,14 @@ def _known_options(cls: type[Any], options: Mapping[str, Any]) -> dict[str, Any]
 class TrainingArguments(  # the last base's options come first
     MachineArguments,
     LoggingArguments,
-    ExportArguments,
     EvaluationArguments,
     ScheduleArguments,
     OptimizerArguments,
+    LoaderArguments,
     BatchArguments,
     DataArguments,
     ModelArguments,
+    ExportArguments,
 ):
     """Every option of a run.
 
@@ -117,6 +119,12 @@ class TrainingArguments(  # the last base's options come first
                 f"logging_first_step has no effect with logging_strategy={self.logging_strategy}: say "
                 "logging_strategy=steps",
             ),
+            (
+                not self.dataloader_num_workers
+                and (self.dataloader_prefetch_factor is not None or self.dataloader_persistent_workers),
+                "dataloader_prefetch_factor and dataloader_persistent_workers have no effect without "
+                "dataloader_num_workers: give a number of processes",
+            ),
             (self.max_steps == 0, "max_steps = 0 would train nothing: give a positive number, or -1 for no limit"),
             (
                 self.export_best and not self.does_evaluate,
@@ -138,6 +146,16 @@ class TrainingArguments(  # the last base's options come first
             or self.eval_on_start
             or self.eval_at_end
         )
+
+    @property
+    def train_batch_size(self) -> int:
+        """Samples of one rank in one micro-batch of an ordinary data set; one process drives one device."""
+        return self.per_device_train_batch_size
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Samples of one rank in one evaluation batch of an ordinary data set."""
+        return self.per_device_eval_batch_size
 
     @property
     def longest_sample(self) -> int:

@@ -44,7 +44,13 @@ def train(args: TrainingArguments) -> int:
     with Group.join(args) as group:
         with PreparationDisplay() as progress:
             train_dataset, eval_dataset = load_datasets(args, tokenizer, group, progress)
-        trainer = Trainer(None, args, train_dataset, eval_dataset, tokenizer, [ProgressDisplay()])
+        trainer = Trainer(
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=[ProgressDisplay()],
+        )
         trainer.train()
         if group.is_lead:
             show_answers(trainer.answers, args.num_generation_samples)

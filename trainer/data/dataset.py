@@ -63,6 +63,14 @@ class JsonlDataset(Dataset[dict[str, Any]]):
         return StoredSamples(self, np.asarray(indices, np.int64))
 
 
+TokenData = TokenStore | JsonlDataset
+
+
+def is_token_data(dataset: Any) -> bool:
+    """Whether a data set is one of ours, whose samples are packed."""
+    return isinstance(dataset, TokenData)
+
+
 class StoredSamples(Sequence[dict[str, Any]]):
     """Some samples of a data set: counts at hand, tokens read when asked for."""
 

@@ -68,6 +68,13 @@ class EpochSampler(_Sampler):
         return self.len_data - self.start
 
 
+class OrderedSampler(EpochSampler):
+    """The samples in their own order, every epoch, from the position on."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, self.len_data))
+
+
 class InfiniteSampler(_Sampler):
     """Epochs without end from the position on: each complete before the next, each in an order of its own."""
 

@@ -1,4 +1,4 @@
-"""A trained model as a Hugging Face folder: config, generation config, tokenizer, safetensors.
+"""A trained model as a Hugging Face folder: config, generation config, tokenizer, safetensors; or a module as weights.
 
 All ranks call, the lead rank writes. Knows nothing of how training resumes. Invariants: the folder appears whole or
 not at all; its weights, loaded by transformers, give the logits of the trained model in the format saved; tied
@@ -10,21 +10,24 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+import stat
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.errors import CheckpointError
 from trainer.model.shard import any_rank, is_lead, whole
 
 MAX_SHARD_SIZE = "5GB"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"  # an export holds one of them at least
 
 
 def export_model(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
     directory: str | os.PathLike[str],
     save_dtype: torch.dtype | None = None,
@@ -43,8 +46,8 @@ def export_model(
         CheckpointError: The lead rank could not write, or `directory` holds something else than an export.
     """
     target = Path(directory)
-    dtype = save_dtype or model.config.dtype or torch.float32
-    tensors = _gather(model, dtype)
+    stored = model.config.dtype or torch.float32 if isinstance(model, PreTrainedModel) else None
+    tensors = _gather(model, save_dtype or stored)
     error: Exception | None = None
     if is_lead(model):
         try:
@@ -59,17 +62,17 @@ def export_model(
         raise CheckpointError(f"could not export to {target}: the lead rank failed; see its message")
 
 
-def _gather(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every stored tensor, whole, on the CPU of the lead rank; floating-point ones in `dtype`."""
-    lead, tied = is_lead(model), set(model.all_tied_weights_keys)
+def _gather(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Every stored tensor, whole, on the CPU of the lead rank; floating-point ones in `dtype`, if one is given."""
+    lead, tied = is_lead(model), set(getattr(model, "all_tied_weights_keys", ()))
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         if name in tied:
             continue
         gathered = whole(tensor)
         if lead:
-            kept = dtype if gathered.is_floating_point() else gathered.dtype
-            tensors[name] = gathered.to("cpu", kept, copy=True)
+            kept = dtype if dtype is not None and gathered.is_floating_point() else gathered.dtype
+            tensors[name] = gathered.to("cpu", kept, copy=True).contiguous()
     return tensors
 
 
@@ -81,14 +84,15 @@ def _check_range(tensors: dict[str, Tensor]) -> None:
 
 
 def _publish(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
     tensors: dict[str, Tensor],
     target: Path,
     max_shard_size: str,
 ) -> None:
     """Write into a hidden folder beside the target, then rename it."""
-    if target.exists() and not (target / "config.json").is_file() and any(target.iterdir()):
+    is_export = any((target / name).is_file() for name in (CONFIG, WEIGHTS))
+    if target.exists() and not is_export and any(target.iterdir()):
         raise ValueError("the folder holds something else than an export; choose another")
     hidden = target.with_name(f".{target.name}.writing")
     former = target.with_name(f".{target.name}.former")
@@ -96,7 +100,12 @@ def _publish(
         shutil.rmtree(leftover, ignore_errors=True)
     hidden.mkdir(parents=True)
     try:
-        _write(model, tokenizer, tensors, hidden, max_shard_size)
+        if isinstance(model, PreTrainedModel):
+            _write(model, tensors, hidden, max_shard_size)
+        else:
+            save_file(tensors, hidden / WEIGHTS)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(hidden)
         _seal(hidden)
         if target.exists():
             target.rename(former)
@@ -106,13 +115,7 @@ def _publish(
     shutil.rmtree(former, ignore_errors=True)
 
 
-def _write(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    tensors: dict[str, Tensor],
-    directory: Path,
-    max_shard_size: str,
-) -> None:
+def _write(model: PreTrainedModel, tensors: dict[str, Tensor], directory: Path, max_shard_size: str) -> None:
     dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
     trained_config, generation = model.config, getattr(model, "generation_config", None)
     # save_pretrained writes into the config, takes the dtype from the float32 parameters, and refuses a generation
@@ -126,18 +129,17 @@ def _write(
         model.config, model.generation_config = trained_config, generation
     if generation is not None:
         generation.to_json_file(directory / "generation_config.json")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
 
 
 def _seal(directory: Path) -> None:
-    """Have every file put on disk, so that the rename cannot outrun them, and readable for who may read the config.
+    """Have every file put on disk, so that the rename cannot outrun them, and readable for who may read the folder.
 
     The safetensors library writes files that only their owner can read.
     """
+    readable = stat.S_IMODE(directory.stat().st_mode) & 0o666
     for path in [*directory.rglob("*"), directory]:
         if path.is_file():
-            shutil.copymode(directory / "config.json", path)
+            path.chmod(readable)
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -30,6 +30,7 @@ from trainer.model.modes import evaluating
 from trainer.model.precision import use_compute_dtype
 
 Region = tuple[slice, ...]
+_MESH = "_trainer_mesh"  # of a model that was sharded here; all of its parameters may be scalars, which are whole
 
 
 def decoder_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -66,7 +67,7 @@ def compile_blocks(model: PreTrainedModel) -> None:
 
 
 def shard_model(model: PreTrainedModel, mesh: DeviceMesh, compute_dtype: torch.dtype = torch.float32) -> None:
-    """Spread a model over the ranks of a mesh with FSDP2, in place: one group for each block, one for the rest.
+    """Spread a language model over the ranks of a mesh with FSDP2, in place, for `token_loss_sum`.
 
     Args:
         model: With its weights, or on the meta device (see `load.materialise`).
@@ -77,16 +78,27 @@ def shard_model(model: PreTrainedModel, mesh: DeviceMesh, compute_dtype: torch.d
     if compute_dtype.itemsize < torch.float32.itemsize:
         policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
         use_compute_dtype(model, compute_dtype, by_autocast=False)
-    for block in decoder_blocks(model).values():
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    shard_modules(model, mesh, policy)
+    setattr(model, FORWARD_METHOD, functools.partial(forward_loss, model))
+    register_fsdp_forward_method(model, FORWARD_METHOD)
+
+
+def shard_modules(model: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy | None = None) -> None:
+    """Spread any module over the ranks of a mesh, in place: one group for each block, one for the rest.
+
+    Scalars cannot be cut: every rank holds them whole, and `gradients.sum_whole_gradients` sees to their gradients.
+    """
+    policy = policy or MixedPrecisionPolicy()
+    whole_ones = {parameter for parameter in model.parameters() if parameter.ndim == 0}
+    blocks = decoder_blocks(model) if isinstance(model, PreTrainedModel) else {}
+    for module in (*blocks.values(), model):
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=whole_ones)
+    setattr(model, _MESH, mesh)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # A factor alone asks for PREMUL_SUM, which gloo lacks.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    setattr(model, FORWARD_METHOD, functools.partial(forward_loss, model))
-    register_fsdp_forward_method(model, FORWARD_METHOD)
 
 
 @contextmanager
@@ -118,9 +130,15 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model is spread over ranks already, by an earlier Trainer for one."""
+    return isinstance(model, FSDPModule)
+
+
 def model_mesh(model: nn.Module) -> DeviceMesh | None:
     """The mesh over which a model is sharded, or None."""
-    return next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
+    mesh: DeviceMesh | None = getattr(model, _MESH, None)
+    return mesh or next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
 
 
 def any_rank(flag: bool, model: nn.Module) -> bool:

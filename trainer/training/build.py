@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -36,6 +38,24 @@ def load_datasets(
         if args.validation_split:
             return split_validation(train, args.validation_split, args.seed)
         return train, None
+
+
+def check_held_out(args: TrainingArguments, train_dataset: Any, eval_dataset: Any) -> None:
+    """Raise UsageError where the options name held-out data that would not be used."""
+    if not args.validation_split and args.validation_data_path is None:
+        return
+    if train_dataset is None and eval_dataset is not None:
+        raise UsageError("validation_split, validation_data_path and eval_dataset exclude each other: give one")
+    if train_dataset is not None and eval_dataset is None:
+        raise UsageError(
+            "validation_split and validation_data_path have no effect beside train_dataset: give eval_dataset"
+        )
+
+
+def check_evaluations(args: TrainingArguments, eval_dataset: Any) -> None:
+    """Raise UsageError where evaluations are asked for and there is nothing to evaluate on."""
+    if args.does_evaluate and eval_dataset is None:
+        raise UsageError("evaluation needs held-out data: give validation_split, validation_data_path, or eval_dataset")
 
 
 def check_samples(store: TokenStore, name: str) -> None:

@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_callback import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import (
+    CallbackHandler,
+    DefaultFlowCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
 
 from trainer.arguments.training import TrainingArguments
 from trainer.errors import OutputError
@@ -21,10 +27,64 @@ from trainer.training.metrics import StepReport
 
 @dataclass
 class RunState(TrainerState):
-    """transformers' TrainerState, and how many samples and loss tokens were trained since the start."""
+    """transformers' TrainerState, and where the run stands: all that a resumed run must know to go on alike.
 
-    num_samples_seen: int = 0
+    The position in the data is two integers, `num_epochs_done` and `num_epoch_samples_seen`.
+    """
+
+    num_samples_seen: int = 0  # since the start
     num_loss_tokens_seen: int = 0
+    num_epochs_done: int = 0
+    num_epoch_samples_seen: int = 0
+    num_samples_per_epoch: int | None = None  # of a stream without a length not before its first pass ends
+    loss_sum: float = 0.0  # over the steps so far, each by its weight (`StepReport.weight`)
+    loss_weight: int = 0
+    log_window: dict[str, float] = field(default_factory=dict)  # see `LossWindow`
+
+    def advance(self, num_samples: int, num_loss_tokens: int) -> None:
+        """Move past a finished step."""
+        self.global_step += 1
+        self.num_samples_seen += num_samples
+        self.num_loss_tokens_seen += num_loss_tokens
+        self.num_epoch_samples_seen += num_samples
+        if self.num_epoch_samples_seen == self.num_samples_per_epoch:
+            self.end_epoch()
+        self._tell_epoch()
+
+    def end_epoch(self) -> None:
+        """Move to the beginning of the next epoch, wherever in this one the run stands."""
+        self.num_epochs_done += 1
+        self.num_epoch_samples_seen = 0
+        self._tell_epoch()
+
+    def train_metrics(self, seconds: float) -> dict[str, float]:
+        """Give what the run did, under the names that transformers has for it."""
+        return {
+            "train_runtime": seconds,
+            "train_samples_per_second": self.num_samples_seen / seconds,
+            "train_steps_per_second": self.global_step / seconds,
+            "train_loss": self.loss_sum / max(self.loss_weight, 1),
+        }
+
+    def _tell_epoch(self) -> None:
+        """Say how many epochs were trained, with fractions as far as the length of one is known."""
+        if self.num_samples_per_epoch is None:
+            self.epoch = float(self.num_epochs_done)
+        else:
+            seen = self.num_epochs_done * self.num_samples_per_epoch + self.num_epoch_samples_seen
+            self.epoch = seen / self.num_samples_per_epoch
+
+
+class Events:
+    """Tells callbacks what happens, and keeps state and control, which they may change."""
+
+    def __init__(self, args: TrainingArguments, state: RunState, handler: CallbackHandler) -> None:
+        self.args, self.state, self.handler = args, state, handler
+        self.control = TrainerControl()
+
+    def emit(self, event: str, **more: Any) -> None:
+        """Call an event of transformers' protocol on every callback."""
+        self.control = getattr(self.handler, event)(self.args, self.state, self.control, **more)
 
 
 class FlowCallback(DefaultFlowCallback):

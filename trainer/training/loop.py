@@ -1,29 +1,35 @@
 """The training loop: the one file that knows the order of everything.
 
-Per epoch, per global batch: step, report, then whatever the callbacks asked for (log, evaluate), until one of them or a
-signal says stop. Position is two integers, epoch and samples; nothing else decides which batch comes next.
+Per epoch, per global batch: step, report, then what the callbacks asked for (log, evaluate, save), until one of them or
+a signal says stop. Position is two integers, epoch and samples; nothing else decides which batch comes next.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from torch.utils.data import DataLoader
-from transformers.trainer_callback import CallbackHandler, TrainerControl
+from transformers.trainer_callback import TrainerControl
 
 from trainer.arguments.training import TrainingArguments
-from trainer.data.collate import MicroBatch
 from trainer.data.length import RunLength
-from trainer.data.sampler import EpochSampler
-from trainer.training.callbacks import RunState
-from trainer.training.metrics import StepReport, batch_counts, now, peak_memory_bytes, throughput
+from trainer.training.callbacks import Events, RunState
+from trainer.training.metrics import StepReport, now, peak_memory_bytes, throughput
 from trainer.training.signals import StopRequest
-from trainer.training.step import Engine, StepResult, take_step
+from trainer.training.step import Engine, GlobalBatch, StepResult, take_step
 
-GlobalBatch = list[MicroBatch]  # this rank's share of it
+logger = logging.getLogger(__name__)
+
+
+class Batches(Protocol):
+    """Where global batches come from."""
+
+    num_samples: int | None  # of an epoch, over all ranks; None: not known before one has ended
+
+    def epoch(self, epoch: int, start: int) -> Iterator[GlobalBatch]:
+        """Give what is left of an epoch after `start` of its samples."""
 
 
 @dataclass
@@ -32,18 +38,31 @@ class Run:
 
     args: TrainingArguments
     engine: Engine
-    loader: DataLoader[GlobalBatch]
-    sampler: EpochSampler
-    num_samples: int
+    batches: Batches
     length: RunLength
-    state: RunState
-    control: TrainerControl
-    callbacks: CallbackHandler
+    events: Events
     evaluate: Callable[[], dict[str, float]]
+    save: Callable[[], None]
     log: Callable[[dict[str, float]], None]
-    loss_sum: float = 0.0  # over all loss tokens trained so far
+    finish: Callable[[], None]  # what is to be done after the last step, before the end is told
     stop_signal: int | None = None  # the signal that ended the run
     evaluated_step: int | None = None  # the last step after which there was an evaluation
+
+    @property
+    def state(self) -> RunState:
+        """Where the run stands."""
+        return self.events.state
+
+    @property
+    def control(self) -> TrainerControl:
+        """What the callbacks ask for."""
+        return self.events.control
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps or all epochs were trained."""
+        limits = ((self.length.num_steps, self.state.global_step), (self.length.num_epochs, self.state.num_epochs_done))
+        return any(limit is not None and done >= limit for limit, done in limits)
 
 
 def train(run: Run) -> None:
@@ -53,55 +72,65 @@ def train(run: Run) -> None:
     nothing.
     """
     run.state.max_steps = run.length.num_steps or -1
+    run.state.num_train_epochs = run.length.num_epochs or 0
+    run.state.num_samples_per_epoch = run.batches.num_samples or run.state.num_samples_per_epoch
     with StopRequest() as stop:
-        run.callbacks.on_train_begin(run.args, run.state, run.control)
+        run.events.emit("on_train_begin")
         if run.args.eval_on_start:
             evaluate_once(run)
-        for epoch in itertools.count(run.state.num_samples_seen // run.num_samples):
-            train_epoch(run, epoch, stop)
-            if run.control.should_training_stop:
-                break
+        while not (run.is_over or run.control.should_training_stop):
+            train_epoch(run, stop)
         if run.args.eval_at_end and run.stop_signal is None:
             evaluate_once(run)
-        run.callbacks.on_train_end(run.args, run.state, run.control)
+        run.finish()
+        run.events.emit("on_train_end")
 
 
-def train_epoch(run: Run, epoch: int, stop: StopRequest) -> None:
+def train_epoch(run: Run, stop: StopRequest) -> None:
     """Train what is left of one epoch."""
-    run.sampler.set_epoch(epoch, start=run.state.num_samples_seen - epoch * run.num_samples)
-    run.callbacks.on_epoch_begin(run.args, run.state, run.control)
-    window = LossWindow()
-    for batch in run.loader:
-        report = train_batch(run, batch, stop)
-        window.add(report)
+    epoch, start = run.state.num_epochs_done, run.state.num_epoch_samples_seen
+    window = LossWindow(run.state)
+    run.events.emit("on_epoch_begin")
+    for batch in run.batches.epoch(epoch, start):
+        window.add(train_batch(run, batch, stop))
         act(run, window)
         if run.control.should_training_stop or run.control.should_epoch_stop:
             break
-    run.callbacks.on_epoch_end(run.args, run.state, run.control)
+    else:
+        end_of_data(run, epoch, start)
+    if run.control.should_epoch_stop and run.state.num_epochs_done == epoch:
+        run.state.end_epoch()
+    run.events.emit("on_epoch_end")
     act(run, window)
+
+
+def end_of_data(run: Run, epoch: int, start: int) -> None:
+    """Close an epoch whose batches ran out; a stream shows its length, or that it has nothing left to give."""
+    seen = run.state.num_epoch_samples_seen
+    if run.state.num_epochs_done > epoch:  # its length was known
+        return
+    if seen == 0:
+        logger.warning("train_dataset gives no more samples: training stops at step %d", run.state.global_step)
+        run.control.should_training_stop = True
+        return
+    run.state.num_samples_per_epoch = seen
+    run.state.end_epoch()
 
 
 def train_batch(run: Run, batch: GlobalBatch, stop: StopRequest) -> StepReport:
     """Take one step, move the position past it, and report it."""
-    run.callbacks.on_step_begin(run.args, run.state, run.control)
+    run.events.emit("on_step_begin")
     started = now()
     result = take_step(run.engine, batch, stop)
-    counts = batch_counts(batch, run.args.max_tokens_per_rank, run.engine.group.world_size)
-    advance(run, counts["num_samples"], counts["num_loss_tokens"])
-    run.loss_sum += result.loss * counts["num_loss_tokens"]
+    counts = run.engine.objective.counts(batch)
+    run.state.advance(counts["num_samples"], counts.get("num_loss_tokens", 0))
     report = report_step(run, result, counts, now() - started)
-    run.callbacks.on_step_end(run.args, run.state, run.control, report=report)
+    run.state.loss_sum += report.loss * report.weight
+    run.state.loss_weight += report.weight
+    run.events.emit("on_step_end", report=report)
     if result.stop_signal is not None:
         run.stop_signal, run.control.should_training_stop = result.stop_signal, True
     return report
-
-
-def advance(run: Run, num_samples: int, num_loss_tokens: int) -> None:
-    """Move the position past a finished step."""
-    run.state.global_step += 1
-    run.state.num_samples_seen += num_samples
-    run.state.num_loss_tokens_seen += num_loss_tokens
-    run.state.epoch = run.state.num_samples_seen / run.num_samples
 
 
 def report_step(run: Run, result: StepResult, counts: dict[str, Any], seconds: float) -> StepReport:
@@ -119,33 +148,31 @@ def report_step(run: Run, result: StepResult, counts: dict[str, Any], seconds: f
 
 
 class LossWindow:
-    """Steps since the last log line: their mean loss over loss tokens, and the newest report."""
+    """Steps since the last log line: their mean loss, and gradient norm and learning rate of the newest."""
 
-    def __init__(self) -> None:
-        self._loss_sum, self._num_loss_tokens = 0.0, 0
-        self._newest: StepReport | None = None
+    def __init__(self, state: RunState) -> None:
+        self._state = state
 
     def add(self, report: StepReport) -> None:
         """Take in one more step."""
-        self._loss_sum += report.loss * report.num_loss_tokens
-        self._num_loss_tokens += report.num_loss_tokens
-        self._newest = report
+        window = self._state.log_window
+        self._state.log_window = {
+            "loss_sum": window.get("loss_sum", 0.0) + report.loss * report.weight,
+            "weight": window.get("weight", 0) + report.weight,
+            "grad_norm": report.grad_norm,
+            "learning_rate": report.learning_rate,
+        }
 
     def take(self) -> dict[str, float]:
         """Give the log line and start the next window."""
-        assert self._newest is not None
-        line = {
-            "loss": self._loss_sum / self._num_loss_tokens,
-            "grad_norm": self._newest.grad_norm,
-            "learning_rate": self._newest.learning_rate,
-        }
-        self._loss_sum, self._num_loss_tokens = 0.0, 0
-        return line
+        window, self._state.log_window = self._state.log_window, {}
+        loss = window["loss_sum"] / window["weight"]
+        return {"loss": loss, "grad_norm": window["grad_norm"], "learning_rate": window["learning_rate"]}
 
     @property
     def has_steps(self) -> bool:
         """Whether a step came since the last line."""
-        return self._num_loss_tokens > 0
+        return bool(self._state.log_window)
 
 
 def act(run: Run, window: LossWindow) -> None:
@@ -156,6 +183,9 @@ def act(run: Run, window: LossWindow) -> None:
     if run.control.should_evaluate:
         evaluate_once(run)
     run.control.should_evaluate = False
+    if run.control.should_save:
+        run.save()
+        run.events.emit("on_save")
 
 
 def evaluate_once(run: Run) -> None:

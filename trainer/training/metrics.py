@@ -44,20 +44,25 @@ class StepReport:
     epoch: float
     learning_rate: float
     grad_norm: float
-    loss: float  # mean over the loss tokens of the global batch
-    num_loss_tokens: int
-    num_tokens: int
+    loss: float  # mean over the loss tokens of the global batch; what an ordinary model calls its loss
     num_samples: int
     num_micro_batches: int
-    packing_efficiency: float  # share of the token budgets of all ranks that held tokens
-    tokens_per_second: float
     samples_per_second: float
     step_seconds: float
     peak_memory_bytes: int  # of the lead rank's device, or of its process on the CPU
+    num_loss_tokens: int | None = None  # these four: of token data alone
+    num_tokens: int | None = None
+    packing_efficiency: float | None = None  # share of the token budgets of all ranks that held tokens
+    tokens_per_second: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the report as plain values."""
-        return dataclasses.asdict(self)
+        """Give the report as plain values, without what is not known of ordinary data."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+    @property
+    def weight(self) -> int:
+        """What this step weighs in a mean over steps: its loss tokens, or 1 where they are not known."""
+        return 1 if self.num_loss_tokens is None else self.num_loss_tokens
 
 
 def batch_counts(batch: list[MicroBatch], max_tokens_per_rank: int, world_size: int) -> dict[str, Any]:
@@ -74,12 +79,9 @@ def batch_counts(batch: list[MicroBatch], max_tokens_per_rank: int, world_size: 
 
 
 def throughput(counts: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Give tokens and samples per second of a step over all ranks."""
-    return {
-        "tokens_per_second": counts["num_tokens"] / seconds,
-        "samples_per_second": counts["num_samples"] / seconds,
-        "step_seconds": seconds,
-    }
+    """Give tokens, where they are counted, and samples per second of a step over all ranks."""
+    tokens = {"tokens_per_second": counts["num_tokens"] / seconds} if "num_tokens" in counts else {}
+    return {**tokens, "samples_per_second": counts["num_samples"] / seconds, "step_seconds": seconds}
 
 
 def peak_memory_bytes(device: torch.device) -> int:

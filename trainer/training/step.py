@@ -1,27 +1,43 @@
 """One optimizer step: micro-batches, loss, gradient, update.
 
-Loss functions return sums; the one division by the loss tokens of the global batch, known from the plan, stands here.
-Gradients are summed over ranks by FSDP2. So the step is the same however the batch is split (law L2). A non-finite loss
-or gradient is never stepped on; every rank sees the same numbers and acts alike.
+What a global batch is and how it becomes gradients is the objective's business; the gradient that it leaves, summed
+over ranks, is that of the batch's mean loss however the batch is split (law L2). A non-finite loss or gradient is never
+stepped on; every rank sees the same numbers and acts alike.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from trainer.data.collate import MicroBatch
 from trainer.distributed.group import Group
 from trainer.errors import NonFiniteError
-from trainer.model.loss import token_loss_sum
-from trainer.optim.gradients import clip, global_norm
+from trainer.optim.gradients import clip, global_norm, sum_whole_gradients
 from trainer.training.metrics import BatchMetrics
 from trainer.training.signals import StopRequest
+
+GlobalBatch = Any  # this rank's share of one, as the objective knows it
+Emit = Callable[[str], None]  # tells the callbacks of an event
+
+
+class Objective(Protocol):
+    """What is minimised: packs of tokens by their cross-entropy, or whatever a model calls its loss."""
+
+    def backward(self, batch: GlobalBatch) -> Iterator[Tensor]:
+        """Go through this rank's micro-batches, add the gradient of each, and give its share of the batch's loss.
+
+        Every rank gives equally many. The shares of all micro-batches and ranks sum to the mean loss.
+        """
+
+    def counts(self, batch: GlobalBatch) -> dict[str, Any]:
+        """Count what the batch holds over all ranks: `num_samples`, `num_micro_batches`, and what else is known."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +45,12 @@ class Engine:
     """What a step changes and what it needs."""
 
     model: nn.Module
+    objective: Objective
     optimizer: Optimizer
     schedule: LRScheduler
     group: Group
     max_grad_norm: float
-    label_smoothing: float
+    emit: Emit
 
 
 @dataclass(frozen=True)
@@ -46,7 +63,7 @@ class StepResult:
     stop_signal: int | None  # some rank was asked to stop by this signal
 
 
-def take_step(engine: Engine, batch: list[MicroBatch], stop: StopRequest) -> StepResult:
+def take_step(engine: Engine, batch: GlobalBatch, stop: StopRequest) -> StepResult:
     """Take one optimizer step on this rank's share of a global batch.
 
     Raises:
@@ -55,29 +72,31 @@ def take_step(engine: Engine, batch: list[MicroBatch], stop: StopRequest) -> Ste
     metrics = accumulate_gradients(engine, batch)
     metrics.accumulate(**stop.as_flags())
     totals = metrics.reduce(engine.group)
+    sum_whole_gradients(engine.model.parameters(), engine.group)
     norm = global_norm(engine.model.parameters())
     loss, grad_norm = totals["loss"], norm.item()
     check_finite(loss, grad_norm)
     return StepResult(loss, grad_norm, update(engine, norm), stop.agreed(totals))
 
 
-def accumulate_gradients(engine: Engine, batch: list[MicroBatch]) -> BatchMetrics:
+def accumulate_gradients(engine: Engine, batch: GlobalBatch) -> BatchMetrics:
     """Add this rank's share of the gradient of the global batch's mean loss; gives its share of that `loss`."""
     metrics = BatchMetrics()
-    num_loss_tokens = batch[0]["batch_num_loss_counted_tokens"]
-    for micro_batch in batch:
-        loss_sum = token_loss_sum(engine.model, to_device(micro_batch, engine.group.device), engine.label_smoothing)
-        loss = loss_sum / num_loss_tokens
-        loss.backward()
+    num_micro_batches = engine.objective.counts(batch)["num_micro_batches"]
+    for number, loss in enumerate(engine.objective.backward(batch), start=1):
         metrics.accumulate(loss=loss)
+        if number < num_micro_batches:
+            engine.emit("on_substep_end")
     return metrics
 
 
-def update(engine: Engine, norm: torch.Tensor) -> float:
+def update(engine: Engine, norm: Tensor) -> float:
     """Clip, move the weights, advance the schedule, clear the gradients; give the learning rate that was used."""
     learning_rate = engine.schedule.get_last_lr()[0]
     clip(engine.model.parameters(), norm, engine.max_grad_norm)
+    engine.emit("on_pre_optimizer_step")
     engine.optimizer.step()
+    engine.emit("on_optimizer_step")
     engine.schedule.step()
     engine.optimizer.zero_grad()
     return float(learning_rate)
@@ -90,10 +109,12 @@ def check_finite(loss: float, grad_norm: float) -> None:
             raise NonFiniteError(f"{name} is {value}: the step was not taken, the weights are those of the step before")
 
 
-def to_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """Copy the tensors of a micro-batch to the device; counts stay plain numbers."""
-    moved = {
-        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for name, value in micro_batch.items()
-    }
-    return MicroBatch(**moved)  # type: ignore[typeddict-item]
+def to_device(data: Any, device: torch.device) -> Any:
+    """Copy the tensors of a micro-batch to the device, however they are nested; all else stays as it is."""
+    if isinstance(data, Tensor):
+        return data.to(device, non_blocking=True)
+    if isinstance(data, Mapping):
+        return type(data)({name: to_device(value, device) for name, value in data.items()})  # type: ignore[call-arg]
+    if isinstance(data, list | tuple):
+        return type(data)(to_device(value, device) for value in data)
+    return data

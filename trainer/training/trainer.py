@@ -2,136 +2,156 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.trainer_callback import CallbackHandler, TrainerCallback, TrainerControl
+from transformers import set_seed
+from transformers.trainer_callback import CallbackHandler, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from trainer.arguments.training import TrainingArguments
-from trainer.data.dataset import JsonlDataset
-from trainer.data.length import run_length
-from trainer.data.loader import get_data_loader
-from trainer.data.sampler import EpochSampler
-from trainer.data.store import TokenStore
+from trainer.data.dataset import is_token_data
+from trainer.data.ordinary import Collate
 from trainer.distributed.group import Group
 from trainer.errors import UsageError
 from trainer.model.export import export_model
-from trainer.model.tokenizer import load_tokenizer
-from trainer.optim.optimizers import build_optimizer
+from trainer.model.ordinary import LossFunction, LossRule, find_loss
+from trainer.model.precision import compute_context
+from trainer.optim.optimizers import build_optimizer, parameter_groups
 from trainer.optim.schedules import build_schedule
-from trainer.training.build import build_cost, build_model, check_fit, check_samples, load_datasets
-from trainer.training.callbacks import ExportCallback, FlowCallback, MetricsFile, RunState
-from trainer.training.evaluation import best_metric, check_metric, evaluation_loss, improves
-from trainer.training.generation import Answer, Question, answer_questions, check_room, questions_of
-from trainer.training.loop import GlobalBatch, Run, train
+from trainer.training.callbacks import Events, ExportCallback, FlowCallback, MetricsFile, RunState
+from trainer.training.evaluation import best_metric, improves
+from trainer.training.generation import Answer
+from trainer.training.loop import Run, train
 from trainer.training.metrics import now
-from trainer.training.output import open_output_dir
-from trainer.training.step import Engine
+from trainer.training.ordinary import OrdinaryRoad, default_collator
+from trainer.training.output import METRICS, open_output_dir
+from trainer.training.step import Engine, to_device
+from trainer.training.surface import TrainerSurface
+from trainer.training.tokens import TokenRoad, token_store
 
-Dataset = TokenStore | JsonlDataset
+ModelInit = Callable[[], nn.Module]
+ComputeMetrics = Callable[..., dict[str, float]]
 
 
-class Trainer:
-    """Fine-tunes a causal language model on packed token samples.
+class Trainer(TrainerSurface):
+    """Trains a model: a causal language model on packed token samples, or any module on any data set.
 
-    What is not given is built from `args`: the model from model_name_or_path or model_config, the tokenizer likewise,
-    the data from data_path. So `Trainer(args=args).train()` is what the command line does.
+    Token data (a TokenStore, a JsonlDataset, or the file that data_path names) is packed. With it, what is not given is
+    built from `args`: the model from model_name_or_path or model_config, the tokenizer likewise, the data from
+    data_path. So `Trainer(args=args).train()` is what the command line does. Any other data set is batched as
+    transformers' Trainer does; the model is any module that gives a loss as `loss`, or as its first output.
 
     Args:
-        model: a transformers causal LM, or None.
+        model: a transformers causal LM, any module, or None.
         args: every option.
-        train_dataset: a prepared store or a JsonlDataset, or None.
+        data_collator: from a list of samples to the model's inputs; by default it stacks, and pads where there is a
+            tokenizer. Ordinary data only, like all that follows except callbacks and optimizers.
+        train_dataset: token data, or anything with samples: map-style, a stream, a datasets.Dataset.
         eval_dataset: the same for evaluation.
-        processing_class: the tokenizer.
+        processing_class: the tokenizer, or what else turns raw data into inputs.
+        model_init: builds the model, anew for each `train`.
+        compute_loss_func: from (outputs, labels, num_items_in_batch=) to the loss.
+        compute_metrics, preprocess_logits_for_metrics: see transformers' Trainer.
         callbacks: transformers callbacks, called after the trainer's own.
+        optimizers: optimizer and learning-rate schedule to use instead of those that the options name.
+        optimizer_cls_and_kwargs: class and settings of the optimizer.
 
     Raises:
         UsageError, ModelError, DataError: see the messages.
     """
 
+    loss_is_scaled_for_ga: bool | None = None  # whether an overridden compute_loss divides by num_items_in_batch
+
     def __init__(
         self,
-        model: PreTrainedModel | None = None,
+        model: nn.Module | None = None,
         args: TrainingArguments | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        callbacks: Sequence[TrainerCallback] = (),
+        data_collator: Collate | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: ModelInit | None = None,
+        compute_loss_func: LossFunction | None = None,
+        compute_metrics: ComputeMetrics | None = None,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
+        optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[..., Any] | None = None,
     ) -> None:
         self.args = args if args is not None else TrainingArguments()
         if not isinstance(self.args, TrainingArguments):
-            raise UsageError(f"args is a {_class_of(args)}: give trainer.TrainingArguments")
+            given = f"{type(args).__module__}.{type(args).__qualname__}"
+            raise UsageError(f"args is a {given}: give trainer.TrainingArguments")
         self.group = Group.join(self.args)
         set_seed(self.args.seed)
         self.processing_class = processing_class
-        if processing_class is None and (model is None or train_dataset is None):
-            self.processing_class = load_tokenizer(self.args)
-        self._check_held_out(train_dataset, eval_dataset)
-        if train_dataset is None:
-            assert self.processing_class is not None
-            train_dataset, held_out = load_datasets(self.args, self.processing_class, self.group)
-            eval_dataset = held_out if eval_dataset is None else eval_dataset
-        self.train_dataset = _store(train_dataset)
-        self.eval_dataset = None if eval_dataset is None else _store(eval_dataset)
-        self._check_data()
-        self.model = build_model(model, self.args, self.processing_class, self.group)
-        check_fit(self.model, self.train_dataset, "train_dataset")
-        if self.eval_dataset is not None:
-            check_fit(self.model, self.eval_dataset, "eval_dataset")
+        self.optimizer, self.lr_scheduler = optimizers
+        self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
+        self._made_schedule = False
+        self.compute_loss_func, self.compute_metrics = compute_loss_func, compute_metrics
+        self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
+        self.model_init, self.data_collator = model_init, data_collator
+        self.road = self._choose_road(model, (train_dataset, eval_dataset))
+        self.train_dataset, self.eval_dataset = self.road.train_dataset, self.road.eval_dataset
         torch.manual_seed(self.args.seed + self.group.rank)  # dropout differs between ranks
         self.stop_signal: int | None = None  # the signal that ended the last run, if one did
-        self.answers: dict[int, list[Answer]] = {}  # step -> answers of the evaluation after it
+        self.is_in_train = False
+        self._has_trained = False
         self._exports: dict[Path, int] = {}  # folder -> step whose weights it holds
-        self._asked: tuple[TokenStore, list[Question]] | None = None  # what a data set asks, read once
-        self._start_state(callbacks)
+        self._start_callbacks(callbacks or ())
 
     def train(self) -> TrainOutput:
         """Train from the start to the end.
 
         Returns:
-            Steps taken, mean loss over all loss tokens, and the run's duration in seconds.
+            Steps taken, mean loss (over all loss tokens; over steps where these are not known), and throughput.
 
         Raises:
             NonFiniteError: a loss or gradient is NaN or infinite.
         """
-        if self.args.does_evaluate and self.eval_dataset is not None:
-            self._questions(self.eval_dataset)  # whatever is wrong with them shows before the first step
+        self._begin_anew()
         run = self._build_run()
-        open_output_dir(self.args, self.group)
-        started = now()
-        train(run)
+        open_output_dir(self.args, self.group, keeps_older=isinstance(self.road, OrdinaryRoad))
+        self._run_started, self.is_in_train, self._has_trained = now(), True, True
+        try:
+            train(run)
+        finally:
+            self.is_in_train = False
         self.group.barrier()  # what the lead rank wrote is there for all
         self.stop_signal = run.stop_signal
-        mean_loss = run.loss_sum / max(self.state.num_loss_tokens_seen, 1)
-        return TrainOutput(self.state.global_step, mean_loss, {"train_runtime": now() - started})
+        return TrainOutput(self.state.global_step, self._train_metrics["train_loss"], self._train_metrics)
 
-    def evaluate(self, eval_dataset: Dataset | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Measure the loss, and exact answers where asked for, on held-out samples.
 
         Returns:
             `eval_loss`, `eval_num_loss_tokens`, `eval_num_samples`, `eval_runtime`, and `eval_exact_match` when
             `eval_exact_match` is set.
         """
-        store = _store(eval_dataset) if eval_dataset is not None else self.eval_dataset
-        if store is None:
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if dataset is None:
             raise UsageError("nothing to evaluate on: give eval_dataset, validation_data_path or validation_split")
-        check_samples(store, "eval_dataset")
-        check_fit(self.model, store, "eval_dataset")
+        if isinstance(self.road, OrdinaryRoad):
+            raise UsageError("evaluation of ordinary data is not part of this version yet")
         started = now()
-        metrics = evaluation_loss(self.model, self.get_eval_dataloader(store), self.group)
-        metrics |= self._answer(store)
+        metrics = self.road.evaluate(dataset, self.get_eval_dataloader(token_store(dataset)), self.state.global_step)
         metrics["runtime"] = now() - started
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(named)
-        self.callbacks.on_evaluate(self.args, self.state, self.control, metrics=named)
+        self.events.emit("on_evaluate", metrics=named)
         return named
 
     def save_model(self, output_dir: str | Path | None = None) -> Path:
-        """Export Hugging Face weights, config and tokenizer; by default to output_dir/hf_format/samples_N."""
+        """Export weights, and config and tokenizer if any; by default to output_dir/hf_format/samples_N."""
         folder = Path("hf_format", f"samples_{self.state.num_samples_seen}")
         directory = Path(output_dir or Path(self.args.output_dir, folder))
         save_dtype = getattr(torch, self.args.save_dtype) if self.args.save_dtype else None
@@ -140,97 +160,173 @@ class Trainer:
             self._exports[directory] = self.state.global_step
         return directory
 
-    def log(self, logs: dict[str, float]) -> None:
+    def save_checkpoint(self) -> None:
+        """Save what the callbacks asked for with `control.should_save`."""
+        self.save_model()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add a line to the log history, with epoch and step, and tell the callbacks."""
-        line = {**logs, "epoch": self.state.epoch, "step": self.state.global_step}
-        self.state.log_history.append(line)
-        self.callbacks.on_log(self.args, self.state, self.control, logs=dict(line))
+        logs["epoch"] = self.state.epoch
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        self.events.emit("on_log", logs=logs)
 
-    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
-        """Add a callback, given as object or class."""
-        self.callbacks.add_callback(callback)
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Build the loader of training data: of this rank's micro-batches, for token data of its global batches."""
+        if self.train_dataset is None:
+            raise UsageError("nothing to train on: give train_dataset")
+        return self.road.train_loader(self.train_dataset)
 
-    def get_train_dataloader(self) -> DataLoader[GlobalBatch]:
-        """Build the loader of this rank's share of every global batch; its sampler is an EpochSampler."""
-        return self._loader(self.train_dataset, EpochSampler(len(self.train_dataset), self.args.seed))
-
-    def get_eval_dataloader(self, eval_dataset: Dataset) -> DataLoader[GlobalBatch]:
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Build the loader of this rank's share of held-out samples."""
-        store = _store(eval_dataset)
-        return self._loader(store, EpochSampler(len(store)))
+        return self.road.eval_loader(eval_dataset if eval_dataset is not None else self.eval_dataset)
 
-    def _loader(self, store: TokenStore, sampler: EpochSampler) -> DataLoader[GlobalBatch]:
-        return get_data_loader(
-            store=store,
-            batch_size=self.args.batch_size,
-            max_tokens_per_rank=self.args.max_tokens_per_rank,
-            rank=self.group.rank,
-            world_size=self.group.world_size,
-            sampler=sampler,
-            cost=build_cost(self.args, self.model),
-        )
+    def create_optimizer_and_scheduler(self, num_training_steps: int | None) -> None:
+        """Make the optimizer and its schedule, where they were not given."""
+        self.create_optimizer()
+        self.create_scheduler(num_training_steps)
 
-    def _check_data(self) -> None:
-        check_samples(self.train_dataset, "train_dataset")
-        if self.args.does_evaluate and self.eval_dataset is None:
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """Make the optimizer that the options name, or that `optimizer_cls_and_kwargs` gives, if there is none yet."""
+        model = self.model if model is None else model
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is not None:
+            kind, settings = self.optimizer_cls_and_kwargs
+            self.optimizer = kind(parameter_groups(model, self.args.weight_decay), **settings)
+        elif self.optimizer is None:
+            self.optimizer = build_optimizer(model, self.args)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int | None, optimizer: Optimizer | None = None) -> LRScheduler:
+        """Make the learning-rate schedule that the options name, if none was given."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = build_schedule(optimizer or self.create_optimizer(), self.args, num_training_steps)
+            self._made_schedule = True
+        return self.lr_scheduler
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | None = None) -> Tensor:
+        """Add the gradient of one micro-batch of ordinary data; gives its share of the loss of the global batch."""
+        inputs = to_device(inputs, self.group.device)
+        if not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
+            num_items_in_batch = None  # nobody would divide by it
+        with compute_context(self.model):
+            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        is_divided = self.loss_is_scaled_for_ga
+        if is_divided is None:
+            is_divided = num_items_in_batch is not None
+        loss = self.road.objective.weigh(loss, is_divided=is_divided)
+        loss.backward()
+        return loss.detach()
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
+    ) -> Any:
+        """Give the loss of a micro-batch of ordinary data, with the model's outputs if asked for.
+
+        An override that does not divide by `num_items_in_batch` although the model takes it says so with
+        `loss_is_scaled_for_ga = False`.
+        """
+        smoothing = self.args.label_smoothing_factor
+        rule = LossRule(self.road.traits, self.model_accepts_loss_kwargs, self.compute_loss_func, smoothing)
+        loss, outputs = find_loss(model, inputs, num_items_in_batch, rule)
+        return (loss, outputs) if return_outputs else loss
+
+    @property
+    def answers(self) -> dict[int, list[Answer]]:
+        """Step -> answers to held-out chats of the evaluation after it."""
+        return self.road.answers
+
+    def _choose_road(self, model: Any, datasets: tuple[Any, Any]) -> Any:
+        """Token data is given, named by an option, or all that is left to be built from; all else is ordinary."""
+        train_dataset, eval_dataset = datasets
+        is_to_build = (model is None and self.model_init is None) or self.args.data_path is not None
+        if is_token_data(train_dataset if train_dataset is not None else eval_dataset) or (
+            train_dataset is None and is_to_build
+        ):
+            self._check_token_road()
+            tokens = TokenRoad(self.args, self.group, model, self.processing_class, datasets)
+            self.model, self.processing_class = tokens.model, tokens.tokenizer
+            return tokens
+        if (model is None) == (self.model_init is None):
+            raise UsageError("give either model or model_init")
+        self.data_collator = self.data_collator or default_collator(self.processing_class)
+        self.road = OrdinaryRoad(self.args, self.group, self.data_collator, datasets)
+        self._use_model(self.model_init() if self.model_init is not None else model)
+        return self.road
+
+    def _check_token_road(self) -> None:
+        names = ("data_collator", "model_init", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
+        if given := [name for name in names if getattr(self, name) is not None]:
             raise UsageError(
-                "evaluation needs held-out data: give validation_split, validation_data_path, or eval_dataset"
-            )
-        if self.args.does_evaluate:
-            check_metric(self.args)
-
-    def _check_held_out(self, train_dataset: Dataset | None, eval_dataset: Dataset | None) -> None:
-        """Raise UsageError where the options name held-out data that would not be used."""
-        if not self.args.validation_split and self.args.validation_data_path is None:
-            return
-        if train_dataset is None and eval_dataset is not None:
-            raise UsageError("validation_split, validation_data_path and eval_dataset exclude each other: give one")
-        if train_dataset is not None and eval_dataset is None:
-            raise UsageError(
-                "validation_split and validation_data_path have no effect beside train_dataset: give eval_dataset"
+                f"{', '.join(given)} have no effect on token data: leave them out, or give another data set"
             )
 
-    def _start_state(self, callbacks: Sequence[TrainerCallback]) -> None:
-        self.state = RunState(
+    def _use_model(self, model: nn.Module | None) -> None:
+        self.road.use_model(model, lambda *given: self.training_step(*given))
+        self.model = model
+        self.model_accepts_loss_kwargs = self.road.traits.accepts_loss_kwargs
+        self.label_names = self.road.traits.label_names
+
+    def _start_callbacks(self, callbacks: Sequence[TrainerCallback | type[TrainerCallback]]) -> None:
+        metrics_file = MetricsFile(Path(self.args.output_dir, METRICS))
+        own = [FlowCallback(), metrics_file, ExportCallback(self.save_model)]
+        self.callback_handler = CallbackHandler([*own, *callbacks], self.model, self.processing_class, None, None)
+        self.events = Events(self.args, self._new_state(), self.callback_handler)
+        self.events.emit("on_init_end")
+
+    def _new_state(self) -> RunState:
+        is_ordinary = isinstance(self.road, OrdinaryRoad)
+        return RunState(
             is_world_process_zero=self.group.is_lead,
             is_local_process_zero=self.group.topology.is_local_lead,
-            train_batch_size=self.args.batch_size,
+            train_batch_size=self.args.per_device_train_batch_size if is_ordinary else self.args.batch_size,
             eval_steps=self.args.eval_steps or 0,
             logging_steps=self.args.logging_steps,
         )
-        self.control = TrainerControl()
-        own = [
-            FlowCallback(),
-            MetricsFile(Path(self.args.output_dir, "metrics.jsonl")),
-            ExportCallback(self.save_model),
-        ]
-        self.callbacks = CallbackHandler([*own, *callbacks], self.model, self.processing_class, None, None)
-        self.callbacks.on_init_end(self.args, self.state, self.control)
+
+    def _begin_anew(self) -> None:
+        """Forget an earlier run: the second counts from 0, with its own schedule, and with model_init its own model."""
+        if not self._has_trained:
+            return
+        self.state = self._new_state()
+        self._exports.clear()
+        if self.model_init is not None:
+            set_seed(self.args.seed)
+            self._use_model(self.model_init())
+            self.optimizer, self.lr_scheduler = None, None
+        elif self._made_schedule:
+            self.lr_scheduler = None
 
     def _build_run(self) -> Run:
         loader = self.get_train_dataloader()
-        assert isinstance(loader.sampler, EpochSampler)
-        length = run_length(self.train_dataset.num_loss_tokens, self.args.batch_size, self.args.seed, self.args)
-        optimizer = build_optimizer(self.model, self.args)
-        schedule = build_schedule(optimizer, self.args, length.num_steps)
-        self.callbacks.optimizer, self.callbacks.lr_scheduler = optimizer, schedule
-        self.callbacks.train_dataloader = loader
-        engine = Engine(
-            self.model, optimizer, schedule, self.group, self.args.max_grad_norm, self.args.label_smoothing_factor
-        )
+        batches = self.road.batches(loader)
+        length = self.road.length(batches)
+        self.create_optimizer_and_scheduler(length.num_steps)
+        handler = self.callback_handler
+        handler.model, handler.train_dataloader = self.model, loader
+        handler.optimizer, handler.lr_scheduler = self.optimizer, self.lr_scheduler
         return Run(
             args=self.args,
-            engine=engine,
-            loader=loader,
-            sampler=loader.sampler,
-            num_samples=len(self.train_dataset),
+            engine=Engine(
+                self.model,
+                self.road.objective,
+                self.create_optimizer(),
+                self.create_scheduler(length.num_steps),
+                self.group,
+                self.args.max_grad_norm,
+                self.events.emit,
+            ),
+            batches=batches,
             length=length,
-            state=self.state,
-            control=self.control,
-            callbacks=self.callbacks,
+            events=self.events,
             evaluate=self._evaluate_and_compare,
+            save=self.save_checkpoint,
             log=self.log,
+            finish=self._finish_run,
         )
+
+    def _finish_run(self) -> None:
+        """Log what the whole run did."""
+        self._train_metrics = self.state.train_metrics(now() - self._run_started)
+        self.log(self._train_metrics)
 
     def _evaluate_and_compare(self) -> dict[str, float]:
         metrics = self.evaluate()
@@ -238,45 +334,3 @@ class Trainer:
         if improves(self.args, value, self.state.best_metric):
             self.state.best_metric, self.state.best_global_step = value, self.state.global_step
         return metrics
-
-    def _answer(self, store: TokenStore) -> dict[str, float]:
-        """Answer held-out chats where asked for; gives `exact_match` if all of them were answered."""
-        questions = self._questions(store)
-        if not questions:
-            return {}
-        assert self.processing_class is not None
-        answers = answer_questions(
-            self.model, self.processing_class, questions, self.group, self.args.generation_max_new_tokens
-        )
-        self.answers[self.state.global_step] = answers
-        if not self.args.eval_exact_match:
-            return {}
-        return {"exact_match": sum(answer.is_exact for answer in answers) / len(answers)}
-
-    def _questions(self, store: TokenStore) -> list[Question]:
-        """Read the held-out chats to answer, if answers are asked for; the file may change or go while training."""
-        count = None if self.args.eval_exact_match else self.args.num_generation_samples
-        if count == 0:
-            return []
-        if self.processing_class is None:
-            raise UsageError("eval_exact_match and num_generation_samples need a tokenizer: give processing_class")
-        if self._asked is None or self._asked[0] is not store:
-            questions = questions_of(store, self.processing_class, count, self.args.chat_template)
-            check_room(self.model, questions, self.args.generation_max_new_tokens)
-            self._asked = store, questions
-        return self._asked[1]
-
-
-def _store(dataset: Dataset) -> TokenStore:
-    if isinstance(dataset, TokenStore):
-        return dataset
-    if isinstance(dataset, JsonlDataset):
-        return dataset.store
-    raise UsageError(
-        f"a data set is a {_class_of(dataset)}: give JsonlDataset(path), TokenStore.from_samples([(ids, labels)]), or "
-        "name a file with data_path"
-    )
-
-
-def _class_of(given: object) -> str:
-    return f"{type(given).__module__}.{type(given).__qualname__}"

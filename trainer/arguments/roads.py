@@ -1,0 +1,56 @@
+"""Which options belong to which kind of data: token data, which is packed, or a user's own, which is batched.
+
+An option of the other kind would have no effect, so it is an error that names the one that has. Knows nothing of data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from trainer.errors import UsageError
+
+Road = Literal["tokens", "ordinary"]
+
+_FROM_FILE = "it prepares the file named by data_path"
+_ANSWERS = "give compute_metrics to Trainer"
+_PLANNED = "micro-batches are planned from batch_size and max_tokens_per_rank"
+_READ = "token data is memory-mapped and needs no reading ahead"
+_COLUMNS = "token data has input_ids and labels, no other columns"
+
+_NAMES = {"tokens": "token data", "ordinary": "a data set of your own"}
+_FOREIGN: dict[Road, dict[str, str]] = {
+    "ordinary": {
+        "batch_size": "give per_device_train_batch_size and gradient_accumulation_steps",
+        "max_tokens_per_rank": "give per_device_train_batch_size",
+        "max_tokens": "give max_steps or max_samples",
+        "packing_cost": "batches are dealt by the number of samples",
+        "attn_implementation": "choose it when you build the model",
+        "eval_exact_match": _ANSWERS,
+        "num_generation_samples": _ANSWERS,
+        "generation_max_new_tokens": _ANSWERS,
+        **dict.fromkeys(("train_on", "chat_template", "max_length", "overlong", "on_untrainable"), _FROM_FILE),
+        **dict.fromkeys(("block_size", "dataset_num_proc", "data_cache_dir"), _FROM_FILE),
+    },
+    "tokens": {
+        **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), _PLANNED),
+        "per_device_eval_batch_size": "evaluation is planned from batch_size and max_tokens_per_rank",
+        "average_tokens_across_devices": "labels are always counted over all ranks",
+        "dataloader_drop_last": "every sample is trained once an epoch",
+        **dict.fromkeys(("dataloader_num_workers", "dataloader_pin_memory"), _READ),
+        **dict.fromkeys(("dataloader_persistent_workers", "dataloader_prefetch_factor"), _READ),
+        **dict.fromkeys(("remove_unused_columns", "label_names"), _COLUMNS),
+    },
+}
+
+
+def check_road(args: Any, road: Road) -> None:
+    """Raise UsageError where an option is set that has no effect on this kind of data."""
+    for field in dataclasses.fields(args):
+        advice = _FOREIGN[road].get(field.name)
+        if advice is not None and getattr(args, field.name) != _default(field):
+            raise UsageError(f"{field.name} has no effect on {_NAMES[road]}: {advice}")
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

@@ -1,0 +1,161 @@
+"""Any module as a model: what its forward takes, how it is made ready to train, and how its loss is found.
+
+The model computes its loss itself, or a function is given that does, or labels are smoothed. Knows nothing of loops.
+Invariant: the inputs that are given are never changed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.functional import cross_entropy
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.generic import can_return_loss, find_labels
+
+from trainer.arguments.groups import ModelArguments
+from trainer.errors import ModelError
+from trainer.model.kernels import apply_liger_kernels
+from trainer.model.parameters import freeze
+from trainer.model.precision import accumulation_dtype, use_compute_dtype
+from trainer.model.shard import checkpoint_activations, compile_blocks, is_sharded, shard_modules
+
+IGNORED_LABEL = -100
+LossFunction = Callable[..., Tensor]  # (outputs, labels, num_items_in_batch=) -> loss
+
+
+@dataclass(frozen=True)
+class ModelTraits:
+    """What a model's forward says about itself; read before the model is sharded, which changes its class."""
+
+    accepts_loss_kwargs: bool  # it divides its loss by num_items_in_batch
+    label_names: list[str]
+    columns: list[str]  # that its forward takes, labels included
+    shifts_labels: bool  # the first label of each row is never a target
+    is_causal_lm: bool
+    can_return_loss: bool  # without labels
+
+
+@dataclass(frozen=True)
+class LossRule:
+    """How the loss of a micro-batch is found."""
+
+    traits: ModelTraits
+    accepts_loss_kwargs: bool
+    function: LossFunction | None
+    label_smoothing: float
+
+
+def check_module(model: Any) -> None:
+    """Raise ModelError where something is no module, or one that cannot be trained."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model is a {type(model).__name__}: give a torch.nn.Module")
+    if getattr(model, "is_quantized", False):
+        raise ModelError("quantised weights cannot be trained; start from the original model")
+
+
+def read_traits(model: nn.Module, label_names: Sequence[str] | None = None) -> ModelTraits:
+    """Read what a model's forward takes and how it uses labels."""
+    outer: Any = model
+    inner = outer.get_base_model() if hasattr(outer, "get_base_model") else outer  # PEFT wraps
+    parameters = inspect.signature(inner.forward).parameters
+    labels = find_labels(type(inner)) if label_names is None else list(label_names)
+    takes_anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    is_encoder_decoder = getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
+    loss = LOSS_MAPPING.get(getattr(inner, "loss_type", None))
+    return ModelTraits(
+        accepts_loss_kwargs=getattr(inner, "accepts_loss_kwargs", takes_anything),
+        label_names=labels,
+        columns=list(dict.fromkeys([*parameters, "label", "label_ids", *labels])),
+        shifts_labels=loss is ForCausalLMLoss and not is_encoder_decoder,
+        is_causal_lm=type(inner).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+        can_return_loss=can_return_loss(type(inner)),
+    )
+
+
+def prepare_ordinary_model(
+    model: nn.Module, args: ModelArguments, mesh: DeviceMesh | None, device: torch.device
+) -> None:
+    """Make any module ready to train, in place: device, freezing, recomputation, compilation, sharding, precision.
+
+    Raises:
+        ModelError: It cannot be trained as asked.
+    """
+    model.to(device)
+    if args.use_liger_kernels:
+        apply_liger_kernels(model, device)
+    freeze(model, args.freeze_patterns)
+    if args.gradient_checkpointing:
+        checkpoint_activations(model)
+    if args.torch_compile:
+        compile_blocks(model)
+    if mesh is not None and not is_sharded(model):
+        shard_modules(model, mesh)
+    if args.bf16:
+        use_compute_dtype(model, torch.bfloat16, by_autocast=True)
+    model.train()
+
+
+def find_loss(
+    model: nn.Module, inputs: Mapping[str, Any], num_items: Tensor | None, rule: LossRule
+) -> tuple[Tensor, Any]:
+    """Run the model; gives loss and outputs.
+
+    Raises:
+        ModelError: The model gives no loss.
+    """
+    finds_loss = rule.function is not None or rule.label_smoothing > 0
+    labels = inputs.get("labels") if finds_loss else None
+    given = {name: value for name, value in inputs.items() if labels is None or name != "labels"}
+    if rule.accepts_loss_kwargs and num_items is not None:
+        given["num_items_in_batch"] = num_items
+    outputs = model(**given)
+    if rule.function is not None:
+        return rule.function(outputs, labels, num_items_in_batch=num_items), outputs
+    if labels is not None:
+        return smoothed_loss(outputs, labels, num_items, rule), outputs
+    return own_loss(outputs, given), outputs
+
+
+def own_loss(outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """The loss among a model's outputs: the one of that name, or the first.
+
+    Raises:
+        ModelError: There is none.
+    """
+    if isinstance(outputs, Mapping):
+        if "loss" not in outputs:
+            raise ModelError(
+                f"the model gave no loss, only {', '.join(outputs)}, for the inputs {', '.join(inputs)}: give it labels"
+            )
+        loss: Tensor = outputs["loss"]
+        return loss
+    return outputs[0] if isinstance(outputs, tuple | list) else outputs
+
+
+def smoothed_loss(outputs: Any, labels: Tensor, num_items: Tensor | None, rule: LossRule) -> Tensor:
+    """Cross-entropy with a share of the target spread evenly over all classes; labels of -100 do not count."""
+    logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+    if rule.traits.is_causal_lm:
+        logits, labels = logits[..., :-1, :], labels[..., 1:]
+    logits = logits.to(accumulation_dtype(logits.dtype))
+    total = cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), reduction="sum", label_smoothing=rule.label_smoothing
+    )
+    return total / ((labels != IGNORED_LABEL).sum() if num_items is None else num_items)
+
+
+def count_labels(inputs: Mapping[str, Any], traits: ModelTraits) -> int | None:
+    """Labels of a micro-batch that are trained; None where there are no tensors of labels."""
+    labels = inputs.get("shift_labels", inputs.get("labels"))
+    if not isinstance(labels, Tensor):
+        return None
+    if traits.shifts_labels and "shift_labels" not in inputs:
+        labels = labels[..., 1:]
+    return int((labels != IGNORED_LABEL).sum())

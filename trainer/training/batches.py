@@ -1,0 +1,101 @@
+"""Global batches of ordinary data: micro-batches gathered into steps, counted, and agreed on by all ranks.
+
+What a step divides by is known here before its first forward pass. Ranks run equally many micro-batches: one without
+work gets a filler that counts nothing. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from torch.utils.data import DataLoader
+from transformers.trainer_pt_utils import find_batch_size
+
+from trainer.data.ordinary import Dealing, Inputs, OrdinaryLoader, RankBatches, StreamShare, has_length
+from trainer.distributed.group import Group
+from trainer.errors import UsageError
+
+CountItems = Callable[[Inputs], int | None]  # labels that are not -100, None where there are none
+
+
+@dataclass(frozen=True)
+class OrdinaryBatch:
+    """This rank's share of a global batch, and what all ranks have of it."""
+
+    micro_batches: list[Inputs]  # equally many on every rank
+    num_samples: list[int]  # in each of them; 0: a placeholder for a rank without work
+    batch_num_samples: int
+    batch_num_items: int | None  # labels over all ranks, where there are any
+    own_num_items: int | None
+
+    @property
+    def shares(self) -> list[float]:
+        """What part of the samples of the global batch each micro-batch holds."""
+        return [count / self.batch_num_samples for count in self.num_samples]
+
+
+class OrdinaryBatches:
+    """Global batches, epoch by epoch, of our own loader or of any other that gives this rank's micro-batches."""
+
+    def __init__(self, loader: DataLoader[Inputs], dealing: Dealing, group: Group, count_items: CountItems) -> None:
+        self.loader, self.dealing, self.group, self.count_items = loader, dealing, group, count_items
+        self.num_samples = loader.num_samples if isinstance(loader, OrdinaryLoader) else None
+        self._filler: Inputs | None = None  # what a rank without work runs
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Steps of an epoch; None where the loader does not know its length."""
+        if self.num_samples is not None:
+            return -(-self.num_samples // self.dealing.per_step)
+        return -(-len(self.loader) // self.dealing.accumulation) if has_length(self.loader) else None
+
+    def epoch(self, epoch: int, start: int) -> Iterator[OrdinaryBatch]:
+        """Give what is left of an epoch after `start` of its samples."""
+        to_skip = start
+        if isinstance(self.loader, OrdinaryLoader):
+            to_skip = self.loader.move_to(epoch, start)
+        position, iterator = start - to_skip, iter(self.loader)
+        while (batch := self._next(iterator, position)) is not None:
+            if position >= start:
+                yield batch
+            position += batch.batch_num_samples
+
+    def _next(self, iterator: Iterator[Inputs], position: int) -> OrdinaryBatch | None:
+        """Take the micro-batches of one step; ranks tell each other what they have, in one collective."""
+        own = list(islice(iterator, self.dealing.accumulation))
+        sizes = self._sizes(own, position)
+        items = [self.count_items(micro_batch) for micro_batch in own]
+        own_items = sum(count for count in items if count is not None)
+        has_items = any(count is not None for count in items)
+        is_present = [float(number < len(own)) for number in range(self.dealing.accumulation)]
+        total, total_items, any_items, *present = self.group.sum([sum(sizes), own_items, has_items, *is_present])
+        missing = sum(count > 0 for count in present) - len(own)
+        if not any(present):
+            return None
+        own += [self._fill(own)] * missing
+        self._filler = own[-1] if self.group.world_size > 1 else None
+        counted = (int(total_items), own_items) if any_items else (None, None)
+        return OrdinaryBatch(own, sizes + [0] * missing, int(total), *counted)
+
+    def _sizes(self, own: list[Inputs], position: int) -> list[int]:
+        """Samples of each micro-batch: as they were dealt, or as its tensors say where we did not deal."""
+        if self.num_samples is None or not isinstance(self.loader.batch_sampler, RankBatches):
+            return [_size(micro_batch) for micro_batch in own]
+        return [size for size in self.dealing.own_sizes(self.num_samples - position) if size]
+
+    def _fill(self, own: list[Inputs]) -> Inputs:
+        """Something for this rank to run while others have work: its last micro-batch, or else one sample."""
+        if own or self._filler is not None:
+            return own[-1] if own else self._filler
+        dataset, collate = self.loader.dataset, self.loader.collate_fn
+        first = next(iter(dataset.stream)) if isinstance(dataset, StreamShare) else dataset[0]
+        return collate([first])
+
+
+def _size(micro_batch: Inputs) -> int:
+    size = find_batch_size(micro_batch)
+    if size is None:
+        raise UsageError("the first tensor of a batch has no dimension, so its samples cannot be counted")
+    return int(size)

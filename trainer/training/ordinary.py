@@ -1,0 +1,150 @@
+"""Ordinary data and models in the loop: loader, length, and whatever the model calls its loss.
+
+A loss is either divided by the labels of the whole global batch already (`num_items_in_batch`), then the micro-batches
+only add up; or it is a mean over its micro-batch, which then weighs as many samples as it has. Either way the step does
+not depend on how samples were dealt to micro-batches and ranks, as far as the model's own mean allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
+from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
+
+from trainer.arguments.roads import check_road
+from trainer.arguments.training import TrainingArguments
+from trainer.data.columns import keep_columns
+from trainer.data.dataset import is_token_data
+from trainer.data.length import RunLength, ordinary_length
+from trainer.data.ordinary import Collate, Dealing, Inputs, OrdinaryLoader, build_loader, is_stream
+from trainer.data.sampler import EpochSampler, OrderedSampler
+from trainer.distributed.group import Group
+from trainer.errors import UsageError
+from trainer.model.ordinary import check_module, count_labels, prepare_ordinary_model, read_traits
+from trainer.training.batches import OrdinaryBatch, OrdinaryBatches
+from trainer.training.build import check_evaluations
+
+TrainingStep = Callable[[nn.Module, Inputs, Tensor | None], Tensor]
+
+
+class ModelObjective:
+    """Whatever the model, or a loss function, calls its loss, through the Trainer's `training_step`."""
+
+    def __init__(self, model: nn.Module, training_step: TrainingStep, group: Group, *, average_items: bool) -> None:
+        self.model, self.training_step, self.group, self.average_items = model, training_step, group, average_items
+        self._share, self._has_work = 1.0, True
+
+    def backward(self, batch: OrdinaryBatch) -> Iterator[Tensor]:
+        """Have `training_step` add the gradient of each micro-batch; gives its share of the loss."""
+        items = batch.batch_num_items if self.average_items else batch.own_num_items
+        num_items = None if items is None else torch.tensor(items, device=self.group.device)
+        for micro_batch, share, size in zip(batch.micro_batches, batch.shares, batch.num_samples, strict=True):
+            self._share, self._has_work = share, size > 0
+            yield self.training_step(self.model, micro_batch, num_items)
+        self._share, self._has_work = 1.0, True
+
+    def weigh(self, loss: Tensor, *, is_divided: bool) -> Tensor:
+        """Give a micro-batch's share of the loss of the global batch.
+
+        Args:
+            loss: what `compute_loss` gave for the micro-batch that is being run.
+            is_divided: whether it is a sum that was divided by the labels of the global batch.
+        """
+        if not is_divided:
+            return loss * self._share
+        ranks = 1 if self.average_items else self.group.world_size
+        return loss * (float(self._has_work) / ranks)
+
+    def counts(self, batch: OrdinaryBatch) -> dict[str, Any]:
+        """Give what is known of a global batch."""
+        return {"num_samples": batch.batch_num_samples, "num_micro_batches": len(batch.micro_batches)}
+
+
+class OrdinaryRoad:
+    """What a Trainer does with data sets and models of the user's own."""
+
+    def __init__(self, args: TrainingArguments, group: Group, collate: Collate, datasets: tuple[Any, Any]) -> None:
+        self.args, self.group, self.collate = args, group, collate
+        self.train_dataset, self.eval_dataset = datasets
+        if is_token_data(self.eval_dataset):
+            raise UsageError("eval_dataset is token data and train_dataset is not: give two of one kind")
+        for name, dataset in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
+            _check_dataset(dataset, name)
+        check_road(args, "ordinary")
+        check_evaluations(args, self.eval_dataset)
+
+    def use_model(self, model: nn.Module, training_step: TrainingStep) -> None:
+        """Make a model ready to train, and read what it takes.
+
+        Raises:
+            ModelError: it cannot be trained as asked.
+        """
+        check_module(model)
+        self.traits = read_traits(model, self.args.label_names)
+        prepare_ordinary_model(model, self.args, self.group.mesh, self.group.device)
+        average = self.args.average_tokens_across_devices
+        self.objective = ModelObjective(model, training_step, self.group, average_items=average)
+
+    def train_loader(self, dataset: Any) -> OrdinaryLoader:
+        """Build the loader of this rank's micro-batches of an epoch, in an order of its own each epoch."""
+        sampler = None if is_stream(dataset) else EpochSampler(len(dataset), self.args.seed)
+        return self._loader(dataset, sampler, self.dealing)
+
+    def eval_loader(self, dataset: Any) -> OrdinaryLoader:
+        """Build the loader of this rank's evaluation batches, in the order of the data set."""
+        sampler = None if is_stream(dataset) else OrderedSampler(len(dataset))
+        return self._loader(dataset, sampler, self._dealing(self.args.per_device_eval_batch_size, 1))
+
+    @property
+    def dealing(self) -> Dealing:
+        """How training samples are dealt."""
+        return self._dealing(self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps)
+
+    def batches(self, loader: DataLoader[Inputs]) -> OrdinaryBatches:
+        """Gather the micro-batches of a loader, ours or any other, into global batches."""
+        return OrdinaryBatches(loader, self.dealing, self.group, lambda inputs: count_labels(inputs, self.traits))
+
+    def length(self, batches: OrdinaryBatches) -> RunLength:
+        """Plan the number of steps.
+
+        Raises:
+            UsageError: nothing says when to stop, or there is nothing to train on.
+        """
+        if batches.steps_per_epoch == 0:
+            raise UsageError(
+                f"train_dataset gives no batch: with dataloader_drop_last it needs {self.dealing.per_micro_batch} "
+                "samples at least"
+            )
+        return ordinary_length(batches.num_samples, batches.steps_per_epoch, self.dealing.per_step, self.args)
+
+    def _dealing(self, per_device: int, accumulation: int) -> Dealing:
+        drop_last = self.args.dataloader_drop_last
+        return Dealing(per_device, accumulation, self.group.rank, self.group.world_size, drop_last)
+
+    def _loader(self, dataset: Any, sampler: EpochSampler | None, dealing: Dealing) -> OrdinaryLoader:
+        collate = self.collate
+        if self.args.remove_unused_columns:
+            dataset, collate = keep_columns(dataset, collate, self.traits.columns)
+        return build_loader(dataset, collate, self.args, dealing, sampler, self.args.seed)
+
+
+def default_collator(processing_class: Any) -> Collate:
+    """Give the collator that stacks samples, and pads them where there is a tokenizer."""
+    if isinstance(processing_class, PreTrainedTokenizerBase | SequenceFeatureExtractor):
+        collate: Collate = DataCollatorWithPadding(processing_class)
+        return collate
+    return default_data_collator
+
+
+def _check_dataset(dataset: Any, name: str) -> None:
+    has_samples = hasattr(dataset, "__getitem__") or hasattr(dataset, "__iter__")
+    if dataset is not None and (isinstance(dataset, str | bytes) or not has_samples):
+        raise UsageError(
+            f"{name} is a {type(dataset).__module__}.{type(dataset).__qualname__}: give something with samples, or "
+            "JsonlDataset(path), or name a file with data_path"
+        )
