@@ -123,9 +123,9 @@ def test_what_lacks_hardware_is_listed(pytester):
         ("def test_x(ranks): pass", ("--gpus=99",), "--gpus=99: allowed are auto and numbers up to"),
         ("def test_x(ranks): pass", ("--backends=glo",), "got 'glo'; allowed: a comma-separated list of gloo"),
         (
-            "@pytest.mark.backend('threads')\ndef test_x(ranks, tmp_path): pass",
+            "@pytest.mark.backend('threads')\ndef test_x(ranks, capsys): pass",
             (),
-            "fixture 'tmp_path' would be one object shared by all threads",
+            "fixture 'capsys' changes the process, which all threads share",
         ),
     ],
     ids=["size", "backend", "gpus", "backends", "threads"],
