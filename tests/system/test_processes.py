@@ -1,4 +1,8 @@
-"""Real processes: torchrun, signals, a full disk, a killed rank, start-up time."""
+"""Real processes: torchrun, signals, a full disk, a killed rank, start-up time.
+
+A fresh interpreter takes seconds to import torch and transformers. So only what is about torchrun and the launcher starts
+some; the others run the command line on new ranks (`launch` without a group: torchrun's environment), which have both.
+"""
 
 import json
 import os
@@ -7,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +19,15 @@ import pytest
 
 from tests.fixtures.corpora import write_chats
 from tests.fixtures.models import save_model
+from tests.fixtures.ranks.faults import Fault, disk_full, send
+from tests.fixtures.ranks.launch import Launch, Outcomes
 from tests.fixtures.tokenizers import build_tokenizer
 from tests.fixtures.tolerances import LAYOUT_FP32
 from trainer.cli.main import main
 
 SECONDS_TO_NOTICE = 30  # from the death of a rank to the end of the job
-HELP_CPU_SECONDS = 0.5  # of `trainer --help`, beyond a bare interpreter
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
+HELP_COST = 4  # of `trainer train --help`, next to importing what reads the command line
 
 
 class Job:
@@ -45,14 +52,13 @@ class Job:
     def words(self) -> list[str]:
         return [f"--{name}={value}" for name, value in self.options.items()]
 
-    def start(self, *extra: str, **popen: Any) -> subprocess.Popen[str]:
+    def start(self, *words: str) -> subprocess.Popen[str]:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "trainer", "train", *self.words(), *extra],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+            [sys.executable, "-m", *words],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "HOME": str(self.folder)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            **popen,
         )
         return self.process
 
@@ -60,10 +66,6 @@ class Job:
         assert self.process is not None
         output, _ = self.process.communicate(timeout=100)
         return self.process.returncode, output
-
-    def run(self, *extra: str, **popen: Any) -> tuple[int, str]:
-        self.start(*extra, **popen)
-        return self.finish()
 
     def wait_for_step(self, step: int) -> None:
         deadline = time.monotonic() + 100
@@ -90,29 +92,32 @@ def job(tmp_path: Path) -> Iterator[Job]:
         made.process.wait()
 
 
-def test_two_ranks_under_torchrun_do_the_run_of_one(job: Job) -> None:
-    assert main(["train", *job.words(), "--max-steps=3"]) == 0
+def train(launch: Launch, world_size: int, job: Job, *extra: str, faults: Sequence[Fault] = ()) -> Outcomes:
+    """What `trainer train` comes to on ranks that find themselves as torchrun would have started them."""
+    return launch(world_size, main, ["train", *job.words(), *extra], faults=faults, group=False)
+
+
+def test_two_ranks_do_the_run_of_one(launch: Launch, job: Job) -> None:
+    assert train(launch, 1, job, "--max-steps=3").values == [0]
     alone = job.lines()
-    code, output = job.run("--max-steps=3", "--overwrite-output-dir", "--nproc-per-node=2")
-    assert code == 0, output
+    assert train(launch, 2, job, "--max-steps=3", "--overwrite-output-dir").values == [0, 0]
     for name in ("loss", "grad_norm"):
         assert [line[name] for line in job.lines()] == pytest.approx([line[name] for line in alone], rel=LAYOUT_FP32)
     assert [path.name for path in job.exports()] == ["samples_12"]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_stops_after_the_step_and_saves(job: Job, number: signal.Signals, code: int) -> None:
-    process = job.start("--max-steps=100000")
-    job.wait_for_step(2)
-    process.send_signal(number)
-    ended, output = job.finish()
-    assert ended == code, output
-    assert "stopped by a signal after step" in output
+def test_a_signal_stops_after_the_step_and_saves(launch: Launch, job: Job, number: signal.Signals, code: int) -> None:
+    (ended,) = train(launch, 1, job, "--max-steps=100000", faults=[send(0, number, at=("step", 3))])
+    assert ended.value == code, ended.log
+    last = job.lines()[-1]["step"]
+    assert last in (3, 4)  # at the next look at what has come
+    assert f"stopped by a signal after step {last}" in ended.log
     assert [path.name for path in job.exports()] == [f"samples_{sum(line['num_samples'] for line in job.lines())}"]
 
 
 def test_a_signal_to_the_launcher_reaches_all_ranks(job: Job) -> None:
-    process = job.start("--max-steps=100000", "--nproc-per-node=2")
+    process = job.start("trainer", "train", *job.words(), "--max-steps=100000", "--nproc-per-node=2")
     job.wait_for_step(2)
     process.send_signal(signal.SIGTERM)
     ended, output = job.finish()
@@ -120,10 +125,13 @@ def test_a_signal_to_the_launcher_reaches_all_ranks(job: Job) -> None:
     assert len(job.exports()) == 1, output
 
 
-def test_a_killed_rank_ends_the_job_and_is_named(job: Job) -> None:
-    process = job.start("--max-steps=100000", "--nproc-per-node=2")
+def test_torchrun_starts_the_flags_of_mini_trainer_and_names_a_killed_rank(job: Job) -> None:
+    options = {"max-tokens-per-gpu": 512, "learning-rate": 0.01, "max-steps": 100_000, "training-mode": "step"}
+    names = ("data-path", "output-dir", "model-name-or-path", "batch-size")
+    words = [f"--{name}={value}" for name, value in (options | {name: job.options[name] for name in names}).items()]
+    launcher = job.start(*TORCHRUN, "-m", "trainer.train", *words)
     job.wait_for_step(2)
-    victim = rank_process(process.pid, rank=1)
+    victim = rank_process(launcher.pid, rank=1)
     os.kill(victim, signal.SIGKILL)
     killed = time.monotonic()
     ended, output = job.finish()
@@ -153,18 +161,13 @@ def is_below(process: int, ancestor: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize("size", [2_000, 60_000], ids=["metrics", "weights"])
-def test_a_full_disk_is_a_message_and_code_1(job: Job, size: int) -> None:
-    assert main(["prepare", *[word for word in job.words() if "output-dir" not in word]]) == 0  # while there is room
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    code, output = job.run("--max-steps=100", "--overwrite-output-dir", preexec_fn=limit)
-    assert code == 1, output
-    assert "trainer: error:" in output
-    assert "File too large" in output
-    assert "Traceback" not in output
+@pytest.mark.parametrize("name", ["metrics.jsonl", "*.safetensors"])
+def test_a_full_disk_is_a_message_and_code_1(launch: Launch, job: Job, name: str) -> None:
+    (ended,) = train(launch, 1, job, "--max-steps=2", faults=[disk_full(0, at=("write", 1, name))])
+    assert ended.value == 1, ended.log
+    assert "trainer: error:" in ended.log
+    assert "No space left on device" in ended.log
+    assert "Traceback" not in ended.log
     assert job.exports() == []
 
 
@@ -175,22 +178,8 @@ def test_help_answers_at_once() -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
-    bare = cpu_seconds("-c", "pass")
     # One quick answer is proof; a slow one may be the fault of whatever else runs on the machine.
-    assert any(cpu_seconds("-m", "trainer", "train", "--help") - bare < HELP_CPU_SECONDS for _ in range(10))
-
-
-def test_torchrun_starts_the_flags_of_mini_trainer(job: Job) -> None:
-    options = {"max-tokens-per-gpu": 512, "learning-rate": 0.01, "max-steps": 2, "training-mode": "step"}
-    names = ("data-path", "output-dir", "model-name-or-path", "batch-size")
-    words = [f"--{name}={value}" for name, value in (options | {name: job.options[name] for name in names}).items()]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "trainer.train", *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(job.folder)},
-        capture_output=True,
-        text=True,
-        timeout=100,
+    assert any(
+        cpu_seconds("-m", "trainer", "train", "--help") < HELP_COST * cpu_seconds("-c", "import tyro, yaml")
+        for _ in range(10)
     )
-    assert done.returncode == 0, done.stderr
-    assert [line["step"] for line in job.lines()] == [1, 2]
