@@ -41,7 +41,7 @@ class Result:
 
 
 LANES = {
-    "default": Lane(("-n", "2", "tests"), at_least=300),
+    "default": Lane(("-n", "2", "--dist", "worksteal", "tests"), at_least=300),
     "gloo2": Lane(("--ranks", "2", "--backends", "gloo", "-m", "world_size", "tests"), at_least=20),
     "gloo4": Lane(("--ranks", "4", "--backends", "gloo", "-m", "world_size", "tests"), at_least=5),
     **{

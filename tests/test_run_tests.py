@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests import report_cells, run_tests
-from tests.run_tests import Lane, run_lane
+from tests.run_tests import Lane, Result, judge, run_lane
 
 THREE = """
 import pytest
@@ -19,32 +19,51 @@ def test_alone(): pass
 """
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests/test_three.py").write_text(THREE)
-    (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    return tmp_path
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "tests").mkdir()
+    (folder / "tests/test_three.py").write_text(THREE)
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lanes(project: Path) -> dict[str, Result]:
+    """One lane that runs something and one that does not; their reports stay in the project."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+        words = {"one": ("tests",), "two": ("-k", "nccl", "tests")}
+        return {name: run_lane(name, Lane(words[name], 1), reports=project / "reports", root=project) for name in words}
+
+
+def test_a_lane_that_runs_what_it_declares_passes(lanes: dict[str, Result]) -> None:
+    assert (lanes["one"].verdict, lanes["one"].ran, lanes["one"].skipped) == ("passed", 2, 2)
+
+
+def test_a_lane_that_runs_nothing_fails(lanes: dict[str, Result]) -> None:
+    assert lanes["two"].verdict == "FAILED (ran 0 tests, at least 1 expected)"
 
 
 @pytest.mark.parametrize(
-    ("words", "at_least", "verdict"),
+    ("code", "ran", "at_least", "verdict"),
     [
-        (("tests",), 2, "passed"),
-        (("tests",), 3, "FAILED (ran 2 tests, at least 3 expected)"),
-        (("-k", "nothing", "tests"), 1, "FAILED (ran 0 tests, at least 1 expected)"),
-        (("--no-such-option", "tests"), 1, "FAILED (pytest exit code 4)"),
+        (0, 2, 2, "passed"),
+        (0, 2, 3, "FAILED (ran 2 tests, at least 3 expected)"),
+        (5, 0, 1, "FAILED (ran 0 tests, at least 1 expected)"),
+        (4, 0, 1, "FAILED (pytest exit code 4)"),
     ],
     ids=["enough", "too few", "none", "cannot run"],
 )
-def test_a_lane_must_run_what_it_declares(project: Path, words: tuple[str, ...], at_least: int, verdict: str) -> None:
-    assert run_lane("lane", Lane(words, at_least), root=project).verdict == verdict
+def test_a_lane_must_run_what_it_declares(code: int, ran: int, at_least: int, verdict: str) -> None:
+    assert judge(code, ran, at_least) == verdict
 
 
-def test_a_failing_test_fails_its_lane(project: Path) -> None:
-    (project / "tests/test_wrong.py").write_text("def test_wrong(): assert 0")
-    result = run_lane("lane", Lane(("tests",), 1), root=project)
-    assert (result.ran, result.failed, result.skipped) == (3, 1, 2)
+def test_a_failing_test_fails_its_lane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    (tmp_path / "test_wrong.py").write_text("def test_wrong(): assert 0")
+    result = run_lane("lane", Lane(("test_wrong.py",), 1), root=tmp_path)
+    assert (result.ran, result.failed, result.skipped) == (1, 1, 0)
     assert result.verdict == "FAILED (pytest exit code 1)"
 
 
@@ -61,9 +80,8 @@ def test_an_unknown_lane_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown lane 'gpu3'; one of: default, gloo2" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("lanes")
 def test_cells_that_ran_nowhere_are_named(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_lane("one", Lane(("tests",), 1), reports=project / "reports", root=project)
-    run_lane("two", Lane(("-k", "nccl", "tests"), 1), reports=project / "reports", root=project)
     assert report_cells.main([str(project / "reports")]) == 0
     said = capsys.readouterr().out
     assert "| gloo | 2 | 1 | 1 |" in said

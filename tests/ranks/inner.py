@@ -55,15 +55,18 @@ class Run:
         return [float(text) for text in re.findall(r"rank \d+ +([\d.]+)s", self.block(name))]
 
 
-def run(pytester: pytest.Pytester, body: str, *args: str, header: str = HEADER, **env: str) -> Run:
+def collect(pytester: pytest.Pytester, body: str, *args: str) -> Run:
+    """Only collect tests with the harness, in this process: nothing is forked, so no new interpreter is needed."""
+    pytester.makepyfile(test_inner="import pytest\n" + textwrap.dedent(body))
+    return Run(pytester.runpytest_inprocess("--collect-only", "-Werror", *LOAD, "-o", "rank_preload=", *args))
+
+
+def run(pytester: pytest.Pytester, body: str, *args: str, header: str = HEADER) -> Run:
     """Run tests with the harness; `body` follows the header."""
     pytester.makepyfile(test_inner=header + textwrap.dedent(body))
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    monkeypatch = pytest.MonkeyPatch()
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
         patch.setenv("OMP_NUM_THREADS", "1")
-        for name, value in env.items():
-            patch.setenv(name, value)
         options = ["-v", "-Werror", *LOAD, "-o", "rank_preload="]
         return Run(pytester.runpytest_subprocess(*options, *args))

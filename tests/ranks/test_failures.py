@@ -164,7 +164,7 @@ def test_a_deadlock_is_proven_from_all_positions(failures):
     block = failures.block("test_deadlock[gloo-3]")
     waits = r"waits in all_reduce #2 \[\[2\]\] at test_inner.py:\d+ in reduce"
     assert re.search(rf"E   deadlock: rank 0 {waits}, rank 1 {waits}, rank 2 finished after collective #1", block)
-    assert max(failures.seconds("test_deadlock[gloo-3]")) < 3
+    assert max(failures.seconds("test_deadlock[gloo-3]")) < 6  # idle machine: below 2
 
 
 def test_ranks_that_wait_for_each_others_message_are_a_deadlock(failures):

@@ -4,21 +4,27 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.ranks.inner import HEADER, LOAD, ROOT, run
+from tests.ranks.inner import HEADER, LOAD, ROOT, Run, collect, run
 
 pytest_plugins = "pytester"
 
-LIGHT = "import pytest\n"  # collection needs no torch
 PASSING = """
-@pytest.mark.world_size(1, 2)
-def test_passes(ranks): assert reduce()[0] == ranks.world_size
+import pytest
 
-def answer(): return dist.get_rank()
+@pytest.mark.world_size(1, 2)
+def test_passes(ranks):
+    import torch.distributed as dist  # which the process that only collects does without
+    assert dist.get_world_size() == ranks.world_size
+
+def answer():
+    import torch.distributed as dist
+    return dist.get_rank()
 
 def test_launches(launch): assert launch(2, answer).values == [0, 1]
 """
@@ -28,7 +34,7 @@ def test_waits(ranks):
     if ranks.rank == 0:
         os.system("sleep 300 &")
     reduce()
-    open(f"pid{ranks.rank}", "w").write(f"{os.getpid()} {os.getppid()}")
+    open(f"pid{ranks.rank}", "w").write(f"{os.getpid()} {os.getppid()} {os.readlink('/proc/self/fd/1')}")
     time.sleep(300)
 """
 
@@ -64,19 +70,21 @@ def wait_until(condition, seconds=30):
 )
 def test_nothing_outlives_pytest(tmp_path, number):
     (tmp_path / "test_inner.py").write_text(HEADER + WAITING)
-    shared = set(Path("/dev/shm").glob("ranks-*"))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", *LOAD, "-o", "rank_preload="]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as process:
         files = [tmp_path / "pid0", tmp_path / "pid1"]
         assert wait_until(lambda: all(file.exists() and file.read_text() for file in files), 60)
-        pids = {int(pid) for file in files for pid in file.read_text().split()}
+        words = [file.read_text().split() for file in files]
+        pids = {int(pid) for pid, parent, _ in words for pid in (pid, parent)}
+        directory = Path(words[0][2]).parent
+        assert directory.name.startswith("ranks-")
         assert len(tree_of(pids)) >= 4  # zygote, two ranks, and what rank 0 started
         family = tree_of(pids)
         process.send_signal(number)
         process.wait(30)
     assert wait_until(lambda: not tree_of(family))
-    assert wait_until(lambda: set(Path("/dev/shm").glob("ranks-*")) <= shared)
+    assert wait_until(lambda: not directory.exists())
 
 
 @pytest.mark.parametrize(
@@ -85,11 +93,12 @@ def test_nothing_outlives_pytest(tmp_path, number):
         pytest.param(("--rank-zygote=exec",), id="exec"),
         pytest.param(("--rank-zygote=off",), id="off", marks=pytest.mark.slow),
         pytest.param(("--rank-isolation=fork",), id="isolated", marks=pytest.mark.slow),
-        pytest.param(("-n", "2"), id="xdist"),
+        pytest.param(("-n", "2"), id="xdist", marks=pytest.mark.slow),  # as the default lane runs everything
     ],
 )
 def test_ranks_start_in_other_ways(pytester, options):
-    run(pytester, PASSING, *options).result.assert_outcomes(passed=3)
+    preload = ("-o", "rank_preload=torch.distributed")
+    run(pytester, PASSING, *preload, *options, header="").result.assert_outcomes(passed=3)
 
 
 def test_options_choose_cells(pytester):
@@ -98,18 +107,19 @@ def test_options_choose_cells(pytester):
     @pytest.mark.backend("gloo", "fake")
     def test_cells(ranks): pass
     """
-    chosen = run(pytester, body, "--ranks=2,3", "--backends=gloo")
-    chosen.result.assert_outcomes(passed=2, deselected=4)
-    assert "test_cells[gloo-2] PASSED" in chosen.text
+    chosen = collect(pytester, body, "--ranks=2,3", "--backends=gloo")
+    chosen.result.stdout.fnmatch_lines(["*test_cells?gloo-2?*", "*test_cells?gloo-3?*", "*2/6 tests collected (4 *"])
 
 
-def test_what_lacks_hardware_is_listed(pytester):
+def test_what_lacks_hardware_is_listed(pytester, monkeypatch):
     body = """
     @pytest.mark.world_size(2, 64)
     @pytest.mark.backend("nccl")
     def test_cells(ranks): pass
     """
-    listed = run(pytester, body, header=LIGHT, CUDA_VISIBLE_DEVICES="")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    pytester.makepyfile("import pytest\n" + textwrap.dedent(body))
+    listed = Run(pytester.runpytest_inprocess("-Werror", *LOAD))
     listed.result.assert_outcomes(skipped=2)
     assert "cells not run for lack of hardware" in listed.text
     assert "nccl-64 needs 64 GPUs, there are 0 (1 test)" in listed.text
@@ -131,16 +141,17 @@ def test_what_lacks_hardware_is_listed(pytester):
     ids=["size", "backend", "gpus", "backends", "threads"],
 )
 def test_the_impossible_is_refused_at_collection(pytester, body, options, said):
-    refused = run(pytester, body, *options, header=LIGHT)
+    refused = collect(pytester, body, *options)
     assert refused.result.ret != 0
     assert said in refused.text + refused.result.stderr.str()
 
 
 def test_coverage_counts_what_ranks_run(pytester):
     pytester.makepyfile(measured="def f(rank):\n    if rank:\n        return 1\n    return 2\n")
+    pytester.makepyfile(unmeasured="import torch.distributed.distributed_c10d")  # is slow to import under coverage
     body = """
     import measured
     def test_f(ranks): measured.f(ranks.rank)
     """
-    covered = run(pytester, body, "--cov=measured", "--cov-branch", "--cov-report=term")
+    covered = run(pytester, body, "-p", "unmeasured", "--cov=measured", "--cov-branch", "--cov-report=term")
     assert "100%" in covered.text
