@@ -1,7 +1,7 @@
 """Real processes: torchrun, signals, a full disk, a killed rank, start-up time.
 
-A fresh interpreter takes seconds to import torch and transformers. So only what is about torchrun and the launcher starts
-some; the others run the command line on new ranks (`launch` without a group: torchrun's environment), which have both.
+A fresh interpreter takes seconds to import torch and transformers. So only what is about torchrun and the launcher
+starts some; the others run the command line on new ranks (`launch` without a group: torchrun's environment).
 """
 
 import json
