@@ -112,7 +112,7 @@ def test_whatever_was_written_is_ruined(launch, tmp_path, write):
         (("rename", 1, "manifest"), {"weights", "manifest.part"}),
         (("sync", 3), {"weights", "manifest"}),
     ],
-    ids=str,
+    ids=lambda part: str(part) if isinstance(part, tuple) else " and ".join(sorted(part)),
 )
 def test_a_program_dies_between_any_two_steps_of_publishing(launch, tmp_path, at, left):
     assert alone(launch, publish, str(tmp_path), faults=[kill(0, at=at)]).signal == "SIGKILL"
