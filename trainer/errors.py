@@ -67,5 +67,9 @@ class NonFiniteError(TrainerError, ArithmeticError):
     """A loss or gradient is NaN or infinite; the step was not taken."""
 
 
+class LeakError(TrainerError, ArithmeticError):
+    """Orthogonal subspace fine-tuning: the weights moved in directions that are protected."""
+
+
 class RankError(TrainerError, RuntimeError):
     """A rank died, hung, or the ranks disagree."""

@@ -50,6 +50,30 @@ class ModelArguments:
 
 
 @dataclass
+class OsftArguments:
+    """Orthogonal subspace fine-tuning."""
+
+    osft: bool = option(False, "Train weight matrices only where their largest singular values do not reach.")
+    osft_unfreeze_rank_ratio: float | None = option(
+        None, "Share of a matrix's singular directions that trains, the smallest ones; 0 none, 1 all.", minimum=0, maximum=1
+    )
+    osft_target_patterns: list[str] = option(
+        [], "Regular expressions on names of modules to split; by default every linear layer of the blocks."
+    )
+    osft_rank_ratios: dict[str, float] = option(
+        {}, "Other ratios for modules whose name matches a pattern, as JSON; the last that matches counts."
+    )
+    osft_train_patterns: list[str] = option(
+        [], "Regular expressions on names of parameters that train beside the split matrices; by default none does."
+    )
+    osft_adaptive_samples: int | None = option(
+        None, "Give more important blocks a smaller ratio, measured on so many training samples.", above=0
+    )
+    osft_svd_dtype: Literal["float32", "float64"] = option("float32", "Format of the singular value decompositions.")
+    osft_leak_limit: float = option(1e-4, "Stop when more of an update lies in what is protected.", above=0, below=inf)
+
+
+@dataclass
 class DataArguments:
     """Training and validation data."""
 
@@ -171,6 +195,7 @@ class MachineArguments:
 GROUPS = (
     ExportArguments,
     ModelArguments,
+    OsftArguments,
     DataArguments,
     BatchArguments,
     LoaderArguments,

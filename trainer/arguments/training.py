@@ -22,6 +22,7 @@ from trainer.arguments.groups import (
     MachineArguments,
     ModelArguments,
     OptimizerArguments,
+    OsftArguments,
     ScheduleArguments,
 )
 from trainer.arguments.options import check_options, unknown_option
@@ -68,6 +69,7 @@ class TrainingArguments(  # the last base's options come first
     LoaderArguments,
     BatchArguments,
     DataArguments,
+    OsftArguments,
     ModelArguments,
     ExportArguments,
 ):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.errors import CheckpointError
+from trainer.model.osft import is_osft_parameter, merged_weight, osft_layers
 from trainer.model.shard import any_rank, is_lead, whole
 
 MAX_SHARD_SIZE = "5GB"
@@ -65,11 +66,12 @@ def export_model(
 def _gather(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Every stored tensor, whole, on the CPU of the lead rank; floating-point ones in `dtype`, if one is given."""
     lead, tied = is_lead(model), set(getattr(model, "all_tied_weights_keys", ()))
+    split = {f"{name}.weight": layer for name, layer in osft_layers(model).items()}
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        if name in tied:
+        if name in tied or is_osft_parameter(name):
             continue
-        gathered = whole(tensor)
+        gathered = merged_weight(split[name]) if name in split else whole(tensor)
         if lead:
             kept = dtype if dtype is not None and gathered.is_floating_point() else gathered.dtype
             tensors[name] = gathered.to("cpu", kept, copy=True).contiguous()

@@ -1,14 +1,14 @@
 """A model from a folder, a hub name or a config, ready to train: aligned, packed, frozen, sharded, filled with weights.
 
-`load_model` is the order of small public steps; who must change modules (low-rank or orthogonal layers) runs them with
-a step of their own between `build_on_meta` and `prepare_model`. Invariants: no rank holds more than its shards and one
+`load_model` is the order of small public steps; who must change modules (orthogonal or low-rank layers) hands it a step
+of their own, run between `build_on_meta` and `prepare_model`. Invariants: no rank holds more than its shards and one
 tensor of the whole model; the weights are those of a plain load, bit for bit; nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from trainer.errors import ModelError, UsageError, named_error
 from trainer.model.attention import use_packed_attention
 from trainer.model.isolation import check_isolation
 from trainer.model.kernels import apply_liger_kernels
+from trainer.model.osft import is_osft_parameter, unread_parameters
 from trainer.model.parameters import freeze
 from trainer.model.precision import use_compute_dtype
 from trainer.model.shard import checkpoint_activations, compile_blocks, local_part, shard_model
@@ -43,6 +44,7 @@ def load_model(
     device: torch.device | str = "cpu",
     *,
     seed: int,
+    adapt: Callable[[PreTrainedModel], None] | None = None,
 ) -> PreTrainedModel:
     """Load or create the model that the options describe, ready for `token_loss_sum`; every rank of the mesh calls.
 
@@ -52,6 +54,7 @@ def load_model(
         mesh: Ranks to shard over; None for one process.
         device: This rank's device.
         seed: Seed of weights that are not loaded; they do not depend on the number of ranks.
+        adapt: Changes the model's modules before it is sharded and filled, such as `apply_osft`.
 
     Raises:
         ModelError: The model cannot be found, built, or trained as asked.
@@ -65,6 +68,8 @@ def load_model(
     weights = open_weights(model, args, folder, seed)
     if tokenizer is not None:
         align_special_ids(model, tokenizer)
+    if adapt is not None:
+        adapt(model)
     prepare_model(model, args, mesh, device)
     materialise(model, weights, device)
     check_isolation(model)
@@ -183,7 +188,7 @@ def prepare_model(
     if args.torch_compile:
         compile_blocks(model)
     if mesh is not None:
-        shard_model(model, mesh, dtype)
+        shard_model(model, mesh, dtype, unread=unread_parameters(model))
     elif args.bf16:
         use_compute_dtype(model, dtype, by_autocast=True)
     model.train()
@@ -196,7 +201,9 @@ def materialise(model: PreTrainedModel, weights: Weights, device: torch.device |
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in persistent:
             local, region = local_part(tensor)
-            if local.numel():
+            if is_osft_parameter(name):
+                local.zero_()
+            elif local.numel():
                 local.copy_(weights.read(name, region))
 
 

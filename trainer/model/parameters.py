@@ -1,4 +1,4 @@
-"""Which parameters are trained: freezing by regular expressions on their names.
+"""Which parameters are trained: freezing by regular expressions on their names, and finding names by them.
 
 Knows nothing of optimizers or sharding. Invariant: a pattern that freezes nothing, or patterns that leave nothing to
 train, are errors, never ignored.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 
@@ -27,16 +27,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
         ModelError: A pattern is no regular expression or matches nothing, or nothing is left to train.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    frozen: set[str] = set()
-    for pattern in patterns:
-        expression = _compile(pattern)
-        matches = [name for name in parameters if expression.search(name)]
-        if not matches:
-            raise ModelError(
-                f"freeze_patterns: {pattern!r} matches no parameter of this model; "
-                f"names like it: {', '.join(near_names(pattern, parameters))}"
-            )
-        frozen.update(matches)
+    frozen = matching_names("freeze_patterns", patterns, parameters, "parameter")
     for name in frozen:
         parameters[name].requires_grad_(False)
     if patterns and not any(parameter.requires_grad for parameter in parameters.values()):
@@ -44,7 +35,26 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
             f"freeze_patterns: {', '.join(map(repr, patterns))} freeze all {len(parameters)} parameters; "
             "leave at least one to train"
         )
-    return [name for name in parameters if name in frozen]
+    return frozen
+
+
+def matching_names(option: str, patterns: Iterable[str], names: Collection[str], kind: str) -> list[str]:
+    """The names that match some pattern (`re.search`), in their own order.
+
+    Raises:
+        ModelError: A pattern of the option is no regular expression, or matches no such kind of name.
+    """
+    matching: set[str] = set()
+    for pattern in patterns:
+        expression = _compile(option, pattern)
+        matches = [name for name in names if expression.search(name)]
+        if not matches:
+            raise ModelError(
+                f"{option}: {pattern!r} matches no {kind} of this model; "
+                f"names like it: {', '.join(near_names(pattern, names))}"
+            )
+        matching.update(matches)
+    return [name for name in names if name in matching]
 
 
 def near_names(pattern: str, names: Iterable[str]) -> list[str]:
@@ -59,11 +69,11 @@ def near_names(pattern: str, names: Iterable[str]) -> list[str]:
     return sorted(kinds.values(), key=likeness, reverse=True)[:NUM_NEAR_NAMES]
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
+def _compile(option: str, pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
         raise ModelError(
-            f"freeze_patterns: {pattern!r} is not a regular expression ({error}); "
+            f"{option}: {pattern!r} is not a regular expression ({error}); "
             "escape special characters with a backslash"
         ) from error

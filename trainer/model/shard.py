@@ -7,8 +7,9 @@ of files. Invariant: names of parameters never change, and nothing here needs we
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
@@ -66,39 +67,59 @@ def compile_blocks(model: PreTrainedModel) -> None:
         block.compile()
 
 
-def shard_model(model: PreTrainedModel, mesh: DeviceMesh, compute_dtype: torch.dtype = torch.float32) -> None:
+def shard_model(
+    model: PreTrainedModel,
+    mesh: DeviceMesh,
+    compute_dtype: torch.dtype = torch.float32,
+    unread: Collection[str] = (),
+) -> None:
     """Spread a language model over the ranks of a mesh with FSDP2, in place, for `token_loss_sum`.
 
     Args:
         model: With its weights, or on the meta device (see `load.materialise`).
-        mesh: One axis over the ranks that share the weights.
+        mesh: One axis over the ranks that share the weights; or two, of replicas and of ranks that share a replica.
         compute_dtype: Format of gathered weights and activations; gradients are reduced in float32 at least.
+        unread: Names of parameters that no forward pass reads: sharded alike, but never gathered.
     """
     policy = MixedPrecisionPolicy()
     if compute_dtype.itemsize < torch.float32.itemsize:
         policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
         use_compute_dtype(model, compute_dtype, by_autocast=False)
-    shard_modules(model, mesh, policy)
+    shard_modules(model, mesh, policy, unread)
     setattr(model, FORWARD_METHOD, functools.partial(forward_loss, model))
     register_fsdp_forward_method(model, FORWARD_METHOD)
 
 
-def shard_modules(model: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy | None = None) -> None:
+def shard_modules(
+    model: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy | None = None, unread: Collection[str] = ()
+) -> None:
     """Spread any module over the ranks of a mesh, in place: one group for each block, one for the rest.
 
     Scalars cannot be cut: every rank holds them whole, and `gradients.sum_whole_gradients` sees to their gradients.
     """
     policy = policy or MixedPrecisionPolicy()
-    whole_ones = {parameter for parameter in model.parameters() if parameter.ndim == 0}
+    ignored = {parameter for parameter in model.parameters() if parameter.ndim == 0}
+    ignored |= {_shard_rows(model, name, mesh) for name in unread}
     blocks = decoder_blocks(model) if isinstance(model, PreTrainedModel) else {}
     for module in (*blocks.values(), model):
-        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=whole_ones)
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
     setattr(model, _MESH, mesh)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # A factor alone asks for PREMUL_SUM, which gloo lacks.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _shard_rows(model: nn.Module, name: str, mesh: DeviceMesh) -> nn.Parameter:
+    """Replace a parameter by its rows on this rank, split as FSDP2 splits; without communication."""
+    place, _, own_name = name.rpartition(".")
+    parameter = model.get_parameter(name)
+    placements: list[Placement] = [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
+    rows = distribute_tensor(parameter.detach(), mesh, placements, src_data_rank=None)
+    sharded = nn.Parameter(rows, requires_grad=parameter.requires_grad)
+    model.get_submodule(place).register_parameter(own_name, sharded)
+    return sharded
 
 
 @contextmanager
@@ -135,6 +156,75 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def sum_over_shards(values: Tensor, like: Tensor) -> Tensor:
+    """Add up, in place, what each rank computed from its shard of a tensor; replicas are not added to each other."""
+    if isinstance(like, DTensor):
+        for axis, placement in enumerate(like.placements):
+            if placement.is_shard():
+                dist.all_reduce(values, group=like.device_mesh.get_group(axis))
+    return values
+
+
+def gather_rows(tensor: Tensor, owner: int) -> Tensor | None:
+    """The whole of a row-sharded tensor on one rank of its mesh, None on the others (all of them call)."""
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor
+    seat = _Seat.of(tensor, owner)
+    if not seat.is_in_replica:
+        return None
+    mine = tensor.to_local()
+    mine = nn.functional.pad(mine, (0, 0, 0, seat.num_rows - len(mine))).contiguous()
+    pieces = [torch.empty_like(mine) for _ in range(seat.num_members)] if seat.is_owner else None
+    dist.gather(mine, pieces, group=seat.group, group_dst=seat.member)
+    return torch.cat(pieces)[: len(tensor)] if pieces else None
+
+
+def scatter_rows(tensor: Tensor | None, target: Tensor, owner: int) -> None:
+    """Spread a tensor that one rank of the mesh holds over the shards of `target` (all of them call)."""
+    target = target.detach()
+    if not isinstance(target, DTensor):
+        assert tensor is not None
+        target.copy_(tensor)
+        return
+    seat, mine = _Seat.of(target, owner), target.to_local()
+    rows = mine.new_empty(seat.num_rows, target.shape[1])
+    if seat.is_in_replica:
+        pieces = None
+        if seat.is_owner:
+            assert tensor is not None
+            num_absent = seat.num_rows * seat.num_members - len(tensor)
+            pieces = list(nn.functional.pad(tensor.to(rows.dtype), (0, 0, 0, num_absent)).split(seat.num_rows))
+        dist.scatter(rows, pieces, group=seat.group, group_src=seat.member)
+    if target.device_mesh.ndim > 1:
+        dist.broadcast(rows, group=target.device_mesh.get_group(0), group_src=seat.replica)
+    mine.copy_(rows[: len(mine)])
+
+
+@dataclass(frozen=True)
+class _Seat:
+    """Where one rank of a mesh sits: in which replica, and as which member of it."""
+
+    replica: int
+    member: int
+    num_members: int
+    num_rows: int  # of each member's shard; the last ones may hold fewer
+    is_in_replica: bool  # whether this rank belongs to that replica
+    is_owner: bool  # whether this rank is that one
+    group: dist.ProcessGroup  # of the members of this rank's replica
+
+    @classmethod
+    def of(cls, tensor: DTensor, rank: int) -> _Seat:
+        mesh = tensor.device_mesh
+        num_members = mesh.size(mesh.ndim - 1)
+        replica, member = divmod(rank, num_members)
+        here = mesh.get_coordinate() or []
+        is_in_replica = here[:-1] in ([], [replica])
+        is_owner = is_in_replica and here[-1] == member
+        num_rows = -(-tensor.shape[0] // num_members)
+        return cls(replica, member, num_members, num_rows, is_in_replica, is_owner, mesh.get_group(mesh.ndim - 1))
+
+
 def model_mesh(model: nn.Module) -> DeviceMesh | None:
     """The mesh over which a model is sharded, or None."""
     mesh: DeviceMesh | None = getattr(model, _MESH, None)
@@ -143,12 +233,18 @@ def model_mesh(model: nn.Module) -> DeviceMesh | None:
 
 def any_rank(flag: bool, model: nn.Module) -> bool:
     """Whether the flag is set on any rank that shares the model (all of them call)."""
+    return largest_of_ranks(float(flag), model) > 0
+
+
+def largest_of_ranks(value: float, model: nn.Module) -> float:
+    """The largest of the values of all ranks that share the model (all of them call)."""
     mesh = model_mesh(model)
     if mesh is None:
-        return flag
-    value = torch.tensor(float(flag), device=mesh.device_type)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=mesh.get_group())
-    return bool(value.item())
+        return value
+    values = torch.tensor(value, dtype=torch.float64, device=mesh.device_type)
+    for axis in range(mesh.ndim):
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=mesh.get_group(axis))
+    return values.item()
 
 
 def is_lead(model: nn.Module) -> bool:

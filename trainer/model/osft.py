@@ -1,0 +1,167 @@
+"""Orthogonal subspace fine-tuning: matrices of which only the directions of small singular values train.
+
+A matrix W (N outputs, M inputs) becomes W + D. On its shorter side D is held in the free directions by a fixed basis F;
+on its longer side the trained factor L is kept orthogonal to the protected directions P by projection, of its gradient
+before clipping and of itself after the optimizer's step, whatever the optimizer does. So D = L F^T (or F L^T) reaches
+every matrix whose rows and columns are free, and nothing else. W itself is never touched. Knows nothing of where F and
+P come from (`osft_factors`). Invariant: the names of W and its bias never change.
+
+N outputs, M inputs, R = min(N, M), r free directions, k = R - r protected ones.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from transformers.pytorch_utils import Conv1D
+
+from trainer.errors import LeakError
+from trainer.model.shard import local_part, sum_over_shards, whole
+
+UPDATE, FREE, PROTECTED = "osft_update", "osft_free", "osft_protected"
+
+
+class OsftLinear(nn.Module):
+    """A frozen linear layer and its trained update; starts as the layer that it replaces.
+
+    Attributes:
+        weight: W, (N, M); or (M, N) where it came from a Conv1D.
+        osft_update: L, (max(N, M), r), trained, 0 at the start.
+        osft_free: F, (min(N, M), r), orthonormal columns; 0 until the matrix is decomposed.
+        osft_protected: P, (max(N, M), k), orthonormal columns; no forward pass reads it.
+    """
+
+    def __init__(self, layer: nn.Linear | Conv1D, num_free: int) -> None:
+        super().__init__()
+        self.is_transposed = isinstance(layer, Conv1D)
+        self.weight, self.bias = layer.weight, layer.bias
+        num_outputs, num_inputs = self.matrix(layer.weight).shape
+        self.is_tall = num_outputs >= num_inputs
+        long, short = max(num_outputs, num_inputs), min(num_outputs, num_inputs)
+        self.osft_update = nn.Parameter(layer.weight.new_zeros(long, num_free))
+        self.osft_free = nn.Parameter(layer.weight.new_zeros(short, num_free), requires_grad=False)
+        self.osft_protected = nn.Parameter(layer.weight.new_zeros(long, short - num_free), requires_grad=False)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """A weight as (N, M), however it is stored; its own inverse."""
+        return weight.mT if self.is_transposed else weight
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Compute x (W + D)^T + b for inputs (..., M)."""
+        into, out_of = (self.osft_free, self.osft_update) if self.is_tall else (self.osft_update, self.osft_free)
+        return F.linear(inputs, self.matrix(self.weight), self.bias) + F.linear(inputs @ into, out_of)
+
+    def extra_repr(self) -> str:
+        """Say the sizes."""
+        num_outputs, num_inputs = self.matrix(self.weight).shape
+        return f"{num_outputs} outputs, {num_inputs} inputs, {self.osft_free.shape[1]} free directions"
+
+
+def osft_layers(model: nn.Module) -> dict[str, OsftLinear]:
+    """The split matrices of a model, by the name of their module."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, OsftLinear)}
+
+
+def is_osft_parameter(name: str) -> bool:
+    """Whether a parameter is part of a split matrix and no weight of the original model."""
+    return name.rpartition(".")[2] in (UPDATE, FREE, PROTECTED)
+
+
+def unread_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters that no forward pass reads."""
+    return [f"{name}.{PROTECTED}" for name in osft_layers(model)]
+
+
+@torch.no_grad()
+def merged_weight(layer: OsftLinear) -> Tensor:
+    """The whole of W + D as W is stored, gathered from the ranks that hold it (all of them call)."""
+    update, free = whole(layer.osft_update), whole(layer.osft_free)
+    change = update @ free.mT if layer.is_tall else free @ update.mT
+    return whole(layer.weight) + layer.matrix(change)
+
+
+def coefficients(tensor: Tensor, basis: Tensor) -> Tensor:
+    """What of each column lies along each column of a basis, (k, r), for plain and row-sharded tensors alike."""
+    return sum_over_shards(local_part(basis)[0].mT @ local_part(tensor)[0], like=tensor)
+
+
+def remove(tensor: Tensor, basis: Tensor) -> Tensor:
+    """Take out of a tensor, in place, what lies in the span of an orthonormal basis; give the coefficients removed."""
+    removed = coefficients(tensor, basis)
+    local_part(tensor)[0].addmm_(local_part(basis)[0], removed, alpha=-1)
+    return removed
+
+
+@dataclass
+class Osft:
+    """Keeps the trained factors of a model out of what is protected, and measures how well.
+
+    `project_gradients` belongs between the last backward pass of a step and the gradient norm, `project_updates` behind
+    the optimizer's step; `report` tells of the step between them.
+    """
+
+    layers: list[OsftLinear]
+    leak_limit: float
+    reconstruction_error: float
+    _removed: list[Tensor] = field(default_factory=list)  # squared norms: removed from the gradients, left of them
+    _leaked: list[Tensor] = field(default_factory=list)  # squared norms, layer by layer: leaked, of the whole update
+
+    @torch.no_grad()
+    def project_gradients(self) -> None:
+        """Take the protected directions out of the gradients, so that norm and clipping see what will move."""
+        removed, left = [], []
+        for layer in self.layers:
+            gradient = layer.osft_update.grad
+            if gradient is not None:
+                removed.append(remove(gradient, layer.osft_protected).square().sum())
+                left.append(_square_sum(gradient))
+        self._removed = [torch.stack(removed), self._whole_sums(left)] if left else []
+
+    @torch.no_grad()
+    def project_updates(self) -> None:
+        """Take the protected directions out of the factors, and measure what is left of them there."""
+        for layer in self.layers:
+            remove(layer.osft_update, layer.osft_protected)
+        leaked = [
+            coefficients(layer.osft_update, layer.osft_protected).square().sum() for layer in self.layers
+        ]
+        sizes = [_square_sum(layer.osft_update) for layer in self.layers]
+        self._leaked = [torch.stack(leaked), self._whole_sums(sizes)]
+
+    def report(self) -> dict[str, float]:
+        """The metrics of the step that was just taken.
+
+        Raises:
+            LeakError: more of some update lies in the protected directions than the limit allows.
+        """
+        leak = _largest_share(*self._leaked)
+        if not leak <= self.leak_limit:
+            raise LeakError(
+                f"osft/leak is {leak:.3g}, the limit {self.leak_limit:.3g} (osft_leak_limit): something moves the "
+                "weights besides the optimizer's step, or multiplies matrices in less than float32 (TF32)"
+            )
+        removed, left = (float(part.sum()) for part in self._removed) if self._removed else (0.0, 0.0)
+        share = math.sqrt(removed / (removed + left)) if removed else 0.0
+        return {
+            "osft/leak": leak,
+            "osft/projected_share": share,
+            "osft/reconstruction_error": self.reconstruction_error,
+        }
+
+    def _whole_sums(self, sums: list[Tensor]) -> Tensor:
+        return sum_over_shards(torch.stack(sums), like=self.layers[0].osft_update)
+
+
+def _square_sum(tensor: Tensor) -> Tensor:
+    return local_part(tensor)[0].square().sum()
+
+
+def _largest_share(parts: Tensor, wholes: Tensor) -> float:
+    """The largest of the norms of parts, each relative to its whole; 0 where nothing moved."""
+    shares = torch.where(wholes > 0, parts / wholes, torch.zeros_like(parts))
+    return cast(float, shares.max().sqrt().item())

@@ -1,0 +1,117 @@
+"""Singular value decompositions of all split matrices, spread over the ranks, and how well they describe the weights.
+
+Knows nothing of training. Invariants: a rank holds one matrix and its factors at a time on top of its shards; all
+ranks, replicas too, end with the factors that one rank computed; what is decomposed already is left alone, so a
+resumed run computes none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from trainer.model.osft import OsftLinear, osft_layers
+from trainer.model.shard import (
+    gather_rows,
+    largest_of_ranks,
+    local_part,
+    model_mesh,
+    scatter_rows,
+    sum_over_shards,
+)
+
+Progress = Callable[[int, int], None]
+"""Called with (work done, work in all) after each round of decompositions; work grows as their time does."""
+
+
+@torch.no_grad()
+def decompose(model: nn.Module, dtype: torch.dtype, progress: Progress | None = None) -> int:
+    """Fill the free and protected directions of every split matrix that has none yet; every rank of the mesh calls.
+
+    Matrices are dealt out dearest first, one to each rank per round, so that no rank waits long for another.
+
+    Args:
+        model: Plain or sharded, with its weights.
+        dtype: Format to decompose in, float32 or float64; a wider format of the weights is kept.
+        progress: Told after each round.
+
+    Returns:
+        The number of matrices decomposed.
+    """
+    layers = _undecomposed(model)
+    done, total = 0, sum(map(_work, layers))
+    for batch in _rounds(layers, model):
+        matrices = [gather_rows(layer.weight, owner) for owner, layer in enumerate(batch)]
+        factors = [
+            split(layer, matrix, dtype) if matrix is not None else (None, None)
+            for layer, matrix in zip(batch, matrices, strict=True)
+        ]
+        for owner, (layer, (free, protected)) in enumerate(zip(batch, factors, strict=True)):
+            scatter_rows(free, layer.osft_free, owner)
+            scatter_rows(protected, layer.osft_protected, owner)
+        done += sum(map(_work, batch))
+        if progress is not None:
+            progress(done, total)
+    return len(layers)
+
+
+def split(layer: OsftLinear, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The free directions of the shorter side (R, r) and the protected ones of the longer side (max(N, M), k)."""
+    matrix = layer.matrix(weight).to(torch.promote_types(weight.dtype, dtype))
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    long, short = (left, right.mT) if layer.is_tall else (right.mT, left)
+    num_protected = layer.osft_protected.shape[1]
+    return short[:, num_protected:].contiguous(), long[:, :num_protected].contiguous()
+
+
+@torch.no_grad()
+def reconstruction_error(model: nn.Module) -> float:
+    """The largest distance of a W from the sum of its two parts, P P^T W + W F F^T, relative to W (all ranks call).
+
+    Rounding where F and P are the singular directions of this very W; about 1 where they belong to another matrix.
+    """
+    errors = [0.0]
+    for batch in _rounds(trained_layers(model), model):
+        for owner, layer in enumerate(batch):
+            weight, free, protected = (
+                gather_rows(part, owner) for part in (layer.weight, layer.osft_free, layer.osft_protected)
+            )
+            if weight is not None and free is not None and protected is not None:
+                errors.append(_distance_from_parts(layer, weight, free, protected))
+    return largest_of_ranks(max(errors), model)
+
+
+def trained_layers(model: nn.Module) -> list[OsftLinear]:
+    """The split matrices of a model that train: freezing by pattern may have stopped some."""
+    return [layer for layer in osft_layers(model).values() if layer.osft_update.requires_grad]
+
+
+def _distance_from_parts(layer: OsftLinear, weight: Tensor, free: Tensor, protected: Tensor) -> float:
+    matrix = layer.matrix(weight) if layer.is_tall else layer.matrix(weight).mT
+    rest = matrix - protected @ (protected.mT @ matrix) - (matrix @ free) @ free.mT
+    return (rest.norm() / matrix.norm().clamp_min(torch.finfo(matrix.dtype).tiny)).item()
+
+
+def _rounds(layers: Sequence[OsftLinear], model: nn.Module) -> Iterator[Sequence[OsftLinear]]:
+    """The matrices dearest first, in rounds of one for each rank: those of a round take about as long."""
+    mesh = model_mesh(model)
+    num_ranks = 1 if mesh is None else mesh.size()
+    dearest_first = sorted(layers, key=_work, reverse=True)
+    for start in range(0, len(layers), num_ranks):
+        yield dearest_first[start : start + num_ranks]
+
+
+def _undecomposed(model: nn.Module) -> list[OsftLinear]:
+    layers = trained_layers(model)
+    if not layers:
+        return []
+    squares = torch.stack([local_part(layer.osft_free)[0].square().sum() for layer in layers])
+    filled = sum_over_shards(squares, like=layers[0].osft_free).tolist()
+    return [layer for layer, square in zip(layers, filled, strict=True) if square == 0]
+
+
+def _work(layer: OsftLinear) -> int:
+    num_outputs, num_inputs = layer.weight.shape
+    return num_outputs * num_inputs * min(num_outputs, num_inputs)
