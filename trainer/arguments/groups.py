@@ -55,7 +55,10 @@ class OsftArguments:
 
     osft: bool = option(False, "Train weight matrices only where their largest singular values do not reach.")
     osft_unfreeze_rank_ratio: float | None = option(
-        None, "Share of a matrix's singular directions that trains, the smallest ones; 0 none, 1 all.", minimum=0, maximum=1
+        None,
+        "Share of a matrix's singular directions that trains, the smallest ones; 0 none, 1 all.",
+        minimum=0,
+        maximum=1,
     )
     osft_target_patterns: list[str] = option(
         [], "Regular expressions on names of modules to split; by default every linear layer of the blocks."

@@ -67,6 +67,11 @@ def osft_layers(model: nn.Module) -> dict[str, OsftLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, OsftLinear)}
 
 
+def trained_layers(model: nn.Module) -> list[OsftLinear]:
+    """The split matrices of a model that train: freezing by pattern may have stopped some."""
+    return [layer for layer in osft_layers(model).values() if layer.osft_update.requires_grad]
+
+
 def is_osft_parameter(name: str) -> bool:
     """Whether a parameter is part of a split matrix and no weight of the original model."""
     return name.rpartition(".")[2] in (UPDATE, FREE, PROTECTED)
@@ -127,9 +132,7 @@ class Osft:
         """Take the protected directions out of the factors, and measure what is left of them there."""
         for layer in self.layers:
             remove(layer.osft_update, layer.osft_protected)
-        leaked = [
-            coefficients(layer.osft_update, layer.osft_protected).square().sum() for layer in self.layers
-        ]
+        leaked = [coefficients(layer.osft_update, layer.osft_protected).square().sum() for layer in self.layers]
         sizes = [_square_sum(layer.osft_update) for layer in self.layers]
         self._leaked = [torch.stack(leaked), self._whole_sums(sizes)]
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from trainer.model.osft import OsftLinear, osft_layers
+from trainer.arguments.groups import OsftArguments
+from trainer.model.osft import Osft, OsftLinear, trained_layers
 from trainer.model.shard import (
     gather_rows,
     largest_of_ranks,
@@ -24,6 +25,12 @@ from trainer.model.shard import (
 
 Progress = Callable[[int, int], None]
 """Called with (work done, work in all) after each round of decompositions; work grows as their time does."""
+
+
+def start_osft(model: nn.Module, args: OsftArguments, progress: Progress | None = None) -> Osft:
+    """Decompose what is not decomposed yet, and give what keeps the updates of a model in place (all ranks call)."""
+    decompose(model, getattr(torch, args.osft_svd_dtype), progress)
+    return Osft(trained_layers(model), args.osft_leak_limit, reconstruction_error(model))
 
 
 @torch.no_grad()
@@ -81,11 +88,6 @@ def reconstruction_error(model: nn.Module) -> float:
             if weight is not None and free is not None and protected is not None:
                 errors.append(_distance_from_parts(layer, weight, free, protected))
     return largest_of_ranks(max(errors), model)
-
-
-def trained_layers(model: nn.Module) -> list[OsftLinear]:
-    """The split matrices of a model that train: freezing by pattern may have stopped some."""
-    return [layer for layer in osft_layers(model).values() if layer.osft_update.requires_grad]
 
 
 def _distance_from_parts(layer: OsftLinear, weight: Tensor, free: Tensor, protected: Tensor) -> float:

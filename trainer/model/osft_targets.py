@@ -65,9 +65,7 @@ def find_targets(model: PreTrainedModel, patterns: Collection[str]) -> list[str]
     return targets
 
 
-def target_ratios(
-    targets: Collection[str], args: OsftArguments, importance: Mapping[str, float]
-) -> dict[str, float]:
+def target_ratios(targets: Collection[str], args: OsftArguments, importance: Mapping[str, float]) -> dict[str, float]:
     """The ratio of free directions of each target: its last matching pattern's, else its block's, else everyone's."""
     common = args.osft_unfreeze_rank_ratio
     assert common is not None
@@ -107,9 +105,7 @@ def _check_splittable(model: nn.Module, targets: Collection[str]) -> None:
 def _train_the_rest(model: nn.Module, targets: Collection[str], patterns: Collection[str]) -> None:
     weights = {f"{name}.weight" for name in targets}
     rest = {
-        name: parameter
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if name not in weights
+        name: parameter for name, parameter in model.named_parameters(remove_duplicate=False) if name not in weights
     }
     for name in matching_names("osft_train_patterns", patterns, rest, "parameter outside the target matrices"):
         rest[name].requires_grad_(True)

@@ -74,6 +74,5 @@ def _compile(option: str, pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise ModelError(
-            f"{option}: {pattern!r} is not a regular expression ({error}); "
-            "escape special characters with a backslash"
+            f"{option}: {pattern!r} is not a regular expression ({error}); escape special characters with a backslash"
         ) from error

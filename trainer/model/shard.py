@@ -218,8 +218,8 @@ class _Seat:
         mesh = tensor.device_mesh
         num_members = mesh.size(mesh.ndim - 1)
         replica, member = divmod(rank, num_members)
-        here = mesh.get_coordinate() or []
-        is_in_replica = here[:-1] in ([], [replica])
+        here = list(mesh.get_coordinate() or ())
+        is_in_replica = mesh.ndim == 1 or here[0] == replica
         is_owner = is_in_replica and here[-1] == member
         num_rows = -(-tensor.shape[0] // num_members)
         return cls(replica, member, num_members, num_rows, is_in_replica, is_owner, mesh.get_group(mesh.ndim - 1))
