@@ -17,6 +17,7 @@ from tests.fixtures.splitting import (
     split_matrices,
     split_matrix,
     split_model,
+    started,
     train_split,
 )
 from tests.fixtures.tolerances import (
@@ -32,7 +33,7 @@ from trainer.errors import LeakError, ModelError
 from trainer.model.load import load_model
 from trainer.model.loss import token_loss_sum
 from trainer.model.osft import Osft, OsftLinear, merged_weight, osft_layers
-from trainer.model.osft_factors import decompose, reconstruction_error, start_osft
+from trainer.model.osft_factors import decompose, reconstruction_error
 from trainer.model.osft_targets import apply_osft, num_free_directions
 from trainer.model.shard import local_part
 from trainer.optim.optimizers import OPTIMIZERS, build_optimizer
@@ -54,7 +55,7 @@ def matrices(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
 
 def decomposed(weight: torch.Tensor, num_free: int, **options: bool) -> tuple[OsftLinear, Osft]:
     layer = split_matrix(weight, num_free, **options)
-    return layer, start_osft(layer, osft_arguments())
+    return layer, started(layer)
 
 
 @given(matrices(), st.booleans())
@@ -172,7 +173,7 @@ def test_what_cannot_be_split_is_refused_by_name(name: str, options: dict, messa
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_fifty_steps_of_every_optimizer_stay_out_of_what_is_protected(name: str) -> None:
     layers = split_matrices()
-    osft = start_osft(layers, osft_arguments())
+    osft = started(layers)
     optimizer = build_optimizer(layers, OptimizerArguments(optim=name, learning_rate=1e-2, weight_decay=0.1))
     inputs = torch.linspace(-1, 1, 64).reshape(4, 16)
     for _ in range(50):
@@ -205,27 +206,25 @@ def test_the_leak_is_found_and_stops_the_run() -> None:
 
 
 def test_factors_of_another_matrix_are_no_decomposition() -> None:
-    model, _ = split_model()
-    layers = list(osft_layers(model).values())
-    assert reconstruction_error(model) < OSFT_LEAK[torch.float32]
-    layers[0].osft_protected.data.copy_(layers[0].osft_protected.flip(0))
-    assert reconstruction_error(model) > 0.1
+    _, osft = split_model()
+    layer = osft.layers[0]
+    layer.osft_protected.data.copy_(layer.osft_protected.flip(0))
+    assert reconstruction_error(osft) > 0.1
 
 
 def test_what_is_decomposed_already_is_left_alone() -> None:
-    model, _ = split_model()
-    assert decompose(model, torch.float32) == 0
-    layer = next(iter(osft_layers(model).values()))
-    layer.osft_free.data.zero_()
-    assert decompose(model, torch.float32) == 1
-    assert reconstruction_error(model) < OSFT_LEAK[torch.float32]
+    _, osft = split_model()
+    assert decompose(osft, torch.float32) == 0
+    osft.layers[0].osft_free.data.zero_()
+    assert decompose(osft, torch.float32) == 1
+    assert reconstruction_error(osft) < OSFT_LEAK[torch.float32]
 
 
 def test_progress_is_told_by_work() -> None:
     model = tiny_llama()
     apply_osft(model, osft_arguments())
     told: list[tuple[int, int]] = []
-    decompose(model, torch.float64, lambda done, total: told.append((done, total)))
+    decompose(Osft(model, osft_arguments()), torch.float64, lambda done, total: told.append((done, total)))
     assert len(told) == 14
     assert told[-1][0] == told[-1][1]
     steps = np.diff([0, *(done for done, _ in told)])
@@ -240,7 +239,7 @@ def load_split(directory, mesh=None, dtype=None, ratio=0.25, options=None, **mod
         seed=0,
         adapt=lambda model: apply_osft(model if dtype is None else model.to(dtype), args),
     )
-    return model, start_osft(model, args)
+    return model, started(model, args)
 
 
 def trained_weights(model, osft, num_steps=3):

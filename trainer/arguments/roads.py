@@ -25,6 +25,7 @@ _FOREIGN: dict[Road, dict[str, str]] = {
         "max_tokens_per_rank": "give per_device_train_batch_size",
         "max_tokens": "give max_steps or max_samples",
         "packing_cost": "batches are dealt by the number of samples",
+        "osft": "only the matrices of a language model on token data are split",
         "attn_implementation": "choose it when you build the model",
         "eval_exact_match": _ANSWERS,
         "num_generation_samples": _ANSWERS,

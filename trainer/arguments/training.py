@@ -81,7 +81,7 @@ class TrainingArguments(  # the last base's options come first
 
     def __post_init__(self) -> None:
         check_options(self)
-        for is_wrong, message in self._contradictions():
+        for is_wrong, message in (*self._contradictions(), *self._osft_contradictions()):
             if is_wrong:
                 raise UsageError(message)
 
@@ -136,6 +136,23 @@ class TrainingArguments(  # the last base's options come first
                 (self.greater_is_better, self.metric_for_best_model) != (None, "loss") and not self.does_evaluate,
                 "greater_is_better and metric_for_best_model have no effect without evaluations: set eval_strategy or "
                 "min_samples_per_evaluation",
+            ),
+        ]
+
+    def _osft_contradictions(self) -> list[tuple[bool, str]]:
+        defaults = dataclasses.asdict(OsftArguments(osft=self.osft))
+        return [
+            (
+                self.osft and self.osft_unfreeze_rank_ratio is None,
+                "osft needs osft_unfreeze_rank_ratio, the share of each matrix that trains: 0.25 is a good start",
+            ),
+            (
+                not self.osft and any(getattr(self, name) != value for name, value in defaults.items()),
+                "the options that begin with osft_ have no effect without osft: say osft=true",
+            ),
+            (
+                not all(isinstance(ratio, int | float) and 0 <= ratio <= 1 for ratio in self.osft_rank_ratios.values()),
+                f"osft_rank_ratios = {self.osft_rank_ratios}: each ratio is a number from 0 to 1",
             ),
         ]
 

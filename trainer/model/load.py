@@ -34,6 +34,7 @@ from trainer.model.weights import FileWeights, SeededWeights, Weights
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+Adapt = Callable[[PreTrainedModel], None]
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.py", "*.model", "*.txt", "*.jinja"]
 
 
@@ -44,7 +45,7 @@ def load_model(
     device: torch.device | str = "cpu",
     *,
     seed: int,
-    adapt: Callable[[PreTrainedModel], None] | None = None,
+    adapt: Adapt | None = None,
 ) -> PreTrainedModel:
     """Load or create the model that the options describe, ready for `token_loss_sum`; every rank of the mesh calls.
 

@@ -12,7 +12,6 @@ N outputs, M inputs, R = min(N, M), r free directions, k = R - r protected ones.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers.pytorch_utils import Conv1D
 
+from trainer.arguments.groups import OsftArguments
 from trainer.errors import LeakError
 from trainer.model.shard import local_part, sum_over_shards, whole
 
@@ -67,11 +67,6 @@ def osft_layers(model: nn.Module) -> dict[str, OsftLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, OsftLinear)}
 
 
-def trained_layers(model: nn.Module) -> list[OsftLinear]:
-    """The split matrices of a model that train: freezing by pattern may have stopped some."""
-    return [layer for layer in osft_layers(model).values() if layer.osft_update.requires_grad]
-
-
 def is_osft_parameter(name: str) -> bool:
     """Whether a parameter is part of a split matrix and no weight of the original model."""
     return name.rpartition(".")[2] in (UPDATE, FREE, PROTECTED)
@@ -102,19 +97,19 @@ def remove(tensor: Tensor, basis: Tensor) -> Tensor:
     return removed
 
 
-@dataclass
 class Osft:
     """Keeps the trained factors of a model out of what is protected, and measures how well.
 
-    `project_gradients` belongs between the last backward pass of a step and the gradient norm, `project_updates` behind
-    the optimizer's step; `report` tells of the step between them.
+    `osft_factors.start_osft` makes it ready. `project_gradients` belongs between the last backward pass of a step and
+    the gradient norm, `project_updates` behind the optimizer's step; `report` tells of the step between them.
     """
 
-    layers: list[OsftLinear]
-    leak_limit: float
-    reconstruction_error: float
-    _removed: list[Tensor] = field(default_factory=list)  # squared norms: removed from the gradients, left of them
-    _leaked: list[Tensor] = field(default_factory=list)  # squared norms, layer by layer: leaked, of the whole update
+    def __init__(self, model: nn.Module, args: OsftArguments) -> None:
+        self.model, self.args = model, args
+        self.layers = [layer for layer in osft_layers(model).values() if layer.osft_update.requires_grad]
+        self.reconstruction_error = math.nan  # not measured yet
+        self._removed: list[Tensor] = []  # squared norms: removed from the gradients, left of them
+        self._leaked: list[Tensor] = []  # squared norms, layer by layer: leaked, of the whole update
 
     @torch.no_grad()
     def project_gradients(self) -> None:
@@ -142,17 +137,16 @@ class Osft:
         Raises:
             LeakError: more of some update lies in the protected directions than the limit allows.
         """
-        leak = _largest_share(*self._leaked)
-        if not leak <= self.leak_limit:
+        leak, limit = _largest_share(*self._leaked), self.args.osft_leak_limit
+        if not leak <= limit:
             raise LeakError(
-                f"osft/leak is {leak:.3g}, the limit {self.leak_limit:.3g} (osft_leak_limit): something moves the "
-                "weights besides the optimizer's step, or multiplies matrices in less than float32 (TF32)"
+                f"osft/leak is {leak:.3g}, the limit {limit:.3g} (osft_leak_limit): something besides the optimizer's "
+                "step moves the weights, or multiplies matrices in less than float32 (TF32)"
             )
         removed, left = (float(part.sum()) for part in self._removed) if self._removed else (0.0, 0.0)
-        share = math.sqrt(removed / (removed + left)) if removed else 0.0
         return {
             "osft/leak": leak,
-            "osft/projected_share": share,
+            "osft/projected_share": math.sqrt(removed / (removed + left)) if removed else 0.0,
             "osft/reconstruction_error": self.reconstruction_error,
         }
 

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from trainer.arguments.groups import OsftArguments
-from trainer.model.osft import Osft, OsftLinear, trained_layers
+from trainer.model.osft import Osft, OsftLinear
 from trainer.model.shard import (
     gather_rows,
     largest_of_ranks,
@@ -27,29 +26,36 @@ Progress = Callable[[int, int], None]
 """Called with (work done, work in all) after each round of decompositions; work grows as their time does."""
 
 
-def start_osft(model: nn.Module, args: OsftArguments, progress: Progress | None = None) -> Osft:
-    """Decompose what is not decomposed yet, and give what keeps the updates of a model in place (all ranks call)."""
-    decompose(model, getattr(torch, args.osft_svd_dtype), progress)
-    return Osft(trained_layers(model), args.osft_leak_limit, reconstruction_error(model))
+def start_osft(osft: Osft, progress: Progress | None = None) -> int:
+    """Decompose what is not decomposed yet, and measure how well that describes the weights (all ranks call).
+
+    Weights and factors must be in place: those of a checkpoint, if there is one.
+
+    Returns:
+        The number of matrices decomposed: none after a resume.
+    """
+    num_decomposed = decompose(osft, getattr(torch, osft.args.osft_svd_dtype), progress)
+    osft.reconstruction_error = reconstruction_error(osft)
+    return num_decomposed
 
 
 @torch.no_grad()
-def decompose(model: nn.Module, dtype: torch.dtype, progress: Progress | None = None) -> int:
+def decompose(osft: Osft, dtype: torch.dtype, progress: Progress | None = None) -> int:
     """Fill the free and protected directions of every split matrix that has none yet; every rank of the mesh calls.
 
     Matrices are dealt out dearest first, one to each rank per round, so that no rank waits long for another.
 
     Args:
-        model: Plain or sharded, with its weights.
+        osft: Of a model with its weights, plain or sharded.
         dtype: Format to decompose in, float32 or float64; a wider format of the weights is kept.
         progress: Told after each round.
 
     Returns:
         The number of matrices decomposed.
     """
-    layers = _undecomposed(model)
+    layers = _undecomposed(osft)
     done, total = 0, sum(map(_work, layers))
-    for batch in _rounds(layers, model):
+    for batch in _rounds(layers, osft.model):
         matrices = [gather_rows(layer.weight, owner) for owner, layer in enumerate(batch)]
         factors = [
             split(layer, matrix, dtype) if matrix is not None else (None, None)
@@ -74,20 +80,20 @@ def split(layer: OsftLinear, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor
 
 
 @torch.no_grad()
-def reconstruction_error(model: nn.Module) -> float:
+def reconstruction_error(osft: Osft) -> float:
     """The largest distance of a W from the sum of its two parts, P P^T W + W F F^T, relative to W (all ranks call).
 
     Rounding where F and P are the singular directions of this very W; about 1 where they belong to another matrix.
     """
     errors = [0.0]
-    for batch in _rounds(trained_layers(model), model):
+    for batch in _rounds(osft.layers, osft.model):
         for owner, layer in enumerate(batch):
             weight, free, protected = (
                 gather_rows(part, owner) for part in (layer.weight, layer.osft_free, layer.osft_protected)
             )
             if weight is not None and free is not None and protected is not None:
                 errors.append(_distance_from_parts(layer, weight, free, protected))
-    return largest_of_ranks(max(errors), model)
+    return largest_of_ranks(max(errors), osft.model)
 
 
 def _distance_from_parts(layer: OsftLinear, weight: Tensor, free: Tensor, protected: Tensor) -> float:
@@ -105,13 +111,12 @@ def _rounds(layers: Sequence[OsftLinear], model: nn.Module) -> Iterator[Sequence
         yield dearest_first[start : start + num_ranks]
 
 
-def _undecomposed(model: nn.Module) -> list[OsftLinear]:
-    layers = trained_layers(model)
-    if not layers:
+def _undecomposed(osft: Osft) -> list[OsftLinear]:
+    if not osft.layers:
         return []
-    squares = torch.stack([local_part(layer.osft_free)[0].square().sum() for layer in layers])
-    filled = sum_over_shards(squares, like=layers[0].osft_free).tolist()
-    return [layer for layer, square in zip(layers, filled, strict=True) if square == 0]
+    squares = torch.stack([local_part(layer.osft_free)[0].square().sum() for layer in osft.layers])
+    filled = sum_over_shards(squares, like=osft.layers[0].osft_free).tolist()
+    return [layer for layer, square in zip(osft.layers, filled, strict=True) if square == 0]
 
 
 def _work(layer: OsftLinear) -> int:

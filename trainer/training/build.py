@@ -15,7 +15,7 @@ from trainer.data.store import TokenStore
 from trainer.distributed.group import Group
 from trainer.errors import DataError, ModelError, UsageError
 from trainer.model.isolation import check_isolation, check_positions
-from trainer.model.load import load_model, prepare_model
+from trainer.model.load import Adapt, load_model, prepare_model
 
 
 def load_datasets(
@@ -86,10 +86,14 @@ def build_model(
     args: TrainingArguments,
     tokenizer: PreTrainedTokenizerBase | None,
     group: Group,
+    adapt: Adapt | None = None,
 ) -> PreTrainedModel:
-    """Give a model that is ready to train on this rank: the one given, or the one that the options name."""
+    """Give a model that is ready to train on this rank: the one given, or the one that the options name.
+
+    `adapt` changes its modules before it is sharded.
+    """
     if model is None:
-        return load_model(args, tokenizer, group.mesh, group.device, seed=args.seed)
+        return load_model(args, tokenizer, group.mesh, group.device, seed=args.seed, adapt=adapt)
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise ModelError(f"model is a {type(model).__name__}: give a transformers causal language model, not wrapped")
     if getattr(model, "is_quantized", False):
@@ -97,6 +101,8 @@ def build_model(
     if model.dtype in (torch.bfloat16, torch.float16):
         stored, model = model.dtype, model.float()  # master weights are float32; exports go back to what was stored
         model.config.dtype = stored
+    if adapt is not None:
+        adapt(model)
     prepare_model(model.to(group.device), args, group.mesh, group.device)
     check_isolation(model)
     return model

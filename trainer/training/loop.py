@@ -144,11 +144,12 @@ def report_step(run: Run, result: StepResult, counts: dict[str, Any], seconds: f
         **counts,
         **throughput(counts, seconds),
         peak_memory_bytes=peak_memory_bytes(run.engine.group.device),
+        more=result.more,
     )
 
 
 class LossWindow:
-    """Steps since the last log line: their mean loss, and gradient norm and learning rate of the newest."""
+    """Steps since the last log line: their mean loss; of the newest gradient norm, learning rate and what is more."""
 
     def __init__(self, state: RunState) -> None:
         self._state = state
@@ -161,13 +162,13 @@ class LossWindow:
             "weight": window.get("weight", 0) + report.weight,
             "grad_norm": report.grad_norm,
             "learning_rate": report.learning_rate,
+            **report.more,
         }
 
     def take(self) -> dict[str, float]:
         """Give the log line and start the next window."""
         window, self._state.log_window = self._state.log_window, {}
-        loss = window["loss_sum"] / window["weight"]
-        return {"loss": loss, "grad_norm": window["grad_norm"], "learning_rate": window["learning_rate"]}
+        return {"loss": window.pop("loss_sum") / window.pop("weight"), **window}
 
     @property
     def has_steps(self) -> bool:

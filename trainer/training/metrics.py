@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -54,10 +54,13 @@ class StepReport:
     num_tokens: int | None = None
     packing_efficiency: float | None = None  # share of the token budgets of all ranks that held tokens
     tokens_per_second: float | None = None
+    more: dict[str, float] = field(default_factory=dict)  # of what is switched on, such as osft/leak
 
     def to_dict(self) -> dict[str, Any]:
         """Give the report as plain values, without what is not known of ordinary data."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        values = dataclasses.asdict(self)
+        more = values.pop("more")
+        return {name: value for name, value in values.items() if value is not None} | more
 
     @property
     def weight(self) -> int:

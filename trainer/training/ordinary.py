@@ -68,6 +68,8 @@ class ModelObjective:
 class OrdinaryRoad:
     """What a Trainer does with data sets and models of the user's own."""
 
+    osft = None  # no matrices of theirs are split
+
     def __init__(self, args: TrainingArguments, group: Group, collate: Collate, datasets: tuple[Any, Any]) -> None:
         self.args, self.group, self.collate = args, group, collate
         self.train_dataset, self.eval_dataset = datasets

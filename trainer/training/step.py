@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from trainer.distributed.group import Group
 from trainer.errors import NonFiniteError
+from trainer.model.osft import Osft
 from trainer.optim.gradients import clip, global_norm, sum_whole_gradients
 from trainer.training.metrics import BatchMetrics
 from trainer.training.signals import StopRequest
@@ -51,6 +52,7 @@ class Engine:
     group: Group
     max_grad_norm: float
     emit: Emit
+    osft: Osft | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class StepResult:
     grad_norm: float  # before clipping
     learning_rate: float  # used by this step
     stop_signal: int | None  # some rank was asked to stop by this signal
+    more: dict[str, float]  # metrics of what is switched on
 
 
 def take_step(engine: Engine, batch: GlobalBatch, stop: StopRequest) -> StepResult:
@@ -68,15 +71,20 @@ def take_step(engine: Engine, batch: GlobalBatch, stop: StopRequest) -> StepResu
 
     Raises:
         NonFiniteError: loss or gradient norm is NaN or infinite; nothing was updated.
+        LeakError: the update moved what OSFT protects.
     """
     metrics = accumulate_gradients(engine, batch)
     metrics.accumulate(**stop.as_flags())
     totals = metrics.reduce(engine.group)
     sum_whole_gradients(engine.model.parameters(), engine.group)
+    if engine.osft is not None:
+        engine.osft.project_gradients()
     norm = global_norm(engine.model.parameters())
     loss, grad_norm = totals["loss"], norm.item()
     check_finite(loss, grad_norm)
-    return StepResult(loss, grad_norm, update(engine, norm), stop.agreed(totals))
+    learning_rate = update(engine, norm)
+    more = {} if engine.osft is None else engine.osft.report()
+    return StepResult(loss, grad_norm, learning_rate, stop.agreed(totals), more)
 
 
 def accumulate_gradients(engine: Engine, batch: GlobalBatch) -> BatchMetrics:
@@ -96,6 +104,8 @@ def update(engine: Engine, norm: Tensor) -> float:
     clip(engine.model.parameters(), norm, engine.max_grad_norm)
     engine.emit("on_pre_optimizer_step")
     engine.optimizer.step()
+    if engine.osft is not None:
+        engine.osft.project_updates()
     engine.emit("on_optimizer_step")
     engine.schedule.step()
     engine.optimizer.zero_grad()

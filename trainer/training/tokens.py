@@ -23,10 +23,10 @@ from trainer.data.store import TokenStore
 from trainer.distributed.group import Group
 from trainer.errors import UsageError
 from trainer.model.loss import token_loss_sum
+from trainer.model.osft import Osft
 from trainer.model.tokenizer import load_tokenizer
 from trainer.training.build import (
     build_cost,
-    build_model,
     check_evaluations,
     check_fit,
     check_held_out,
@@ -36,6 +36,7 @@ from trainer.training.build import (
 from trainer.training.evaluation import check_metric, evaluation_loss
 from trainer.training.generation import Answer, Question, answer_questions, check_room, questions_of
 from trainer.training.metrics import batch_counts
+from trainer.training.osft import build_split_model
 from trainer.training.step import to_device
 
 
@@ -94,7 +95,9 @@ class TokenRoad:
         check_evaluations(args, self.eval_dataset)
         if args.does_evaluate:
             check_metric(args)
-        self.model = build_model(model, args, self.tokenizer, group)
+        self.model = build_split_model(model, args, self.tokenizer, group, self.train_dataset)
+        osft = Osft(self.model, args)
+        self.osft = osft if osft.layers else None
         check_fit(self.model, self.train_dataset, "train_dataset")
         if self.eval_dataset is not None:
             check_fit(self.model, self.eval_dataset, "eval_dataset")

@@ -31,6 +31,7 @@ from trainer.training.generation import Answer
 from trainer.training.loop import Run, train
 from trainer.training.metrics import now
 from trainer.training.ordinary import OrdinaryRoad, default_collator
+from trainer.training.osft import start
 from trainer.training.output import METRICS, open_output_dir
 from trainer.training.step import Engine, to_device
 from trainer.training.surface import TrainerSurface
@@ -119,6 +120,8 @@ class Trainer(TrainerSurface):
         self._begin_anew()
         run = self._build_run()
         open_output_dir(self.args, self.group, keeps_older=isinstance(self.road, OrdinaryRoad))
+        if self.road.osft is not None:
+            self.log(start(self.road.osft, self.events, self.group))
         self._run_started, self.is_in_train, self._has_trained = now(), True, True
         try:
             train(run)
@@ -313,6 +316,7 @@ class Trainer(TrainerSurface):
                 self.group,
                 self.args.max_grad_norm,
                 self.events.emit,
+                self.road.osft,
             ),
             batches=batches,
             length=length,

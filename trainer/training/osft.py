@@ -1,0 +1,85 @@
+"""Orthogonal subspace fine-tuning around a run: the model split before it is sharded, decomposed before the first step.
+
+Knows the order, and what is told of it; what it means is in `trainer.model.osft`.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trainer.arguments.training import TrainingArguments
+from trainer.data.loader import get_data_loader
+from trainer.data.sampler import EpochSampler
+from trainer.data.store import TokenStore
+from trainer.distributed.group import Group
+from trainer.model.osft import Osft
+from trainer.model.osft_factors import start_osft
+from trainer.model.osft_importance import block_importance
+from trainer.model.osft_targets import apply_osft
+from trainer.training.build import build_model
+from trainer.training.callbacks import Events
+from trainer.training.metrics import now, peak_memory_bytes
+from trainer.training.step import to_device
+
+DECOMPOSING = "on_decompose"  # method of callbacks that want to know: (args, state, done, total, seconds)
+
+
+def build_split_model(
+    model: PreTrainedModel | None,
+    args: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase | None,
+    group: Group,
+    store: TokenStore,
+) -> PreTrainedModel:
+    """Give a model that is ready to train on this rank, its matrices split if the options say so."""
+    if not args.osft:
+        return build_model(model, args, tokenizer, group)
+    importance = None
+    if args.osft_adaptive_samples is not None:
+        measured = build_model(copy.deepcopy(model), _as_loaded(args), tokenizer, group)
+        importance = block_importance(measured, _first_packs(args, store, group))
+        del measured
+    return build_model(model, args, tokenizer, group, partial(apply_osft, args=args, importance=importance))
+
+
+def start(osft: Osft, events: Events, group: Group) -> dict[str, float]:
+    """Decompose the matrices, telling callbacks how far that is; gives how long it took and the most memory held."""
+    started = now()
+    listeners = [getattr(callback, DECOMPOSING, None) for callback in events.handler.callbacks]
+
+    def tell(done: int, total: int) -> None:
+        for listener in filter(None, listeners):
+            listener(events.args, events.state, done, total, now() - started)
+
+    num_decomposed = start_osft(osft, tell)
+    return {
+        "osft/num_decomposed": num_decomposed,
+        "osft/start_seconds": now() - started,
+        "osft/peak_memory_bytes": peak_memory_bytes(group.device),
+        "osft/reconstruction_error": osft.reconstruction_error,
+    }
+
+
+def _as_loaded(args: TrainingArguments) -> TrainingArguments:
+    """The options of a model that is only measured: nothing is compiled, or frozen by the names of split parts."""
+    plain = copy.copy(args)
+    plain.torch_compile, plain.freeze_patterns = False, []
+    return plain
+
+
+def _first_packs(args: TrainingArguments, store: TokenStore, group: Group) -> list[Any]:
+    """The first training samples, packed as if for one rank: the same on all."""
+    assert args.osft_adaptive_samples is not None
+    loader = get_data_loader(
+        store=store,
+        batch_size=args.osft_adaptive_samples,
+        max_tokens_per_rank=args.max_tokens_per_rank,
+        rank=0,
+        world_size=1,
+        sampler=EpochSampler(len(store), args.seed),
+    )
+    return [to_device(pack, group.device) for pack in next(iter(loader))]
