@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from tests.fixtures.corpora import NON_ASCII, assistant, chat, system, user
 from tests.fixtures.tokenizers import BOS, END, TEMPLATES, build_tokenizer
 from trainer.arguments.groups import DataArguments
+from trainer.data import chat as chat_module
 from trainer.data.chat import ChatFormat, TemplateError, generation_prompt
 from trainer.data.encode import Encoder
 from trainer.data.jsonl import Document, FileKind
@@ -251,6 +253,16 @@ def test_a_template_cannot_reach_out_of_its_sandbox() -> None:
     tokenizer.chat_template = "{{ messages.__class__.__base__.__subclasses__() }}"
     with pytest.raises(TemplateError, match="refuses"):
         ChatFormat.from_tokenizer(tokenizer).render(TALK)
+
+
+def test_a_template_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_module, "RENDER_SECONDS", 0.2)
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"
+    before = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    with pytest.raises(TemplateError, match="refuses it: it was still at work after 0.2 s"):
+        ChatFormat.from_tokenizer(tokenizer).render(TALK)
+    assert before == (signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)[0] > 0)
 
 
 @pytest.mark.parametrize("template", ["marks", "plain"])

@@ -151,6 +151,20 @@ def test_answers_need_chats(tmp_path: Path, job: list[str], capsys: pytest.Captu
 
 
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--eval-exact-match"], "eval_exact_match has no effect without evaluations: set eval_strategy"),
+        (["--num-generation-samples=2"], "num_generation_samples needs held-out chats"),
+        (["--validation-split=0.5"], "validation_split and validation_data_path have no effect without evaluations"),
+    ],
+    ids=["exact match", "samples", "data"],
+)
+def test_held_out_data_is_used(job: list[str], capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
+    assert main(["train", *job, *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "flag", ["--osft", "--wandb-project=x", "--on_demand_checkpointing", "--serialized-callbacks=x"]
 )
 def test_a_flag_of_mini_trainer_that_is_left_out_says_why(flag: str, capsys: pytest.CaptureFixture[str]) -> None:

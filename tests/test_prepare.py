@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from tests.fixtures.corpora import (
     chat,
@@ -21,7 +23,7 @@ from tests.fixtures.corpora import (
     write_malformed,
     write_tokens,
 )
-from tests.fixtures.tokenizers import TEMPLATES, build_tokenizer
+from tests.fixtures.tokenizers import END, START, TEMPLATES, TEXT_END, build_tokenizer
 from trainer.arguments.groups import DataArguments
 from trainer.data.cache import cache_home
 from trainer.data.jsonl import detect_file_kind, read_documents
@@ -221,6 +223,40 @@ def test_a_prepared_folder_is_opened(tmp_path: Path, options: Any) -> None:
     assert contents(prepare(folder, None, options())) == contents(store)
     with pytest.raises(DataError, match="a sample of 7 tokens"):
         prepare(folder, None, options(), limit=6)
+
+
+def test_a_prepared_folder_knows_its_vocabulary(tmp_path: Path, options: Any) -> None:
+    store = prepare(write_chats(tmp_path / "c.jsonl", 3), TOKENIZER, options())
+    folder = tmp_path / "cache" / store.metadata["fingerprint"]
+    assert contents(prepare(folder, build_tokenizer("marks"), options())) == contents(store)
+    state = TOKENIZER.backend_tokenizer.to_str()
+    renamed = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(state.replace("im_end", "im_off")))
+    assert len(renamed) == len(TOKENIZER)
+    with pytest.raises(DataError, match="was prepared with a tokenizer of another vocabulary; name the tokenizer"):
+        prepare(folder, renamed, options())
+
+
+@pytest.mark.parametrize(
+    ("document", "count"),
+    [
+        (chat("What does <|im_end|> mean?", "It ends a turn."), 1),
+        (chat("What does it mean?", f"It {START}s a turn."), 1),
+        (chat("What does <|im_ending|> mean?", "Nothing."), 0),
+        ({"text": f"one{TEXT_END}two"}, 1),
+        ({"text": "one two", "from": f"a page about {END}"}, 0),
+        ({"prompt": f"one {END}", "completion": "two"}, 1),
+    ],
+)
+def test_text_that_becomes_a_control_token_is_counted(tmp_path: Path, options: Any, document: Any, count: int) -> None:
+    store = prepare(write_jsonl(tmp_path / "c.jsonl", [document]), TOKENIZER, options())
+    assert store.metadata["report"]["control_tokens_in_text"] == count
+
+
+def test_text_that_stays_text_is_not_counted(tmp_path: Path, options: Any) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.split_special_tokens = True
+    store = prepare(write_jsonl(tmp_path / "c.jsonl", [{"text": f"one {END}"}]), tokenizer, options())
+    assert store.metadata["report"]["control_tokens_in_text"] == 0
 
 
 def test_options_that_a_prepared_folder_has_decided_already_are_refused(tmp_path: Path, options: Any) -> None:

@@ -9,6 +9,7 @@ from trainer.arguments.groups import GROUPS
 from trainer.arguments.options import option
 from trainer.arguments.training import TrainingArguments
 from trainer.cli.parse import parse
+from trainer.errors import UsageError
 
 
 @dataclass
@@ -39,6 +40,7 @@ def train(args: TrainingArguments) -> int:
     from trainer.training.build import load_datasets
     from trainer.training.trainer import Trainer
 
+    _check_held_out_data(args)
     logging.disable_progress_bar()  # ours says what happens
     tokenizer = load_tokenizer(args)
     with Group.join(args) as group:
@@ -56,6 +58,18 @@ def train(args: TrainingArguments) -> int:
             show_answers(trainer.answers, args.num_generation_samples)
             show_summary(trainer)
     return 128 + trainer.stop_signal if trainer.stop_signal else 0
+
+
+def _check_held_out_data(args: TrainingArguments) -> None:
+    """Refuse what has no effect here: from Python one may still call `evaluate` or `generate`, a command does not."""
+    has_data = bool(args.validation_split) or args.validation_data_path is not None
+    when = "set eval_strategy, min_samples_per_evaluation, eval_on_start or eval_at_end"
+    if args.eval_exact_match and not args.does_evaluate:
+        raise UsageError(f"eval_exact_match has no effect without evaluations: {when}")
+    if args.num_generation_samples and not has_data:
+        raise UsageError("num_generation_samples needs held-out chats: give validation_split or validation_data_path")
+    if has_data and not args.does_evaluate and not args.num_generation_samples:
+        raise UsageError(f"validation_split and validation_data_path have no effect without evaluations: {when}")
 
 
 def _is_under_torchrun() -> bool:

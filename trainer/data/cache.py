@@ -6,6 +6,7 @@ Invariant: what lies under a name is a whole store of that content, or is replac
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -42,8 +43,8 @@ def open_or_build(data_cache_dir: str | None, key: str, build: Callable[[Path], 
         store = _open_if_whole(directory)
         if store is not None:
             return store, True
-        for remains in [directory, *directory.parent.glob(f"{key}.tmp-*")]:
-            shutil.rmtree(remains, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
+        _remove_abandoned(directory.parent, key)
         _build(build, directory)
     return TokenStore.open(directory), False
 
@@ -61,6 +62,16 @@ def _build(build: Callable[[Path], None], directory: Path) -> None:
     except OSError as error:
         remedy = "free some space there, or give another folder with data_cache_dir"
         raise DataError(f"cannot be written ({error})", remedy, directory) from error
+
+
+def _remove_abandoned(home: Path, own: str) -> None:
+    """Remove what processes that were killed have left of any store: nobody holds its lock."""
+    for remains in home.glob("*.tmp-*"):
+        key = remains.name.partition(".tmp-")[0]
+        with (home / f"{key}.lock").open("w") as file, contextlib.suppress(BlockingIOError):
+            if key != own:  # whose lock is ours
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(remains, ignore_errors=True)
 
 
 @contextmanager

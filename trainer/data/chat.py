@@ -7,10 +7,14 @@ verified to be a prefix. Must not know token ids. Invariant: a span is right or 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import DataError, UsageError
@@ -21,6 +25,9 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 Span = tuple[int, int]
 """First character and the one after the last."""
+
+RENDER_SECONDS = 10
+"""Most that a template may take for one chat."""
 
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PROBE = "Zx7qPW"
@@ -99,9 +106,10 @@ class ChatFormat:
     def render(self, messages: Sequence[Message], tools: Any = None, prompt: bool = False) -> tuple[str, list[Span]]:
         """Return the chat as text and its marked spans; with `prompt`, ending where the assistant begins to write."""
         given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        is_plain = not tools and all(message.keys() <= _PLAIN_FIELDS for message in given)
         try:
-            is_plain = not tools and all(message.keys() <= _PLAIN_FIELDS for message in given)
-            text, spans = self._render_plain(given, prompt) if is_plain else self._render_any(given, tools, prompt)
+            with _limited_time():
+                text, spans = self._render_plain(given, prompt) if is_plain else self._render_any(given, tools, prompt)
         except Exception as error:  # noqa: BLE001  a template is a program: it may raise anything
             raise TemplateError(f"the chat template refuses it: {str(error) or type(error).__name__}") from error
         parts = [message["content"] for message in given if isinstance(message.get("content"), list)]
@@ -192,6 +200,25 @@ class ChatFormat:
                 num_open += 1
             stretched.append((start, stop + len(following)))
         return Rendered(text, tuple(stretched), num_open)
+
+
+@contextmanager
+def _limited_time() -> Iterator[None]:
+    """Stop a template that is still at work after so long; only in a main thread, where Python hears signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"it was still at work after {RENDER_SECONDS} s")
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_REAL, RENDER_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def generation_prompt(

@@ -7,6 +7,7 @@ trained if and only if one of its characters lies in a trained span.
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Sequence
 from itertools import chain, pairwise
@@ -38,7 +39,13 @@ class Encoder:
         self._backend.encode_special_tokens = split_special_tokens
         self.prefix, self.suffix = _added_around(self._backend)
         self._backend.post_processor = processors.ByteLevel(trim_offsets=False)  # offsets of whole tokens
-        self._num_bytes = _bytes_per_token(self._backend, json.loads(backend))
+        state = json.loads(backend)
+        self._num_bytes = _bytes_per_token(self._backend, state)
+        self._control = None if split_special_tokens else _control_texts(state)
+
+    def has_control_text(self, text: str) -> bool:
+        """Whether some of this text would become a control token, as if the template had written it."""
+        return self._control is not None and self._control.search(text) is not None
 
     def encode(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[Encoded]:
         """Encode texts as they stand, with the tokens of the character spans of each marked as trained.
@@ -118,6 +125,11 @@ def _added_around(backend: Tokenizer) -> tuple[list[int], list[int]]:
     begins = [i for i in range(len(full)) if full[i : i + len(bare)] == bare]
     begin = begins[0] if begins else 0
     return full[:begin], full[begin + len(bare) :]
+
+
+def _control_texts(state: dict[str, Any]) -> re.Pattern[str] | None:
+    texts = [token["content"] for token in state["added_tokens"] if token["special"]]
+    return re.compile("|".join(map(re.escape, texts))) if texts else None
 
 
 def _bytes_per_token(backend: Tokenizer, state: dict[str, Any]) -> NDArray[np.int64] | None:

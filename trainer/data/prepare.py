@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -51,6 +52,7 @@ _COUNTS = (
     "untrainable_pieces_dropped",
     "untrainable_blocks_dropped",
     "turns_without_end_of_turn",
+    "control_tokens_in_text",
     "stated_loss_tokens_differ",
 )
 """What the report always says, 0 included."""
@@ -73,12 +75,12 @@ def prepare(
     """
     path = Path(path)
     if os.path.isdir(path):  # unlike Path.is_dir, says no where it may not look
-        return _open_prepared(path, args, limit)
+        return _open_prepared(path, tokenizer, args, limit)
     expected = detect_file_kind(path)
     recipe = Recipe.build(expected, tokenizer, args, limit)
     source = _scan(path)
     key = fingerprint(source.digest, recipe.to_json(), args.validation_split if args.block_size else None)
-    job = _Job(source, recipe, args, key, progress)
+    job = _Job(source, recipe, args, key, tokenizer, progress)
     store, cached = open_or_build(args.data_cache_dir, key, job.build)
     store.metadata.update(source=str(path), cached=cached)
     if len(store) == 0:
@@ -129,6 +131,7 @@ class _Job:
     recipe: Recipe
     args: DataArguments
     key: str
+    tokenizer: PreTrainedTokenizerBase | None
     progress: Progress | None
 
     def build(self, directory: Path) -> None:
@@ -181,6 +184,7 @@ class _Job:
         return {
             "fingerprint": self.key,
             "kind": self.recipe.expected.kind,
+            "vocabulary": None if self.tokenizer is None else _vocabulary_digest(self.tokenizer),
             "block_size": self.args.block_size,
             "validation_split": self.args.validation_split if self.args.block_size else None,
             "template_reads_clock": self.recipe.chat is not None and self.recipe.chat.reads_clock,
@@ -222,8 +226,14 @@ def _stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _open_prepared(path: Path, args: DataArguments, limit: int | None) -> TokenStore:
+def _open_prepared(
+    path: Path, tokenizer: PreTrainedTokenizerBase | None, args: DataArguments, limit: int | None
+) -> TokenStore:
     store = TokenStore.open(path)
+    vocabulary = store.metadata.get("vocabulary")
+    if tokenizer is not None and vocabulary is not None and vocabulary != _vocabulary_digest(tokenizer):
+        remedy = "name the tokenizer that it was prepared with, or prepare the data again with this one"
+        raise DataError("was prepared with a tokenizer of another vocabulary", remedy, path)
     for field in dataclasses.fields(DataArguments):
         if field.name in _DECIDED_BY_PREPARING and getattr(args, field.name) != field.default:
             raise UsageError(
@@ -234,6 +244,11 @@ def _open_prepared(path: Path, args: DataArguments, limit: int | None) -> TokenS
     if limit is not None and longest > limit:
         raise DataError(f"holds a sample of {longest:,} tokens", f"at most {limit:,} are allowed; prepare again", path)
     return store
+
+
+def _vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of which token each id stands for."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def _are_held_out(documents: NDArray[np.int64], fraction: float) -> NDArray[np.bool_]:

@@ -112,6 +112,8 @@ class Tokeniser:
         report.update(f"ignored_field:{name}" for document in documents for name in document.fields.keys() - known)
         if self.recipe.expected.kind == "tokens":
             return [self._read_tokens(document, report) for document in documents]
+        has_control_text = self._encoder.has_control_text
+        report["control_tokens_in_text"] += sum(any(map(has_control_text, _contents(d))) for d in documents)
         rendered = [self._render(document, report) for document in documents]
         encoded = self._encoder.encode([item.text for item in rendered], [item.spans for item in rendered])
         return [self._label(document, item) for document, item in zip(documents, encoded, strict=True)]
@@ -223,6 +225,16 @@ def _raw_text(document: Document) -> tuple[str, str] | None:
         message = fields["messages"][0]
         return ("", message["content"]) if message["role"] == PRETRAIN_ROLE else None
     return (fields["prompt"], fields["completion"]) if isinstance(fields["prompt"], str) else None
+
+
+def _contents(document: Document) -> Iterator[str]:
+    """What its author wrote, without what the template writes around it."""
+    for value in map(document.fields.get, FIELDS[document.kind]):
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, list):
+            contents = [message.get("content") for message in value if isinstance(message, dict)]
+            yield from (content for content in contents if isinstance(content, str))
 
 
 def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
