@@ -6,7 +6,7 @@ ends only what it started. Knows nothing of models and data.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
@@ -75,6 +75,20 @@ class Group:
             dist.all_reduce(values)
         return values
 
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Give every rank's tensor, in the order of ranks: same type and number of dimensions (>= 1), any sizes."""
+        if self.mesh is None:
+            return [tensor]
+        sizes = torch.stack(self._gather_alike(torch.tensor(tensor.shape, device=self.device)))
+        room = tensor.new_zeros(sizes.amax(0).tolist())
+        room[_corner(tensor.shape)] = tensor
+        return [part[_corner(size)] for part, size in zip(self._gather_alike(room), sizes.tolist(), strict=True)]
+
+    def _gather_alike(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(gathered, tensor)
+        return gathered
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         return self.sum([float(flag)])[0] > 0
@@ -139,6 +153,10 @@ class Group:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _corner(sizes: Iterable[int]) -> tuple[slice, ...]:
+    return tuple(slice(size) for size in sizes)
 
 
 def _device_of_backend() -> torch.device:
