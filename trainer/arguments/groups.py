@@ -165,15 +165,35 @@ class EvaluationArguments:
     """Evaluation on held-out data."""
 
     eval_strategy: Literal["no", "steps", "epoch"] = option("no", "When to evaluate during training.")
-    eval_steps: int | None = option(None, "Steps between evaluations, with eval_strategy=steps.", above=0)
+    eval_steps: float | None = option(
+        None, "Steps between evaluations; below 1 a share of all steps; by default logging_steps.", above=0
+    )
     min_samples_per_evaluation: int | None = option(None, "Evaluate each time so many samples were trained.", above=0)
     eval_on_start: bool = option(False, "Evaluate before the first step.")
+    eval_delay: float = option(0, "Steps, or epochs with eval_strategy=epoch, before the first evaluation.", minimum=0)
     eval_at_end: bool = option(False, "Evaluate after the last step.")
     metric_for_best_model: str = option("loss", "Evaluation metric that tells the best model.")
     greater_is_better: bool | None = option(None, "Whether more of that metric is better; by default not for a loss.")
     eval_exact_match: bool = option(False, "Answer held-out chats greedily and count exact answers at each evaluation.")
     num_generation_samples: int = option(0, "Held-out chats whose answers are shown before and after.", minimum=0)
     generation_max_new_tokens: int = option(128, "Longest generated answer, in tokens.", above=0)
+
+
+@dataclass
+class PredictionArguments:
+    """Evaluation and prediction of data sets of one's own."""
+
+    prediction_loss_only: bool = option(False, "Measure the loss alone, and keep no predictions.")
+    include_for_metrics: list[Literal["inputs", "loss"]] = option(
+        [], "What compute_metrics sees besides: inputs, loss."
+    )
+    batch_eval_metrics: bool = option(False, "Call compute_metrics for each batch, with compute_result at the last.")
+    eval_do_concat_batches: bool = option(True, "Join predictions into one array; else a list has one for each batch.")
+    eval_accumulation_steps: int | None = option(
+        None, "Batches after which predictions move from the GPU to main memory; by default at the end.", above=0
+    )
+    bf16_full_eval: bool = option(False, "Hold the weights in bfloat16 while evaluating; they come back unchanged.")
+    fp16_full_eval: bool = option(False, "Hold the weights in float16 while evaluating; they come back unchanged.")
 
 
 @dataclass
@@ -205,6 +225,7 @@ GROUPS = (
     OptimizerArguments,
     ScheduleArguments,
     EvaluationArguments,
+    PredictionArguments,
     LoggingArguments,
     MachineArguments,
 )

@@ -16,6 +16,7 @@ _FROM_FILE = "it prepares the file named by data_path"
 _ANSWERS = "give compute_metrics to Trainer"
 _PLANNED = "micro-batches are planned from batch_size and max_tokens_per_rank"
 _READ = "token data is memory-mapped and needs no reading ahead"
+_LOSS_ALONE = "token data is evaluated in packs, for its loss and exact answers"
 _COLUMNS = "token data has input_ids and labels, no other columns"
 
 _NAMES = {"tokens": "token data", "ordinary": "a data set of your own"}
@@ -41,6 +42,9 @@ _FOREIGN: dict[Road, dict[str, str]] = {
         **dict.fromkeys(("dataloader_num_workers", "dataloader_pin_memory"), _READ),
         **dict.fromkeys(("dataloader_persistent_workers", "dataloader_prefetch_factor"), _READ),
         **dict.fromkeys(("remove_unused_columns", "label_names"), _COLUMNS),
+        **dict.fromkeys(("prediction_loss_only", "include_for_metrics", "batch_eval_metrics"), _LOSS_ALONE),
+        **dict.fromkeys(("eval_do_concat_batches", "eval_accumulation_steps"), _LOSS_ALONE),
+        **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), "bf16 evaluates in bfloat16 too"),
     },
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar, get_args, get_type_hints
@@ -23,6 +24,7 @@ from trainer.arguments.groups import (
     ModelArguments,
     OptimizerArguments,
     OsftArguments,
+    PredictionArguments,
     ScheduleArguments,
 )
 from trainer.arguments.options import check_options, unknown_option
@@ -63,6 +65,7 @@ def _known_options(cls: type[Any], options: Mapping[str, Any]) -> dict[str, Any]
 class TrainingArguments(  # the last base's options come first
     MachineArguments,
     LoggingArguments,
+    PredictionArguments,
     EvaluationArguments,
     ScheduleArguments,
     OptimizerArguments,
@@ -87,6 +90,7 @@ class TrainingArguments(  # the last base's options come first
 
     def _contradictions(self) -> list[tuple[bool, str]]:
         return [
+            *self._evaluation_contradictions(),
             (
                 bool(self.model_name_or_path and self.model_config),
                 "model_name_or_path (loads weights) and model_config (draws them) exclude each other: give one",
@@ -98,14 +102,6 @@ class TrainingArguments(  # the last base's options come first
             (
                 self.data_path is not None and self.data_path == self.validation_data_path,
                 f"data_path and validation_data_path are both {self.data_path!r}: held-out data must not be trained on",
-            ),
-            (
-                self.eval_strategy == "steps" and self.eval_steps is None,
-                "eval_strategy=steps needs eval_steps, the number of steps between evaluations",
-            ),
-            (
-                self.eval_steps is not None and self.eval_strategy != "steps",
-                f"eval_steps has no effect with eval_strategy={self.eval_strategy}: say eval_strategy=steps",
             ),
             (
                 self.max_length is not None and self.max_length > self.max_tokens_per_rank,
@@ -128,6 +124,26 @@ class TrainingArguments(  # the last base's options come first
                 "dataloader_num_workers: give a number of processes",
             ),
             (self.max_steps == 0, "max_steps = 0 would train nothing: give a positive number, or -1 for no limit"),
+        ]
+
+    def _evaluation_contradictions(self) -> list[tuple[bool, str]]:
+        return [
+            (
+                self.eval_steps is not None and self.eval_steps >= 1 and self.eval_steps != int(self.eval_steps),
+                f"eval_steps = {self.eval_steps}: expected a whole number, or a share of all steps below 1",
+            ),
+            (
+                self.eval_steps is not None and self.eval_strategy != "steps",
+                f"eval_steps has no effect with eval_strategy={self.eval_strategy}: say eval_strategy=steps",
+            ),
+            (
+                self.fp16_full_eval and self.bf16_full_eval,
+                "fp16_full_eval and bf16_full_eval exclude each other: give one",
+            ),
+            (
+                self.eval_delay > 0 and self.eval_strategy == "no",
+                "eval_delay has no effect with eval_strategy=no: say steps or epoch",
+            ),
             (
                 self.export_best and not self.does_evaluate,
                 "export_best needs evaluations to choose by: set eval_strategy or min_samples_per_evaluation",
@@ -165,6 +181,13 @@ class TrainingArguments(  # the last base's options come first
             or self.eval_on_start
             or self.eval_at_end
         )
+
+    def eval_interval(self, max_steps: int) -> int:
+        """Steps between evaluations of a run of `max_steps` (-1: as many as there are), with eval_strategy=steps."""
+        interval = self.logging_steps if self.eval_steps is None else self.eval_steps
+        if interval < 1 and max_steps <= 0:
+            raise UsageError(f"eval_steps = {interval} is a share of all steps, which are not known: give max_steps")
+        return math.ceil(interval * max_steps) if interval < 1 else int(interval)
 
     @property
     def train_batch_size(self) -> int:

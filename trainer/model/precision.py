@@ -6,7 +6,8 @@ through `compute_context` by everyone who runs a forward pass. Invariant: parame
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -31,6 +32,22 @@ def compute_context(model: nn.Module) -> AbstractContextManager[object]:
     if not getattr(model, _AUTOCAST, False):
         return nullcontext()
     return torch.autocast(next(model.parameters()).device.type, dtype=compute_dtype(model))
+
+
+@contextmanager
+def cast_weights(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Hold the model's weights in `dtype` inside (None: as they are); after it they are what they were, to the bit."""
+    if dtype is None:
+        yield
+        return
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+    kept = [tensor.detach().to("cpu", copy=True) for tensor in tensors]  # off the device, whose memory this is to save
+    model.to(dtype)
+    try:
+        yield
+    finally:
+        for tensor, before in zip(tensors, kept, strict=True):
+            tensor.data = before.to(tensor.device)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -96,13 +96,14 @@ class FlowCallback(DefaultFlowCallback):
     def on_train_begin(self, args: TrainingArguments, state: RunState, control: TrainerControl, **_: Any) -> None:
         """Start counting samples from where the run stands."""
         self._evaluations = Every(args.min_samples_per_evaluation, state.num_samples_seen)
+        state.eval_steps = args.eval_interval(state.max_steps)
 
     def on_step_end(self, args: TrainingArguments, state: RunState, control: TrainerControl, **_: Any) -> None:
         """Decide after a step."""
         step = state.global_step
         if args.logging_strategy == "steps" and (step % args.logging_steps == 0 or step == args.logging_first_step):
             control.should_log = True
-        if args.eval_strategy == "steps" and step % state.eval_steps == 0:
+        if args.eval_strategy == "steps" and step % state.eval_steps == 0 and step >= args.eval_delay:
             control.should_evaluate = True
         if self._evaluations.is_due(state.num_samples_seen):
             control.should_evaluate = True
@@ -112,7 +113,7 @@ class FlowCallback(DefaultFlowCallback):
     def on_epoch_end(self, args: TrainingArguments, state: RunState, control: TrainerControl, **_: Any) -> None:
         """Decide after an epoch."""
         control.should_log |= args.logging_strategy == "epoch"
-        control.should_evaluate |= args.eval_strategy == "epoch"
+        control.should_evaluate |= args.eval_strategy == "epoch" and (state.epoch or 0) >= args.eval_delay
 
 
 class Every:
@@ -190,7 +191,8 @@ class ExportCallback(TrainerCallback):
         self, args: TrainingArguments, state: RunState, control: TrainerControl, metrics: Mapping[str, float], **_: Any
     ) -> None:
         """Export when the evaluation is the best so far."""
-        if args.export_best and improves(args, best_metric(args, metrics), state.best_metric):
+        value = best_metric(args, metrics)
+        if args.export_best and value is not None and improves(args, value, state.best_metric):
             state.best_model_checkpoint = str(self._export())
 
     def on_train_end(self, args: TrainingArguments, state: RunState, control: TrainerControl, **_: Any) -> None:

@@ -15,7 +15,7 @@ from trainer.model.shard import inference
 from trainer.training.metrics import BatchMetrics
 from trainer.training.step import to_device
 
-MEASURED = ("loss", "num_loss_tokens", "num_samples", "runtime")  # by every evaluation
+MEASURED = ("loss", "num_loss_tokens", "num_samples", "runtime", "samples_per_second", "steps_per_second")
 
 
 def evaluation_loss(model: nn.Module, loader: Iterable[list[MicroBatch]], group: Group) -> dict[str, float]:
@@ -39,9 +39,9 @@ def check_metric(args: EvaluationArguments) -> None:
         raise UsageError(f"metric_for_best_model = {args.metric_for_best_model!r}: measured are {', '.join(measured)}")
 
 
-def best_metric(args: EvaluationArguments, metrics: Mapping[str, float]) -> float:
-    """Give the value of `metric_for_best_model`, which may be named with or without eval_."""
-    return metrics["eval_" + args.metric_for_best_model.removeprefix("eval_")]
+def best_metric(args: EvaluationArguments, metrics: Mapping[str, float]) -> float | None:
+    """Give the value of `metric_for_best_model`, named with or without eval_; None if it was not measured."""
+    return metrics.get("eval_" + args.metric_for_best_model.removeprefix("eval_"))
 
 
 def improves(args: EvaluationArguments, value: float, best: float | None) -> bool:

@@ -78,6 +78,10 @@ class OrdinaryRoad:
         for name, dataset in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
             _check_dataset(dataset, name)
         check_road(args, "ordinary")
+        if group.world_size > 1 and (args.bf16_full_eval or args.fp16_full_eval):
+            raise UsageError(
+                "bf16_full_eval and fp16_full_eval cast whole weights, several ranks hold shards: say bf16"
+            )
         check_evaluations(args, self.eval_dataset)
 
     def use_model(self, model: nn.Module, training_step: TrainingStep) -> None:
@@ -100,16 +104,32 @@ class OrdinaryRoad:
     def eval_loader(self, dataset: Any) -> OrdinaryLoader:
         """Build the loader of this rank's evaluation batches, in the order of the data set."""
         sampler = None if is_stream(dataset) else OrderedSampler(len(dataset))
-        return self._loader(dataset, sampler, self._dealing(self.args.per_device_eval_batch_size, 1))
+        return self._loader(dataset, sampler, self.eval_dealing)
 
     @property
     def dealing(self) -> Dealing:
         """How training samples are dealt."""
-        return self._dealing(self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps)
+        args = self.args
+        return self._dealing(
+            args.per_device_train_batch_size, args.gradient_accumulation_steps, args.dataloader_drop_last
+        )
+
+    @property
+    def eval_dealing(self) -> Dealing:
+        """How held-out samples are dealt: all of them."""
+        return self._dealing(self.args.per_device_eval_batch_size, 1, False)
 
     def batches(self, loader: DataLoader[Inputs]) -> OrdinaryBatches:
         """Gather the micro-batches of a loader, ours or any other, into global batches."""
-        return OrdinaryBatches(loader, self.dealing, self.group, lambda inputs: count_labels(inputs, self.traits))
+        return self._batches(loader, self.dealing)
+
+    def eval_batches(self, loader: DataLoader[Inputs]) -> Iterator[OrdinaryBatch]:
+        """Give the evaluation batches of a loader, one micro-batch each, in order; ranks get equally many."""
+        return self._batches(loader, self.eval_dealing).epoch(0, 0)
+
+    def num_eval_batches(self, num_samples: int) -> int:
+        """Evaluation batches that so many samples make."""
+        return -(-num_samples // self.eval_dealing.per_step)
 
     def length(self, batches: OrdinaryBatches) -> RunLength:
         """Plan the number of steps.
@@ -124,8 +144,10 @@ class OrdinaryRoad:
             )
         return ordinary_length(batches.num_samples, batches.steps_per_epoch, self.dealing.per_step, self.args)
 
-    def _dealing(self, per_device: int, accumulation: int) -> Dealing:
-        drop_last = self.args.dataloader_drop_last
+    def _batches(self, loader: DataLoader[Inputs], dealing: Dealing) -> OrdinaryBatches:
+        return OrdinaryBatches(loader, dealing, self.group, lambda inputs: count_labels(inputs, self.traits))
+
+    def _dealing(self, per_device: int, accumulation: int, drop_last: bool) -> Dealing:
         return Dealing(per_device, accumulation, self.group.rank, self.group.world_size, drop_last)
 
     def _loader(self, dataset: Any, sampler: EpochSampler | None, dealing: Dealing) -> OrdinaryLoader:

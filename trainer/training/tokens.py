@@ -131,6 +131,10 @@ class TokenRoad:
         check_fit(self.model, store, "eval_dataset")
         return evaluation_loss(self.model, loader, self.group) | self._answer(store, step)
 
+    def num_eval_batches(self, num_samples: int) -> int:
+        """Global batches that so many held-out samples make."""
+        return -(-num_samples // self.args.batch_size)
+
     def _stores(self, train_dataset: Any, eval_dataset: Any) -> tuple[TokenStore, TokenStore | None]:
         """Give training and held-out samples, those that are not given from the options."""
         check_held_out(self.args, train_dataset, eval_dataset)

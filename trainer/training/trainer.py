@@ -26,22 +26,21 @@ from trainer.model.precision import compute_context
 from trainer.optim.optimizers import build_optimizer, parameter_groups
 from trainer.optim.schedules import build_schedule
 from trainer.training.callbacks import Events, ExportCallback, FlowCallback, MetricsFile, RunState
-from trainer.training.evaluation import best_metric, improves
 from trainer.training.generation import Answer
 from trainer.training.loop import Run, train
 from trainer.training.metrics import now
 from trainer.training.ordinary import OrdinaryRoad, default_collator
 from trainer.training.osft import start
 from trainer.training.output import METRICS, open_output_dir
+from trainer.training.prediction import TrainerPrediction
 from trainer.training.step import Engine, to_device
-from trainer.training.surface import TrainerSurface
-from trainer.training.tokens import TokenRoad, token_store
+from trainer.training.tokens import TokenRoad
 
 ModelInit = Callable[[], nn.Module]
 ComputeMetrics = Callable[..., dict[str, float]]
 
 
-class Trainer(TrainerSurface):
+class Trainer(TrainerPrediction):
     """Trains a model: a causal language model on packed token samples, or any module on any data set.
 
     Token data (a TokenStore, a JsonlDataset, or the file that data_path names) is packed. With it, what is not given is
@@ -131,28 +130,6 @@ class Trainer(TrainerSurface):
         self.stop_signal = run.stop_signal
         return TrainOutput(self.state.global_step, self._train_metrics["train_loss"], self._train_metrics)
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Measure the loss, and exact answers where asked for, on held-out samples.
-
-        Returns:
-            `eval_loss`, `eval_num_loss_tokens`, `eval_num_samples`, `eval_runtime`, and `eval_exact_match` when
-            `eval_exact_match` is set.
-        """
-        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if dataset is None:
-            raise UsageError("nothing to evaluate on: give eval_dataset, validation_data_path or validation_split")
-        if isinstance(self.road, OrdinaryRoad):
-            raise UsageError("evaluation of ordinary data is not part of this version yet")
-        started = now()
-        metrics = self.road.evaluate(dataset, self.get_eval_dataloader(token_store(dataset)), self.state.global_step)
-        metrics["runtime"] = now() - started
-        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self.log(named)
-        self.events.emit("on_evaluate", metrics=named)
-        return named
-
     def save_model(self, output_dir: str | Path | None = None) -> Path:
         """Export weights, and config and tokenizer if any; by default to output_dir/hf_format/samples_N."""
         folder = Path("hf_format", f"samples_{self.state.num_samples_seen}")
@@ -178,10 +155,6 @@ class Trainer(TrainerSurface):
         if self.train_dataset is None:
             raise UsageError("nothing to train on: give train_dataset")
         return self.road.train_loader(self.train_dataset)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Build the loader of this rank's share of held-out samples."""
-        return self.road.eval_loader(eval_dataset if eval_dataset is not None else self.eval_dataset)
 
     def create_optimizer_and_scheduler(self, num_training_steps: int | None) -> None:
         """Make the optimizer and its schedule, where they were not given."""
@@ -281,7 +254,6 @@ class Trainer(TrainerSurface):
             is_world_process_zero=self.group.is_lead,
             is_local_process_zero=self.group.topology.is_local_lead,
             train_batch_size=self.args.per_device_train_batch_size if is_ordinary else self.args.batch_size,
-            eval_steps=self.args.eval_steps or 0,
             logging_steps=self.args.logging_steps,
         )
 
@@ -331,10 +303,3 @@ class Trainer(TrainerSurface):
         """Log what the whole run did."""
         self._train_metrics = self.state.train_metrics(now() - self._run_started)
         self.log(self._train_metrics)
-
-    def _evaluate_and_compare(self) -> dict[str, float]:
-        metrics = self.evaluate()
-        value = best_metric(self.args, metrics)
-        if improves(self.args, value, self.state.best_metric):
-            self.state.best_metric, self.state.best_global_step = value, self.state.global_step
-        return metrics
