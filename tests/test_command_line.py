@@ -10,6 +10,7 @@ from tests.fixtures.runs import as_words, chat_job
 from tests.fixtures.tokenizers import build_tokenizer
 from trainer.cli.main import COMMANDS, main, report_errors
 from trainer.cli.mini_trainer import run as run_mini_trainer
+from trainer.errors import PeerError
 
 
 @pytest.fixture
@@ -162,6 +163,14 @@ def test_answers_need_chats(tmp_path: Path, job: list[str], capsys: pytest.Captu
 def test_held_out_data_is_used(job: list[str], capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
     assert main(["train", *job, *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_rank_says_nothing_where_its_peer_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped(_: object) -> int:
+        raise PeerError("see the other's message")
+
+    assert report_errors(stopped, []) == 1
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -73,3 +73,7 @@ class LeakError(TrainerError, ArithmeticError):
 
 class RankError(TrainerError, RuntimeError):
     """A rank died, hung, or the ranks disagree."""
+
+
+class PeerError(RankError):
+    """Another rank of this node failed and says why; the command line leaves the message to it."""

@@ -6,6 +6,7 @@ starts some; the others run the command line on new ranks (`launch` without a gr
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -23,7 +24,9 @@ from tests.fixtures.ranks.faults import Fault, disk_full, send
 from tests.fixtures.ranks.launch import Launch, Outcomes
 from tests.fixtures.tokenizers import build_tokenizer
 from tests.fixtures.tolerances import LAYOUT_FP32
-from trainer.cli.main import main
+from trainer.cli.main import COMMANDS, main
+from trainer.distributed.launch import run_on_ranks
+from trainer.errors import RankError
 
 SECONDS_TO_NOTICE = 30  # from the death of a rank to the end of the job
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
@@ -123,6 +126,31 @@ def test_a_signal_to_the_launcher_reaches_all_ranks(job: Job) -> None:
     ended, output = job.finish()
     assert ended == 143, output
     assert len(job.exports()) == 1, output
+
+
+def run_on_two(module: str, *words: str) -> tuple[int | None, str]:
+    """Exit code of a job on two ranks, and the message of the error instead of it."""
+    try:
+        return run_on_ranks(2, module, words), ""
+    except RankError as error:
+        return None, str(error)
+
+
+def test_a_job_that_refuses_something_fails_with_its_message_and_nothing_else(launch: Launch) -> None:
+    (ended,) = launch(1, run_on_two, "trainer", "nonsense", group=False)
+    assert ended.value == (2, "")
+    assert set(filter(None, ended.log.splitlines())) == {
+        "trainer: error: unknown command 'nonsense': one of " + ", ".join(COMMANDS)
+    }
+
+
+def test_a_killed_rank_is_named_by_the_launcher(launch: Launch) -> None:
+    dies = "import os, time; int(os.environ['RANK']) == 1 and os.kill(os.getpid(), 9); time.sleep(60)"
+    (ended,) = launch(1, run_on_two, "timeit", "-n1", "-r1", dies, group=False)
+    code, message = ended.value
+    assert code is None
+    assert re.fullmatch(r"rank 1 \(pid \d+\) was killed by SIGKILL, and the others were ended", message)
+    assert "Traceback" not in ended.log
 
 
 def test_torchrun_starts_the_flags_of_mini_trainer_and_names_a_killed_rank(job: Job) -> None:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from trainer import __version__
-from trainer.errors import TrainerError, UsageError
+from trainer.errors import PeerError, TrainerError, UsageError
 
 COMMANDS = {
     "train": "prepare the data, train, evaluate, save",
@@ -51,6 +51,8 @@ def report_errors(run: Callable[[Sequence[str]], int], words: Sequence[str]) -> 
         return run(words)
     except UsageError as error:
         return fail(str(error), EXIT_USAGE)
+    except PeerError:
+        return EXIT_FAILED
     except TrainerError as error:
         return fail(str(error), EXIT_FAILED)
     except KeyboardInterrupt:

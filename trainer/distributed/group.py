@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trainer.arguments.groups import MachineArguments
 from trainer.distributed.topology import Topology
-from trainer.errors import RankError
+from trainer.errors import PeerError, RankError
 
 
 class Group:
@@ -122,11 +122,12 @@ class Group:
         """Run the body on the first rank of each node, then on the others, which find done what it did.
 
         Raises:
-            RankError: it failed on the first rank of some node, which says why; the body is not run on the others.
+            PeerError: it failed on the first rank of this node, which says why; the body is not run on the others.
+            RankError: it failed on the first rank of another node.
         """
         leads = self.topology.is_local_lead
         if not leads:
-            self._check_leads()
+            self._check_leads(PeerError)
         try:
             yield
         except BaseException:
@@ -134,11 +135,11 @@ class Group:
                 self.any(True)
             raise
         if leads:
-            self._check_leads()
+            self._check_leads(RankError)
 
-    def _check_leads(self) -> None:
+    def _check_leads(self, kind: type[RankError]) -> None:
         if self.any(False):
-            raise RankError("stopped because the first rank of a node failed; see its message")
+            raise kind("stopped because the first rank of a node failed; see its message")
 
     def close(self) -> None:
         """End the process group if this object started it."""

@@ -1,31 +1,40 @@
-"""Starts torchrun from Python: the same command again, once per rank, on this machine."""
+"""Runs torchrun from Python: the same command again, once per rank, on this machine.
+
+Owns what becomes of its answer: one message that names the rank, where torchrun prints its own traceback. Knows
+nothing of what the ranks run.
+"""
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
+import logging
 from collections.abc import Sequence
-from types import FrameType
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as torchrun
+
+from trainer.errors import RankError
 
 
 def run_on_ranks(nproc_per_node: int, module: str, arguments: Sequence[str]) -> int:
     """Run `python -m module arguments` on that many ranks, and give back the job's exit code.
 
-    SIGINT and SIGTERM are passed on once, so that the ranks can save; the exit code is then 128 plus the signal.
+    SIGINT and SIGTERM are passed on, so that the ranks can save; the exit code is then 128 plus the signal. A rank that
+    fails has said why: the code is its own.
+
+    Raises:
+        RankError: a rank was killed.
     """
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc_per_node}"]
-    process = subprocess.Popen([*torchrun, "-m", module, *arguments], start_new_session=True)
-    received: list[int] = []
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        process.send_signal(number)
-
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # a failure is told once, by us
     try:
-        code = process.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    return 128 + received[0] if received else code
+        torchrun(["--standalone", f"--nproc-per-node={nproc_per_node}", "-m", module, *arguments])
+    except SignalException as stopped:
+        return 128 + int(stopped.sigval)
+    except ChildFailedError as error:
+        killed = [(rank, failure) for rank, failure in error.failures.items() if failure.exitcode < 0]
+        if killed:
+            rank, failure = killed[0]
+            how = f"killed by {failure.signal_name()}"
+            raise RankError(f"rank {rank} (pid {failure.pid}) was {how}, and the others were ended") from None
+        return int(error.get_first_failure()[1].exitcode)
+    return 0
