@@ -23,7 +23,7 @@ from trainer.distributed.group import Group
 from trainer.distributed.topology import Topology
 from trainer.errors import CheckpointError, RankError, UsageError
 from trainer.optim.gradients import clip, global_norm
-from trainer.optim.optimizers import build_optimizer, parameter_groups
+from trainer.optim.optimizers import build_optimizer
 from trainer.optim.schedules import build_schedule
 from trainer.training.callbacks import Every
 from trainer.training.metrics import BatchMetrics, batch_counts
@@ -109,18 +109,6 @@ class TestBatchMetrics:
 
 
 class TestOptimizer:
-    def test_norms_and_biases_do_not_decay(self) -> None:
-        groups = parameter_groups(tiny_llama(), weight_decay=0.1)
-        assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
-        assert all(parameter.ndim >= 2 for parameter in groups[0]["params"])
-        assert all(parameter.ndim < 2 for parameter in groups[1]["params"])
-
-    def test_frozen_parameters_are_left_out(self) -> None:
-        model = tiny_llama()
-        model.lm_head.weight.requires_grad_(False)
-        held = {id(p) for group in parameter_groups(model, 0.1) for p in group["params"]}
-        assert held == {id(p) for p in model.parameters()} - {id(model.lm_head.weight)}
-
     def test_a_model_without_trainable_parameters_is_refused(self) -> None:
         with pytest.raises(UsageError, match="every parameter is frozen"):
             build_optimizer(tiny_llama().requires_grad_(False), OptimizerArguments())

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from trainer.arguments.options import option
 
 INT32 = 2**31 - 1  # lengths of samples and borders in a pack are 32 bits wide
+SCHEDULES_BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # values of lr_scheduler_type
 LARGEST_SEED = 2**32 - 1  # of numpy's global generator
 
 
@@ -136,7 +137,15 @@ class LoaderArguments:
 class OptimizerArguments:
     """Optimizer."""
 
-    optim: str = option("adamw_torch_fused", "Name of the optimizer.")
+    optim: str = option("adamw_torch_fused", "Name of the optimizer (docs/optimizers.md), or your own as module:Class.")
+    optim_args: str | None = option(None, "Its further settings, as name=value, name=value.")
+    optim_target_modules: str | list[str] | None = option(
+        None, "GaLore, APOLLO: the matrices in low rank: all-linear, a regular expression, or a list of names."
+    )
+    optim_groups: dict[str, Any] = option(
+        {}, "Own learning_rate, weight_decay by regular expression on parameter names, or by embeddings, head; as JSON."
+    )
+    optim_bf16_state: bool = option(False, "Keep the optimizer's state in bfloat16, rounded at random.")
     learning_rate: float = option(5e-5, "Peak learning rate.", minimum=0, below=inf)
     weight_decay: float = option(
         0.0, "Decoupled weight decay; never applied to norms and biases.", minimum=0, below=inf

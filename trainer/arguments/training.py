@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar, get_args, get_type_hints
 
 from trainer.arguments.groups import (
+    SCHEDULES_BY_METRIC,
     BatchArguments,
     DataArguments,
     EvaluationArguments,
@@ -109,8 +110,15 @@ class TrainingArguments(  # the last base's options come first
                 "no sample may exceed: lower the one or raise the other",
             ),
             (
-                self.warmup_steps > 0 and self.lr_scheduler_type == "constant",
-                "warmup_steps has no effect with lr_scheduler_type=constant: say constant_with_warmup",
+                self.warmup_steps > 0 and self.lr_scheduler_type in ("constant", *SCHEDULES_BY_METRIC),
+                f"warmup_steps has no effect with lr_scheduler_type={self.lr_scheduler_type}: say constant_with_warmup",
+            ),
+            (
+                self.lr_scheduler_type in SCHEDULES_BY_METRIC
+                and self.eval_strategy == "no"
+                and self.min_samples_per_evaluation is None,
+                f"lr_scheduler_type={self.lr_scheduler_type} goes by metric_for_best_model: set eval_strategy or "
+                "min_samples_per_evaluation",
             ),
             (
                 self.logging_first_step and self.logging_strategy != "steps",

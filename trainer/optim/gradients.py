@@ -5,13 +5,15 @@ A sharded gradient (DTensor) is summed over ranks by FSDP2 already; that of one 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from trainer.distributed.group import Group
+from trainer.optim.in_backward import used_norms
 
 
 def sum_whole_gradients(parameters: Iterable[nn.Parameter], group: Group) -> None:
@@ -32,9 +34,13 @@ def sum_whole_gradients(parameters: Iterable[nn.Parameter], group: Group) -> Non
             parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
 
 
-def global_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Give the 2-norm of all gradients together, over all shards: a scalar tensor, the same on every rank."""
-    norms = [_norm(gradients) for gradients in _by_kind([p for p in parameters if p.grad is not None])]
+def global_norm(parameters: Iterable[nn.Parameter], optimizer: Optimizer | None = None) -> Tensor:
+    """Give the 2-norm of all gradients together, over all shards: a scalar tensor, the same on every rank.
+
+    With an optimizer that steps during backward, the gradients that it used up count too.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None] + used_norms(optimizer)
+    norms = [_norm(kind) for kind in _by_kind(gradients)]
     return norms[0] if len(norms) == 1 else nn.utils.get_total_norm(norms)
 
 
@@ -45,13 +51,13 @@ def clip(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> N
             nn.utils.clip_grads_with_norm_(kind, max_norm, norm)
 
 
-def _by_kind(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+def _by_kind(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     """Sharded ones and whole ones: torch takes no mixed list."""
-    sharded: list[nn.Parameter] = [p for p in parameters if isinstance(p, DTensor)]
-    whole = [p for p in parameters if not isinstance(p, DTensor)]
+    sharded: list[Tensor] = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+    whole = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
     return [kind for kind in (sharded, whole) if kind]
 
 
-def _norm(parameters: list[nn.Parameter]) -> Tensor:
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+def _norm(gradients: list[Tensor]) -> Tensor:
+    norm = nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -44,9 +44,13 @@ def best_metric(args: EvaluationArguments, metrics: Mapping[str, float]) -> floa
     return metrics.get("eval_" + args.metric_for_best_model.removeprefix("eval_"))
 
 
+def more_is_better(args: EvaluationArguments) -> bool:
+    """Whether more of `metric_for_best_model` is better; unless said, not of a loss."""
+    if args.greater_is_better is None:
+        return not args.metric_for_best_model.endswith("loss")
+    return args.greater_is_better
+
+
 def improves(args: EvaluationArguments, value: float, best: float | None) -> bool:
     """Whether a value of the metric is better than the best so far."""
-    more_is_better = args.greater_is_better
-    if more_is_better is None:
-        more_is_better = not args.metric_for_best_model.endswith("loss")
-    return best is None or (value > best if more_is_better else value < best)
+    return best is None or (value > best if more_is_better(args) else value < best)

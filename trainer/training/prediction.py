@@ -7,6 +7,7 @@ batch size nor padding nor the number of ranks shows in a number (law L8). Knows
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,8 @@ from trainer.errors import UsageError
 from trainer.model.ordinary import count_labels
 from trainer.model.precision import cast_weights, compute_context
 from trainer.model.shard import inference
+from trainer.optim.averaging import averaged_weights
+from trainer.optim.schedules import feed_metric
 from trainer.training.batches import OrdinaryBatch
 from trainer.training.collected import PADDING, Collected, gather_rows
 from trainer.training.evaluation import best_metric, improves
@@ -109,7 +112,7 @@ class TrainerPrediction(TrainerSurface):
         loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
         found = Found(self, keeps_rows=description == "Prediction" or not self.args.batch_eval_metrics)
         self.callback_handler.eval_dataloader = dataloader
-        with inference(self.model), cast_weights(self.model, self._full_precision()):
+        with self._as_evaluated():
             for batch, is_last in mark_last(self.road.eval_batches(dataloader)):
                 rows = self._predict_batch(batch, loss_only, ignore_keys, found)
                 self.events.emit("on_prediction_step")
@@ -171,8 +174,16 @@ class TrainerPrediction(TrainerSurface):
             metrics |= self.evaluate(dataset, ignore_keys=ignore_keys, metric_key_prefix=f"{prefix}_{name}")
         return metrics
 
+    @contextmanager
+    def _as_evaluated(self) -> Iterator[None]:
+        """Give the model the weights, mode and format in which it is evaluated, inside."""
+        full = self._full_precision()
+        with averaged_weights(self.optimizer), inference(self.model), cast_weights(self.model, full):
+            yield
+
     def _evaluate_tokens(self, dataset: Any, loader: DataLoader[Any], prefix: str) -> EvalLoopOutput:
-        metrics = self.road.evaluate(dataset, loader, self.state.global_step)
+        with averaged_weights(self.optimizer):
+            metrics = self.road.evaluate(dataset, loader, self.state.global_step)
         named = {f"{prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(None, None, named, metrics["num_samples"])
 
@@ -186,6 +197,8 @@ class TrainerPrediction(TrainerSurface):
             )
         if value is not None and improves(self.args, value, self.state.best_metric):
             self.state.best_metric, self.state.best_global_step = value, self.state.global_step
+        assert self.lr_scheduler is not None
+        feed_metric(self.lr_scheduler, value)
         return metrics
 
     def _predict_batch(

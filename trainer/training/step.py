@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,9 +19,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from trainer.distributed.group import Group
-from trainer.errors import NonFiniteError
+from trainer.errors import NonFiniteError, UsageError
 from trainer.model.osft import Osft
+from trainer.optim.averaging import is_averaging
 from trainer.optim.gradients import clip, global_norm, sum_whole_gradients
+from trainer.optim.in_backward import last_backward, steps_in_backward
+from trainer.optim.schedules import step_schedule
 from trainer.training.metrics import BatchMetrics
 from trainer.training.signals import StopRequest
 
@@ -54,6 +58,13 @@ class Engine:
     emit: Emit
     osft: Osft | None = None
 
+    def __post_init__(self) -> None:
+        if self.osft is not None and (steps_in_backward(self.optimizer) or is_averaging(self.optimizer)):
+            raise UsageError(
+                "osft projects gradients before the step, and weights after it: an optimizer that steps during "
+                "backward, or keeps averaged weights of its own, would undo it; choose another optim"
+            )
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -79,9 +90,9 @@ def take_step(engine: Engine, batch: GlobalBatch, stop: StopRequest) -> StepResu
     sum_whole_gradients(engine.model.parameters(), engine.group)
     if engine.osft is not None:
         engine.osft.project_gradients()
-    norm = global_norm(engine.model.parameters())
+    norm = global_norm(engine.model.parameters(), engine.optimizer)
     loss, grad_norm = totals["loss"], norm.item()
-    check_finite(loss, grad_norm)
+    check_finite(loss, grad_norm, steps_in_backward(engine.optimizer))
     learning_rate = update(engine, norm)
     more = {} if engine.osft is None else engine.osft.report()
     return StepResult(loss, grad_norm, learning_rate, stop.agreed(totals), more)
@@ -91,10 +102,13 @@ def accumulate_gradients(engine: Engine, batch: GlobalBatch) -> BatchMetrics:
     """Add this rank's share of the gradient of the global batch's mean loss; gives its share of that `loss`."""
     metrics = BatchMetrics()
     num_micro_batches = engine.objective.counts(batch)["num_micro_batches"]
-    for number, loss in enumerate(engine.objective.backward(batch), start=1):
-        metrics.accumulate(loss=loss)
+    losses = engine.objective.backward(batch)  # one for each micro-batch, as it is drawn
+    for number in range(1, num_micro_batches + 1):
+        with last_backward(engine.optimizer) if number == num_micro_batches else nullcontext():
+            metrics.accumulate(loss=next(losses))
         if number < num_micro_batches:
             engine.emit("on_substep_end")
+    next(losses, None)  # lets it come to its end
     return metrics
 
 
@@ -107,16 +121,19 @@ def update(engine: Engine, norm: Tensor) -> float:
     if engine.osft is not None:
         engine.osft.project_updates()
     engine.emit("on_optimizer_step")
-    engine.schedule.step()
+    step_schedule(engine.schedule)
     engine.optimizer.zero_grad()
     return float(learning_rate)
 
 
-def check_finite(loss: float, grad_norm: float) -> None:
-    """Raise NonFiniteError, naming which of the two is NaN or infinite."""
+def check_finite(loss: float, grad_norm: float, is_taken: bool = False) -> None:
+    """Raise NonFiniteError, naming which of the two is NaN or infinite; `is_taken`: the step was, during backward."""
+    outcome = "the step was not taken, the weights are those of the step before"
+    if is_taken:
+        outcome = "the optimizer stepped on it during backward and the weights are spoilt: go back to a checkpoint"
     for name, value in (("loss", loss), ("gradient norm", grad_norm)):
         if not math.isfinite(value):
-            raise NonFiniteError(f"{name} is {value}: the step was not taken, the weights are those of the step before")
+            raise NonFiniteError(f"{name} is {value}: {outcome}")
 
 
 def to_device(data: Any, device: torch.device) -> Any:

@@ -23,9 +23,12 @@ from trainer.errors import UsageError
 from trainer.model.export import export_model
 from trainer.model.ordinary import LossFunction, LossRule, find_loss
 from trainer.model.precision import compute_context
-from trainer.optim.optimizers import build_optimizer, parameter_groups
+from trainer.optim.averaging import averaged_weights
+from trainer.optim.groups import parameter_groups
+from trainer.optim.optimizers import build_optimizer
 from trainer.optim.schedules import build_schedule
 from trainer.training.callbacks import Events, ExportCallback, FlowCallback, MetricsFile, RunState
+from trainer.training.evaluation import more_is_better
 from trainer.training.generation import Answer
 from trainer.training.loop import Run, train
 from trainer.training.metrics import now
@@ -136,7 +139,8 @@ class Trainer(TrainerPrediction):
         directory = Path(output_dir or Path(self.args.output_dir, folder))
         save_dtype = getattr(torch, self.args.save_dtype) if self.args.save_dtype else None
         if self._exports.get(directory) != self.state.global_step:
-            export_model(self.model, self.processing_class, directory, save_dtype)
+            with averaged_weights(self.optimizer):
+                export_model(self.model, self.processing_class, directory, save_dtype)
             self._exports[directory] = self.state.global_step
         return directory
 
@@ -166,7 +170,7 @@ class Trainer(TrainerPrediction):
         model = self.model if model is None else model
         if self.optimizer is None and self.optimizer_cls_and_kwargs is not None:
             kind, settings = self.optimizer_cls_and_kwargs
-            self.optimizer = kind(parameter_groups(model, self.args.weight_decay), **settings)
+            self.optimizer = kind(parameter_groups(model, self.args), **settings)
         elif self.optimizer is None:
             self.optimizer = build_optimizer(model, self.args)
         return self.optimizer
@@ -174,7 +178,8 @@ class Trainer(TrainerPrediction):
     def create_scheduler(self, num_training_steps: int | None, optimizer: Optimizer | None = None) -> LRScheduler:
         """Make the learning-rate schedule that the options name, if none was given."""
         if self.lr_scheduler is None:
-            self.lr_scheduler = build_schedule(optimizer or self.create_optimizer(), self.args, num_training_steps)
+            optimizer = optimizer or self.create_optimizer()
+            self.lr_scheduler = build_schedule(optimizer, self.args, num_training_steps, more_is_better(self.args))
             self._made_schedule = True
         return self.lr_scheduler
 

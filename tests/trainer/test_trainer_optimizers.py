@@ -1,0 +1,201 @@
+"""Every optimizer of the registry does what the registry says; docs/optimizers.md is made of this module's results.
+
+What is not installed is skipped, with the `pip install`; what a package cannot do is in the registry, and is tested to
+be refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.fsdp import fully_shard
+
+from tests.fixtures.models import tiny_llama
+from tests.fixtures.optimizers import (
+    BY_HAND,
+    RANK,
+    Regression,
+    build_for,
+    copy_of,
+    options_for,
+    regression_batch,
+    state_tensors,
+    take_steps,
+    through_plain_values,
+)
+from tests.fixtures.runs import weights_of
+from tests.fixtures.tolerances import BY_HAND_FP32, REGROUPED_FP32, REGROUPED_MUON
+from trainer.arguments.groups import ScheduleArguments
+from trainer.errors import UsageError
+from trainer.optim.in_backward import last_backward
+from trainer.optim.registry import OPTIMIZERS
+from trainer.optim.schedules import build_schedule
+from trainer.optim.spec import is_installed
+
+
+def cases(names: Any = OPTIMIZERS) -> list[Any]:
+    """The optimizers as parameters: those that can run on this machine, the others skipped with the reason."""
+    params = []
+    for name in names:
+        spec, marks = OPTIMIZERS[name], []
+        if spec.package == "torchao":
+            marks.append(pytest.mark.slow)
+        if not is_installed(spec):
+            marks.append(pytest.mark.skip(reason=f"{spec.package} is not there: pip install {spec.package}"))
+        elif spec.not_on_cpu:
+            marks.append(pytest.mark.skip(reason=spec.not_on_cpu))
+        params.append(pytest.param(name, id=name, marks=marks))
+    return params
+
+
+def tolerance_for(name: str) -> float:
+    return REGROUPED_MUON if name == "muon" else REGROUPED_FP32
+
+
+every = pytest.mark.parametrize("name", cases())
+
+
+class TestConformance:
+    @every
+    def test_moves(self, name: str) -> None:
+        """Every trainable parameter of a tiny Llama moves, no frozen one."""
+        model = tiny_llama()
+        model.model.embed_tokens.weight.requires_grad_(False)
+        before, optimizer = weights_of(model), build_for(model, name)
+        ids = torch.arange(24).reshape(2, 12)
+        for _ in range(6 if name == "schedule_free_radam" else 2):
+            with last_backward(optimizer):
+                model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        still = [n for n, value in weights_of(model).items() if torch.equal(value, before[n])]
+        assert still == ["model.embed_tokens.weight"]
+
+    @every
+    def test_converges(self, name: str) -> None:
+        model = Regression()
+        losses = take_steps(model, build_for(model, name), [regression_batch()] * 40)
+        assert losses[-1] < 0.3 * losses[0]
+
+    @every
+    def test_accumulates(self, name: str) -> None:
+        """One micro-batch of 8 is two of 4."""
+        batches = [regression_batch(8, seed=step) for step in range(4)]
+        trajectories = []
+        for num_micro_batches in (1, 2):
+            model = Regression()
+            trajectories.append(take_steps(model, build_for(model, name), batches, num_micro_batches))
+        assert trajectories[0] == pytest.approx(trajectories[1], rel=tolerance_for(name))
+
+    @every
+    @pytest.mark.world_size(2)
+    def test_sharded(self, name: str, ranks: Any) -> None:
+        """Sharded over ranks it takes the steps of one process, or is refused with the reason."""
+        alone, model = Regression(), Regression()
+        fully_shard(model, mesh=ranks.mesh())
+        if OPTIMIZERS[name].not_sharded:
+            with pytest.raises(UsageError, match="cannot train sharded parameters"):
+                build_for(model, name)
+            return
+        batches = [regression_batch(8, seed=step) for step in range(3)]
+        losses = take_steps(model, build_for(model, name), batches)
+        expected = take_steps(alone, build_for(alone, name), batches)
+        assert losses == pytest.approx(expected, rel=tolerance_for(name))
+
+    @every
+    def test_resumes(self, name: str) -> None:
+        """State saved without pickle, loaded and continued, gives the same bits."""
+        batches = [regression_batch(8, seed=step) for step in range(6)]
+        model = Regression()
+        optimizer = build_for(model, name)
+        take_steps(model, optimizer, batches[:3])
+        resumed = copy_of(model)
+        state = through_plain_values(optimizer.state_dict())
+        again = build_for(resumed, name)
+        again.load_state_dict(state)
+        assert take_steps(model, optimizer, batches[3:]) == take_steps(resumed, again, batches[3:])
+        assert all(torch.equal(value, weights_of(model)[n]) for n, value in weights_of(resumed).items())
+
+    @every
+    @pytest.mark.world_size(2)
+    def test_resumes_sharded(self, name: str, ranks: Any) -> None:
+        """The same on every rank's shard."""
+        if OPTIMIZERS[name].not_sharded:
+            pytest.skip(OPTIMIZERS[name].not_sharded)
+        batches = [regression_batch(8, seed=step) for step in range(4)]
+        models = [Regression() for _ in range(2)]
+        for model in models:
+            fully_shard(model, mesh=ranks.mesh())
+        optimizer, again = (build_for(model, name) for model in models)
+        take_steps(models[0], optimizer, batches[:2])
+        with torch.no_grad():
+            for ours, theirs in zip(models[1].parameters(), models[0].parameters(), strict=True):
+                ours.copy_(theirs)
+        again.load_state_dict(through_plain_values(optimizer.state_dict()))
+        assert take_steps(models[0], optimizer, batches[2:]) == take_steps(models[1], again, batches[2:])
+
+    @every
+    def test_tolerates_unused(self, name: str) -> None:
+        """A parameter without a gradient stays as it is, decay and all."""
+        model = Regression()
+        before = model.unused.weight.detach().clone()
+        take_steps(model, build_for(model, name, weight_decay=0.1), [regression_batch(8)] * 2)
+        assert torch.equal(model.unused.weight, before)
+
+    @every
+    def test_rate(self, name: str) -> None:
+        """The learning rate that the schedule shows is the one used: at 0 nothing moves."""
+        model = Regression()
+        before, optimizer = weights_of(model), build_for(model, name, weight_decay=0.1)
+        args = ScheduleArguments(lr_scheduler_type="constant_with_warmup", warmup_steps=4)
+        schedule = build_schedule(optimizer, args, None)
+        shown = []
+        for step in range(6):
+            shown.append(float(schedule.get_last_lr()[0]))
+            take_steps(model, optimizer, [regression_batch(8)])
+            if step == 0:
+                assert all(torch.equal(value, before[n]) for n, value in weights_of(model).items())
+            schedule.step()
+        rate = options_for(name).learning_rate
+        assert shown == [0.0, rate / 4, rate / 2, rate * 3 / 4, rate, rate]
+
+    @every
+    def test_bytes(self, name: str) -> None:
+        """State takes the stated bytes."""
+        model = Regression()
+        optimizer = build_for(model, name)
+        take_steps(model, optimizer, [regression_batch(8)] * 2)
+        state = optimizer.state_dict()["state"]
+        for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            held = {tensor.data_ptr(): tensor.nbytes for tensor in state_tensors(state.get(index, {}))}
+            if held:
+                is_hidden = model.linear.weight is parameter
+                assert sum(held.values()) == stated_bytes(name, tuple(parameter.shape), is_hidden)
+
+
+def stated_bytes(name: str, shape: tuple[int, ...], is_hidden_matrix: bool) -> int:
+    spec = OPTIMIZERS[name]
+    if is_hidden_matrix and spec.target_bytes is not None:
+        return spec.target_bytes(shape, RANK)
+    return spec.state_bytes(shape)
+
+
+@pytest.mark.parametrize("name", cases(BY_HAND))
+def test_decays_as_by_hand(name: str) -> None:
+    """Matrices decay, norms and biases do not; the step is that of the formula."""
+    model = Regression()
+    inputs, targets = regression_batch(8)
+    torch.nn.functional.mse_loss(model(inputs), targets).backward()
+    rate, decay = 0.01, 0.5
+    expected = {
+        n: BY_HAND[name](p.detach().double(), p.grad.double(), rate, decay if p.ndim >= 2 else 0.0)
+        for n, p in model.named_parameters()
+        if p.grad is not None
+    }
+    model.zero_grad()
+    optimizer = build_for(model, name, learning_rate=rate, weight_decay=decay)
+    take_steps(model, optimizer, [regression_batch(8)])
+    for n, value in expected.items():
+        torch.testing.assert_close(weights_of(model)[n].double(), value, rtol=0, atol=BY_HAND_FP32)
