@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers.trainer_callback import CallbackHandler, TrainerCallback, TrainerControl
 
 from trainer.arguments.training import TrainingArguments
@@ -36,6 +37,7 @@ class TrainerSurface:
     events: Events
     callback_handler: CallbackHandler
     optimizer: Optimizer | None
+    lr_scheduler: LRScheduler | None
 
     @property
     def state(self) -> RunState:
