@@ -1,11 +1,13 @@
 """L7: what is logged is what a recomputation by hand gives; what the plan foretells is what the run does."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.fixtures.models import tiny_llama
 from tests.fixtures.oracles import count_loss_tokens, global_norm, gradients, linear_schedule, mean_loss
+from tests.fixtures.ranks.context import Ranks
 from tests.fixtures.runs import build_store, build_trainer, random_token_samples, read_metrics, step_lines
 from tests.fixtures.tolerances import CLOSED_FORM_FLOAT64, LAYOUT_FLOAT64
 from trainer.data.forecast import Layout, forecast
@@ -23,13 +25,17 @@ def batches() -> list[list[int]]:
     return [order[start : start + BATCH_SIZE] for order in orders for start in range(0, len(order), BATCH_SIZE)]
 
 
+def lines_of_a_run(ranks: Ranks) -> list[dict[str, Any]]:
+    """What all ranks together log of a run that packs by tokens alone."""
+    folder = ranks.tmp_path / "run"
+    build_trainer(folder, SAMPLES, num_train_epochs=EPOCHS, max_tokens_per_rank=BUDGET, packing_cost="tokens").train()
+    ranks.barrier()  # the lead rank has written its last line
+    return step_lines(folder)
+
+
 @pytest.mark.world_size(1, 2, 3)
-def test_every_step_counts_what_it_trained(ranks, tmp_path: Path) -> None:
-    build_trainer(
-        ranks.tmp_path / "run", SAMPLES, num_train_epochs=EPOCHS, max_tokens_per_rank=BUDGET, packing_cost="tokens"
-    ).train()
-    ranks.barrier()
-    lines = step_lines(ranks.tmp_path / "run")
+def test_every_step_counts_what_it_trained(ranks: Ranks) -> None:
+    lines = lines_of_a_run(ranks)
     seen = 0
     for number, (line, indices) in enumerate(zip(lines, batches(), strict=True), start=1):
         seen += len(indices)
@@ -43,12 +49,8 @@ def test_every_step_counts_what_it_trained(ranks, tmp_path: Path) -> None:
 
 
 @pytest.mark.world_size(1, 2, 3)
-def test_the_run_does_what_the_plan_foretells(ranks, tmp_path: Path) -> None:
-    build_trainer(
-        ranks.tmp_path / "run", SAMPLES, num_train_epochs=EPOCHS, max_tokens_per_rank=BUDGET, packing_cost="tokens"
-    ).train()
-    ranks.barrier()
-    lines, store = step_lines(ranks.tmp_path / "run"), build_store(SAMPLES)
+def test_the_run_does_what_the_plan_foretells(ranks: Ranks) -> None:
+    lines, store = lines_of_a_run(ranks), build_store(SAMPLES)
     layout = Layout(BATCH_SIZE, BUDGET, ranks.world_size, TOKENS)
     told = forecast(store.lengths, store.num_loss_tokens, layout, SEED, EPOCHS)
     assert told.num_steps == len(lines)

@@ -66,28 +66,26 @@ def test_the_command_line_and_python_do_the_same_run(tmp_path: Path) -> None:
 def test_the_flags_of_mini_trainer_do_the_same_run() -> None:
     from trainer.cli.mini_trainer import MiniTrainerFlags
 
+    alike: dict[str, Any] = {
+        "model_name_or_path": "model",
+        "data_path": "data.jsonl",
+        "batch_size": 4,
+        "learning_rate": 1e-2,
+        "output_dir": "out",
+        "max_tokens": 1000,
+    }
     flags = MiniTrainerFlags(
-        model_name_or_path="model",
-        data_path="data.jsonl",
-        batch_size=4,
+        **alike,
         max_tokens_per_gpu=512,
-        learning_rate=1e-2,
-        output_dir="out",
         training_mode="token",
-        max_tokens=1000,
         beta2=0.98,
         validation_split=0.1,
         validation_frequency=5,
         checkpoint_at_epoch=True,
     )
     assert flags.to_arguments() == TrainingArguments(
-        model_name_or_path="model",
-        data_path="data.jsonl",
-        batch_size=4,
+        **alike,
         max_tokens_per_rank=512,
-        learning_rate=1e-2,
-        output_dir="out",
-        max_tokens=1000,
         lr_scheduler_type="constant_with_warmup",
         seed=67,
         adam_beta2=0.98,
