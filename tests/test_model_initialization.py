@@ -289,11 +289,20 @@ class TestShardingWithFSDP2:
 
         return save
 
+    @pytest.mark.world_size(2)
     @pytest.mark.parametrize(
         ("name", "options"),
         [(name, {}) for name in SHARDED] + [("llama", {"gradient_checkpointing": True})],
     )
     def test_weights_losses_and_summed_gradients_are_those_of_one_process(self, name, options, ranks, saved):
+        self.check_sharded(name, options, ranks, saved)
+
+    @pytest.mark.world_size(3)
+    @pytest.mark.parametrize("name", ["llama_tied", "deepseek_v3"])
+    def test_ranks_that_do_not_divide_the_dimensions_compute_the_same(self, name, ranks, saved):
+        self.check_sharded(name, {}, ranks, saved)
+
+    def check_sharded(self, name, options, ranks, saved):
         directory = saved(name)
         packs = [build_pack([7, 3, 9], seed=rank, batch=BATCH) for rank in range(ranks.world_size)]
         sharded, single = load(directory, mesh=ranks.mesh(), **options), load(directory, **options)

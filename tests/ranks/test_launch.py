@@ -1,13 +1,16 @@
 """`launch`: a function on new ranks, faults at chosen points, one outcome per rank."""
 
+import itertools
 import os
 import signal
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
+from tests.fixtures.ranks.cuda import turn_on_gpus
 from tests.fixtures.ranks.faults import bit_flipped, delay, disk_full, kill, nan, send, stop, throw, truncated
 
 CONTENT = b"x" * 1000
@@ -132,6 +135,18 @@ def test_a_name_finds_the_collectives_of_a_sharded_model(launch, name):
 def test_a_kill_by_the_clock_needs_no_event(launch):
     outcomes = launch(2, signal.pause, faults=[kill(0, at=("seconds", 0.1)), kill(1, at=("seconds", 0.2))])
     assert [outcome.signal for outcome in outcomes] == ["SIGKILL", "SIGKILL"]
+
+
+def take_a_turn():
+    with turn_on_gpus(1):
+        begin = time.monotonic()
+        time.sleep(0.05)
+        return begin, time.monotonic()
+
+
+def test_processes_take_turns_on_gpus(launch):
+    turns = sorted(launch(3, take_a_turn, group=False).values)
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(turns))
 
 
 def test_wrong_use_says_what_is_allowed(launch):
