@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.fixtures.datasets import DynamicShapesDataset, RegressionDataset, RepeatDataset, SampleIterableDataset
+from tests.fixtures.datasets import (
+    DynamicShapesDataset,
+    RegressionDataset,
+    RepeatDataset,
+    SampleIterableDataset,
+    labelled_rows,
+)
 from tests.fixtures.regression import (
     BasicTextGenerationModel,
     RegressionModel,
@@ -24,6 +30,7 @@ __all__ = [
     "RepeatDataset",
     "SampleIterableDataset",
     "get_regression_trainer",
+    "labelled_rows",
 ]
 
 GIVEN_TO_TRAINER = (

@@ -44,8 +44,14 @@ class ModelArguments:
     trust_remote_code: bool = option(False, "Run code that comes with the model. Only for sources you trust.")
     attn_implementation: str = option("auto", "auto, packed_sdpa, varlen, flash_attention_2 or sdpa.")
     bf16: bool = option(False, "Compute in bfloat16; master weights, gradients summed and optimizer stay in float32.")
+    fp16: bool = option(False, "Compute in float16 with a scaled loss, where the GPU has no bfloat16.")
+    tf32: bool | None = option(None, "Let float32 products on the GPU keep 10 bits of mantissa; None: as torch has it.")
     gradient_checkpointing: bool = option(False, "Recompute activations in backward to save memory.")
+    gradient_checkpointing_kwargs: dict[str, Any] = option({}, "Settings of torch.utils.checkpoint, as JSON.")
     torch_compile: bool = option(False, "Compile each transformer block.")
+    torch_compile_backend: str | None = option(None, "Compiler to use, if not torch's own.")
+    torch_compile_mode: str | None = option(None, "Mode of torch's compiler.")
+    neftune_noise_alpha: float | None = option(None, "Strength of the noise that NEFTune adds to embeddings.", above=0)
     use_liger_kernels: bool = option(False, "Use Liger's fused kernels (GPU only).")
     freeze_patterns: list[str] = option([], "Regular expressions; parameters whose name matches one are not trained.")
 
@@ -130,6 +136,11 @@ class LoaderArguments:
     dataloader_persistent_workers: bool = option(False, "Keep those processes from epoch to epoch.")
     dataloader_prefetch_factor: int | None = option(None, "Batches that each process reads ahead.", above=0)
     remove_unused_columns: bool = option(True, "Leave out columns that the model's forward does not take.")
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = option(
+        "random", "Order of training samples; group_by_length draws batches of like lengths."
+    )
+    length_column_name: str = option("length", "Column with the lengths, for group_by_length, where there is one.")
+    auto_find_batch_size: bool = option(False, "Where memory runs out, start again with smaller micro-batches.")
     label_names: list[str] | None = option(None, "Columns that are labels; by default those of the model's forward.")
 
 
@@ -212,6 +223,9 @@ class LoggingArguments:
     logging_strategy: Literal["no", "steps", "epoch"] = option("steps", "When callbacks and log history get a line.")
     logging_steps: int = option(10, "Steps between two such lines; metrics.jsonl has every step.", above=0)
     logging_first_step: bool = option(False, "Log the first step too.")
+    include_num_input_tokens_seen: Literal["no", "all", "non_padding"] = option(
+        "no", "Add to each line the number of input tokens so far, with or without padding."
+    )
     disable_tqdm: bool = option(False, "Plain lines instead of a progress bar.")
 
 
@@ -220,6 +234,8 @@ class MachineArguments:
     """Seeds and machine."""
 
     seed: int = option(42, "Seed of weights, data order and dropout.", minimum=0, maximum=LARGEST_SEED)
+    full_determinism: bool = option(False, "Refuse operations that are not reproducible on the GPU; slower.")
+    skip_memory_metrics: bool = option(True, "Leave out the memory used by each stage, which costs time to watch.")
     use_cpu: bool = option(False, "Stay on the CPU although a GPU is there.")
     ddp_timeout: int = option(1800, "Seconds a rank waits for the others before the job ends.", above=0, maximum=INT32)
 

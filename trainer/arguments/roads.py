@@ -41,10 +41,16 @@ _FOREIGN: dict[Road, dict[str, str]] = {
         "dataloader_drop_last": "every sample is trained once an epoch",
         **dict.fromkeys(("dataloader_num_workers", "dataloader_pin_memory"), _READ),
         **dict.fromkeys(("dataloader_persistent_workers", "dataloader_prefetch_factor"), _READ),
-        **dict.fromkeys(("remove_unused_columns", "label_names"), _COLUMNS),
         **dict.fromkeys(("prediction_loss_only", "include_for_metrics", "batch_eval_metrics"), _LOSS_ALONE),
         **dict.fromkeys(("eval_do_concat_batches", "eval_accumulation_steps"), _LOSS_ALONE),
         **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), "bf16 evaluates in bfloat16 too"),
+        **dict.fromkeys(("remove_unused_columns", "label_names", "length_column_name"), _COLUMNS),
+        "train_sampling_strategy": "the order is random, and packing wastes nothing on padding",
+        "auto_find_batch_size": "lower max_tokens_per_rank where memory runs out; the step stays the same",
+        "fp16": "give bf16",
+        "neftune_noise_alpha": "its noise would depend on what a sample is packed with",
+        "gradient_checkpointing_kwargs": "blocks are recomputed without reentrance",
+        **dict.fromkeys(("torch_compile_backend", "torch_compile_mode"), "each block is compiled by torch's compiler"),
     },
 }
 

@@ -31,7 +31,11 @@ from trainer.arguments.groups import (
 from trainer.arguments.options import check_options, unknown_option
 from trainer.errors import UsageError
 
-ALIASES = {"max_tokens_per_gpu": "max_tokens_per_rank"}
+ALIASES = {
+    "max_tokens_per_gpu": "max_tokens_per_rank",
+    "activation_checkpointing": "gradient_checkpointing",  # names that transformers 5 is moving to
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+}
 T = TypeVar("T")
 
 
@@ -84,8 +88,16 @@ class TrainingArguments(  # the last base's options come first
     """
 
     def __post_init__(self) -> None:
+        if isinstance(self.include_num_input_tokens_seen, bool):  # as transformers takes it too
+            self.include_num_input_tokens_seen = "all" if self.include_num_input_tokens_seen else "no"
         check_options(self)
-        for is_wrong, message in (*self._contradictions(), *self._osft_contradictions()):
+        if self.greater_is_better is None:
+            self.greater_is_better = self._usually_greater
+        for is_wrong, message in (
+            *self._contradictions(),
+            *self._compute_contradictions(),
+            *self._osft_contradictions(),
+        ):
             if is_wrong:
                 raise UsageError(message)
 
@@ -125,12 +137,6 @@ class TrainingArguments(  # the last base's options come first
                 f"logging_first_step has no effect with logging_strategy={self.logging_strategy}: say "
                 "logging_strategy=steps",
             ),
-            (
-                not self.dataloader_num_workers
-                and (self.dataloader_prefetch_factor is not None or self.dataloader_persistent_workers),
-                "dataloader_prefetch_factor and dataloader_persistent_workers have no effect without "
-                "dataloader_num_workers: give a number of processes",
-            ),
             (self.max_steps == 0, "max_steps = 0 would train nothing: give a positive number, or -1 for no limit"),
         ]
 
@@ -157,9 +163,33 @@ class TrainingArguments(  # the last base's options come first
                 "export_best needs evaluations to choose by: set eval_strategy or min_samples_per_evaluation",
             ),
             (
-                (self.greater_is_better, self.metric_for_best_model) != (None, "loss") and not self.does_evaluate,
+                (self.greater_is_better not in (None, False) or self.metric_for_best_model != "loss")
+                and not self.does_evaluate,
                 "greater_is_better and metric_for_best_model have no effect without evaluations: set eval_strategy or "
                 "min_samples_per_evaluation",
+            ),
+        ]
+
+    def _compute_contradictions(self) -> list[tuple[bool, str]]:
+        return [
+            (self.bf16 and self.fp16, "bf16 and fp16 exclude each other: give one"),
+            (
+                bool(self.gradient_checkpointing_kwargs) and not self.gradient_checkpointing,
+                "gradient_checkpointing_kwargs have no effect without gradient_checkpointing: switch it on",
+            ),
+            (
+                (self.torch_compile_backend or self.torch_compile_mode) is not None and not self.torch_compile,
+                "torch_compile_backend and torch_compile_mode have no effect without torch_compile: say torch_compile",
+            ),
+            (
+                self.length_column_name != "length" and self.train_sampling_strategy != "group_by_length",
+                "length_column_name has no effect but with train_sampling_strategy=group_by_length",
+            ),
+            (
+                not self.dataloader_num_workers
+                and (self.dataloader_prefetch_factor is not None or self.dataloader_persistent_workers),
+                "dataloader_prefetch_factor and dataloader_persistent_workers have no effect without "
+                "dataloader_num_workers: give a number of processes",
             ),
         ]
 
@@ -198,6 +228,11 @@ class TrainingArguments(  # the last base's options come first
         return math.ceil(interval * max_steps) if interval < 1 else int(interval)
 
     @property
+    def _usually_greater(self) -> bool:
+        """Whether more of `metric_for_best_model` is better, going by its name: not of a loss."""
+        return not self.metric_for_best_model.endswith("loss")
+
+    @property
     def train_batch_size(self) -> int:
         """Samples of one rank in one micro-batch of an ordinary data set; one process drives one device."""
         return self.per_device_train_batch_size
@@ -215,6 +250,11 @@ class TrainingArguments(  # the last base's options come first
     def to_dict(self) -> dict[str, Any]:
         """Give every option as plain JSON values."""
         return dataclasses.asdict(self)
+
+    def as_given(self) -> dict[str, Any]:
+        """Give every option without what was derived from others, so that it is derived anew where these change."""
+        is_derived = self.greater_is_better == self._usually_greater
+        return self.to_dict() | ({"greater_is_better": None} if is_derived else {})
 
     def to_json(self) -> str:
         """Give every option as readable JSON; `from_mapping(json.loads(...))` is its inverse."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -39,7 +39,7 @@ def parse(
     base = TrainingArguments.from_mapping(read_yaml(config) if config else {})
     unprefixed: Any = tyro.conf.OmitArgPrefixes
     form = dataclasses.make_dataclass("Options", [(_title(kind), unprefixed[kind]) for kind in (*groups, extra)])
-    defaults = {_title(kind): _part(kind, base) for kind in groups} | {_title(extra): extra()}
+    defaults = {_title(kind): _part(kind, base.as_given()) for kind in groups} | {_title(extra): extra()}
     parsed = tyro.cli(
         form,
         args=[_unaliased(flag) for flag in flags],
@@ -64,8 +64,8 @@ def _title(group: type[Any]) -> str:
     return group.__name__.removesuffix("Arguments").lower()
 
 
-def _part(group: type[Any], base: TrainingArguments) -> Any:
-    return group(**{field.name: getattr(base, field.name) for field in dataclasses.fields(group)})
+def _part(group: type[Any], options: Mapping[str, Any]) -> Any:
+    return group(**{field.name: options[field.name] for field in dataclasses.fields(group)})
 
 
 def _unaliased(flag: str) -> str:

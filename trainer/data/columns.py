@@ -32,6 +32,23 @@ def keep_columns(dataset: Any, collate: Collate, columns: Sequence[str]) -> tupl
     return dataset.remove_columns(left_out), collate
 
 
+def sample_lengths(dataset: Any, length_column: str, input_name: str) -> list[int]:
+    """Give the length of every sample: from its column, or by measuring its input.
+
+    Raises:
+        UsageError: there is neither.
+    """
+    if length_column in getattr(dataset, "column_names", ()):
+        return list(dataset[length_column])
+    first = dataset[0]
+    if not isinstance(first, Mapping) or input_name not in first:
+        raise UsageError(
+            f"train_sampling_strategy=group_by_length: train_dataset has neither a column {length_column!r} "
+            f"(length_column_name) nor an input {input_name!r} to measure"
+        )
+    return [len(dataset[i][input_name]) for i in range(len(dataset))]
+
+
 class ColumnFilter:
     """A collator that sees only some columns of each sample."""
 

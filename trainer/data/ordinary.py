@@ -103,6 +103,14 @@ class OrdinaryLoader(DataLoader[Inputs]):
         self.dealing = dealing
         assert self.generator is not None
         self._seed = self.generator.initial_seed()
+        self._following, self._is_placed = 0, False  # epoch of the next iteration, and whether it was chosen
+
+    def __iter__(self) -> Any:
+        """Go through one epoch; without `move_to` each iteration is the next epoch, from its beginning."""
+        if not self._is_placed:
+            self.move_to(self._following, 0)
+        self._is_placed = False
+        return super().__iter__()
 
     @property
     def total_batch_size(self) -> int:
@@ -117,6 +125,7 @@ class OrdinaryLoader(DataLoader[Inputs]):
 
     def move_to(self, epoch: int, start: int) -> int:
         """Start the next iteration at a position; gives how many samples are left for the caller to skip."""
+        self._is_placed, self._following = True, epoch + 1
         self.generator.manual_seed(self._seed + epoch)  # of the processes that read
         if isinstance(self.batch_sampler, RankBatches):
             self.batch_sampler.sampler.set_epoch(epoch, start)

@@ -6,7 +6,7 @@ the samples of it already consumed, and starting there costs as much as starting
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from trainer.errors import UsageError
 
 BLOCK = 65536  # indices turned into Python integers at once
+BATCHES_SORTED = 50  # batches whose samples are sorted by length together
 LARGEST_SEED = 2**64 - 1
 
 
@@ -73,6 +74,26 @@ class OrderedSampler(EpochSampler):
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(self.start, self.len_data))
+
+
+class LengthGroupedSampler(EpochSampler):
+    """Random order in which neighbours have like lengths: shuffled, then sorted by length in pieces of many batches.
+
+    The longest sample of all comes first, so that running out of memory shows at once.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int = 0) -> None:
+        super().__init__(len(lengths), seed)
+        self.lengths = np.asarray(lengths, np.int64)
+        self.piece = min(batch_size * BATCHES_SORTED, max(batch_size, len(lengths) // 4 // batch_size * batch_size))
+
+    def _rest_of(self, epoch: int, start: int) -> Iterator[int]:
+        order = epoch_order(self.len_data, self.seed, epoch)
+        pieces = [order[first : first + self.piece] for first in range(0, self.len_data, self.piece)]
+        grouped = np.concatenate([piece[np.argsort(-self.lengths[piece], kind="stable")] for piece in pieces])
+        longest = int(self.lengths[grouped].argmax())
+        grouped[[0, longest]] = grouped[[longest, 0]]
+        yield from grouped[start:].tolist()
 
 
 class InfiniteSampler(_Sampler):

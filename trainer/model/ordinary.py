@@ -40,6 +40,7 @@ class ModelTraits:
     shifts_labels: bool  # the first label of each row is never a target
     is_causal_lm: bool
     can_return_loss: bool  # without labels
+    main_input_name: str
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def read_traits(model: nn.Module, label_names: Sequence[str] | None = None) -> M
         shifts_labels=loss is ForCausalLMLoss and not is_encoder_decoder,
         is_causal_lm=type(inner).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
         can_return_loss=can_return_loss(type(inner)),
+        main_input_name=getattr(inner, "main_input_name", "input_ids"),
     )
 
 
@@ -92,13 +94,14 @@ def prepare_ordinary_model(
         apply_liger_kernels(model, device)
     freeze(model, args.freeze_patterns)
     if args.gradient_checkpointing:
-        checkpoint_activations(model)
+        checkpoint_activations(model, args.gradient_checkpointing_kwargs)
     if args.torch_compile:
-        compile_blocks(model)
+        given = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+        compile_blocks(model, **{name: value for name, value in given.items() if value is not None})
     if mesh is not None and not is_sharded(model):
         shard_modules(model, mesh)
-    if args.bf16:
-        use_compute_dtype(model, torch.bfloat16, by_autocast=True)
+    if args.bf16 or args.fp16:
+        use_compute_dtype(model, torch.bfloat16 if args.bf16 else torch.float16, by_autocast=True)
     model.train()
 
 
@@ -159,3 +162,24 @@ def count_labels(inputs: Mapping[str, Any], traits: ModelTraits) -> int | None:
     if traits.shifts_labels and "shift_labels" not in inputs:
         labels = labels[..., 1:]
     return int((labels != IGNORED_LABEL).sum())
+
+
+def count_tokens(inputs: Mapping[str, Any], traits: ModelTraits, padding_id: int | None, kind: str) -> int:
+    """Tokens of a micro-batch's main input: all, or those that are no padding where that can be told.
+
+    Raises:
+        ModelError: The main input is not there, or padding cannot be told.
+    """
+    main = inputs.get(traits.main_input_name)
+    if not isinstance(main, Tensor):
+        raise ModelError(
+            f"include_num_input_tokens_seen: the model's main_input_name is {traits.main_input_name!r}, but there is "
+            f"no such input, only {', '.join(inputs)}: set main_input_name in the model's class"
+        )
+    if kind == "all":
+        return main.numel()
+    if "attention_mask" in inputs:
+        return int(inputs["attention_mask"].sum())
+    if padding_id is None:
+        raise ModelError("include_num_input_tokens_seen=non_padding needs attention_mask, or a tokenizer that pads")
+    return int((main != padding_id).sum())

@@ -12,6 +12,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import nn
 
+from trainer.errors import UsageError
+
 _DTYPE, _AUTOCAST = "_trainer_compute_dtype", "_trainer_autocast"
 
 
@@ -48,6 +50,19 @@ def cast_weights(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     finally:
         for tensor, before in zip(tensors, kept, strict=True):
             tensor.data = before.to(tensor.device)
+
+
+def use_tf32(is_allowed: bool | None) -> None:
+    """Let float32 products on the GPU run in TF32, or not; None leaves torch as it is.
+
+    Raises:
+        UsageError: There is no GPU that could.
+    """
+    if is_allowed is None:
+        return
+    if is_allowed and (not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0)):
+        raise UsageError("tf32 has no effect here: it needs a GPU of NVIDIA's Ampere generation or newer")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = is_allowed
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

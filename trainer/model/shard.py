@@ -7,9 +7,10 @@ of files. Invariant: names of parameters never change, and nothing here needs we
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,21 +51,27 @@ def decoder_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {f"{name}.{index}": block for index, block in enumerate(longest)}
 
 
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Recompute each block's activations in backward instead of keeping them."""
-    if not model.supports_gradient_checkpointing:
-        raise ModelError(
-            f"gradient_checkpointing: model type {model.config.model_type!r} does not support it; leave it off"
-        )
+def checkpoint_activations(model: nn.Module, settings: Mapping[str, Any] | None = None) -> None:
+    """Recompute each block's activations in backward instead of keeping them.
+
+    Args:
+        model: One that knows how to.
+        settings: Of torch.utils.checkpoint.
+    """
     # Renamed during transformers 5.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    enable = getattr(model, "activation_checkpointing_enable", None) or getattr(
+        model, "gradient_checkpointing_enable", None
+    )
+    if enable is None or not getattr(model, "supports_gradient_checkpointing", True):
+        raise ModelError(f"gradient_checkpointing: {type(model).__name__} does not support it; leave it off")
+    enable({"use_reentrant": False, **(settings or {})})
 
 
-def compile_blocks(model: PreTrainedModel) -> None:
-    """Compile each block in place; the first steps are slow."""
-    for block in decoder_blocks(model).values():
-        block.compile()
+def compile_blocks(model: nn.Module, **settings: Any) -> None:
+    """Compile each block in place, or the whole of a module without any; the first steps are slow."""
+    blocks = decoder_blocks(model) if isinstance(model, PreTrainedModel) else {}
+    for module in blocks.values() or (model,):
+        module.compile(**settings)
 
 
 def shard_model(

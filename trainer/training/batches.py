@@ -17,7 +17,16 @@ from trainer.data.ordinary import Dealing, Inputs, OrdinaryLoader, RankBatches, 
 from trainer.distributed.group import Group
 from trainer.errors import UsageError
 
-CountItems = Callable[[Inputs], int | None]  # labels that are not -100, None where there are none
+
+@dataclass(frozen=True)
+class InputCounts:
+    """What a micro-batch holds beside samples."""
+
+    num_items: int | None  # labels that are not -100, None where there are none
+    num_tokens: int = 0  # of its input, where they are counted
+
+
+CountInputs = Callable[[Inputs], InputCounts]
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,8 @@ class OrdinaryBatch:
     num_samples: list[int]  # in each of them; 0: a placeholder for a rank without work
     batch_num_samples: int
     batch_num_items: int | None  # labels over all ranks, where there are any
-    own_num_items: int | None
+    own_num_items: int
+    batch_num_tokens: int  # of the input over all ranks, where they are counted
 
     @property
     def shares(self) -> list[float]:
@@ -39,8 +49,8 @@ class OrdinaryBatch:
 class OrdinaryBatches:
     """Global batches, epoch by epoch, of our own loader or of any other that gives this rank's micro-batches."""
 
-    def __init__(self, loader: DataLoader[Inputs], dealing: Dealing, group: Group, count_items: CountItems) -> None:
-        self.loader, self.dealing, self.group, self.count_items = loader, dealing, group, count_items
+    def __init__(self, loader: DataLoader[Inputs], dealing: Dealing, group: Group, count: CountInputs) -> None:
+        self.loader, self.dealing, self.group, self.count = loader, dealing, group, count
         self.num_samples = loader.num_samples if isinstance(loader, OrdinaryLoader) else None
         self._filler: Inputs | None = None  # what a rank without work runs
 
@@ -56,6 +66,8 @@ class OrdinaryBatches:
         to_skip = start
         if isinstance(self.loader, OrdinaryLoader):
             to_skip = self.loader.move_to(epoch, start)
+        elif hasattr(self.loader, "set_epoch"):
+            self.loader.set_epoch(epoch)
         position, iterator = start - to_skip, iter(self.loader)
         while (batch := self._next(iterator, position)) is not None:
             if position >= start:
@@ -66,18 +78,19 @@ class OrdinaryBatches:
         """Take the micro-batches of one step; ranks tell each other what they have, in one collective."""
         own = list(islice(iterator, self.dealing.accumulation))
         sizes = self._sizes(own, position)
-        items = [self.count_items(micro_batch) for micro_batch in own]
-        own_items = sum(count for count in items if count is not None)
-        has_items = any(count is not None for count in items)
+        counts = [self.count(micro_batch) for micro_batch in own]
+        own_items = sum(count.num_items or 0 for count in counts)
+        has_items = any(count.num_items is not None for count in counts)
+        own_totals = [sum(sizes), own_items, has_items, sum(count.num_tokens for count in counts)]
         is_present = [float(number < len(own)) for number in range(self.dealing.accumulation)]
-        total, total_items, any_items, *present = self.group.sum([sum(sizes), own_items, has_items, *is_present])
+        total, total_items, any_items, tokens, *present = self.group.sum([*own_totals, *is_present])
         missing = sum(count > 0 for count in present) - len(own)
         if not any(present):
             return None
         own += [self._fill(own)] * missing
         self._filler = own[-1] if self.group.world_size > 1 else None
-        counted = (int(total_items), own_items) if any_items else (None, None)
-        return OrdinaryBatch(own, sizes + [0] * missing, int(total), *counted)
+        all_items = int(total_items) if any_items else None
+        return OrdinaryBatch(own, sizes + [0] * missing, int(total), all_items, own_items, int(tokens))
 
     def _sizes(self, own: list[Inputs], position: int) -> list[int]:
         """Samples of each micro-batch: as they were dealt, or as its tensors say where we did not deal."""

@@ -36,9 +36,13 @@ class RunState(TrainerState):
     num_loss_tokens_seen: int = 0
     num_epochs_done: int = 0
     num_epoch_samples_seen: int = 0
+    num_epoch_steps: int = 0
     num_samples_per_epoch: int | None = None  # of a stream without a length not before its first pass ends
+    num_steps_per_epoch: int | None = None
     loss_sum: float = 0.0  # over the steps so far, each by its weight (`StepReport.weight`)
     loss_weight: int = 0
+    loss_scale: float = 1.0  # see `LossScale`
+    num_steps_at_scale: int = 0
     log_window: dict[str, float] = field(default_factory=dict)  # see `LossWindow`
 
     def advance(self, num_samples: int, num_loss_tokens: int) -> None:
@@ -47,6 +51,7 @@ class RunState(TrainerState):
         self.num_samples_seen += num_samples
         self.num_loss_tokens_seen += num_loss_tokens
         self.num_epoch_samples_seen += num_samples
+        self.num_epoch_steps += 1
         if self.num_epoch_samples_seen == self.num_samples_per_epoch:
             self.end_epoch()
         self._tell_epoch()
@@ -54,7 +59,7 @@ class RunState(TrainerState):
     def end_epoch(self) -> None:
         """Move to the beginning of the next epoch, wherever in this one the run stands."""
         self.num_epochs_done += 1
-        self.num_epoch_samples_seen = 0
+        self.num_epoch_samples_seen = self.num_epoch_steps = 0
         self._tell_epoch()
 
     def train_metrics(self, seconds: float) -> dict[str, float]:
@@ -68,11 +73,10 @@ class RunState(TrainerState):
 
     def _tell_epoch(self) -> None:
         """Say how many epochs were trained, with fractions as far as the length of one is known."""
-        if self.num_samples_per_epoch is None:
-            self.epoch = float(self.num_epochs_done)
-        else:
-            seen = self.num_epochs_done * self.num_samples_per_epoch + self.num_epoch_samples_seen
-            self.epoch = seen / self.num_samples_per_epoch
+        length, seen = self.num_samples_per_epoch, self.num_epoch_samples_seen
+        if length is None:  # a loader that is not ours may know its steps
+            length, seen = self.num_steps_per_epoch, self.num_epoch_steps
+        self.epoch = float(self.num_epochs_done) if length is None else (self.num_epochs_done * length + seen) / length
 
 
 class Events:

@@ -45,10 +45,8 @@ def best_metric(args: EvaluationArguments, metrics: Mapping[str, float]) -> floa
 
 
 def more_is_better(args: EvaluationArguments) -> bool:
-    """Whether more of `metric_for_best_model` is better; unless said, not of a loss."""
-    if args.greater_is_better is None:
-        return not args.metric_for_best_model.endswith("loss")
-    return args.greater_is_better
+    """Whether more of `metric_for_best_model` is better; TrainingArguments says it where the user did not."""
+    return bool(args.greater_is_better)
 
 
 def improves(args: EvaluationArguments, value: float, best: float | None) -> bool:

@@ -73,6 +73,7 @@ def train(run: Run) -> None:
     """
     run.state.max_steps = run.length.num_steps or -1
     run.state.num_train_epochs = run.length.num_epochs or 0
+    run.state.num_steps_per_epoch = run.length.steps_per_epoch
     run.state.num_samples_per_epoch = run.batches.num_samples or run.state.num_samples_per_epoch
     with StopRequest() as stop:
         run.events.emit("on_train_begin")
@@ -124,6 +125,7 @@ def train_batch(run: Run, batch: GlobalBatch, stop: StopRequest) -> StepReport:
     result = take_step(run.engine, batch, stop)
     counts = run.engine.objective.counts(batch)
     run.state.advance(counts["num_samples"], counts.get("num_loss_tokens", 0))
+    run.state.num_input_tokens_seen += counts.get("num_tokens", 0)
     report = report_step(run, result, counts, now() - started)
     run.state.loss_sum += report.loss * report.weight
     run.state.loss_weight += report.weight

@@ -18,15 +18,15 @@ from transformers.feature_extraction_sequence_utils import SequenceFeatureExtrac
 
 from trainer.arguments.roads import check_road
 from trainer.arguments.training import TrainingArguments
-from trainer.data.columns import keep_columns
+from trainer.data.columns import keep_columns, sample_lengths
 from trainer.data.dataset import is_token_data
 from trainer.data.length import RunLength, ordinary_length
 from trainer.data.ordinary import Collate, Dealing, Inputs, OrdinaryLoader, build_loader, is_stream
-from trainer.data.sampler import EpochSampler, OrderedSampler
+from trainer.data.sampler import EpochSampler, LengthGroupedSampler, OrderedSampler
 from trainer.distributed.group import Group
 from trainer.errors import UsageError
-from trainer.model.ordinary import check_module, count_labels, prepare_ordinary_model, read_traits
-from trainer.training.batches import OrdinaryBatch, OrdinaryBatches
+from trainer.model.ordinary import check_module, count_labels, count_tokens, prepare_ordinary_model, read_traits
+from trainer.training.batches import InputCounts, OrdinaryBatch, OrdinaryBatches
 from trainer.training.build import check_evaluations
 
 TrainingStep = Callable[[nn.Module, Inputs, Tensor | None], Tensor]
@@ -42,7 +42,7 @@ class ModelObjective:
     def backward(self, batch: OrdinaryBatch) -> Iterator[Tensor]:
         """Have `training_step` add the gradient of each micro-batch; gives its share of the loss."""
         items = batch.batch_num_items if self.average_items else batch.own_num_items
-        num_items = None if items is None else torch.tensor(items, device=self.group.device)
+        num_items = None if batch.batch_num_items is None else torch.tensor(items, device=self.group.device)
         for micro_batch, share, size in zip(batch.micro_batches, batch.shares, batch.num_samples, strict=True):
             self._share, self._has_work = share, size > 0
             yield self.training_step(self.model, micro_batch, num_items)
@@ -62,7 +62,8 @@ class ModelObjective:
 
     def counts(self, batch: OrdinaryBatch) -> dict[str, Any]:
         """Give what is known of a global batch."""
-        return {"num_samples": batch.batch_num_samples, "num_micro_batches": len(batch.micro_batches)}
+        tokens = {"num_tokens": batch.batch_num_tokens} if batch.batch_num_tokens else {}
+        return {"num_samples": batch.batch_num_samples, "num_micro_batches": len(batch.micro_batches), **tokens}
 
 
 class OrdinaryRoad:
@@ -70,8 +71,17 @@ class OrdinaryRoad:
 
     osft = None  # no matrices of theirs are split
 
-    def __init__(self, args: TrainingArguments, group: Group, collate: Collate, datasets: tuple[Any, Any]) -> None:
-        self.args, self.group, self.collate = args, group, collate
+    def __init__(
+        self,
+        args: TrainingArguments,
+        group: Group,
+        collate: Collate | None,
+        processing_class: Any,
+        datasets: tuple[Any, Any],
+    ) -> None:
+        self.args, self.group, self.processing_class = args, group, processing_class
+        self.collate = collate or default_collator(processing_class)
+        self.per_device_train_batch_size = args.per_device_train_batch_size
         self.train_dataset, self.eval_dataset = datasets
         if is_token_data(self.eval_dataset):
             raise UsageError("eval_dataset is token data and train_dataset is not: give two of one kind")
@@ -98,8 +108,7 @@ class OrdinaryRoad:
 
     def train_loader(self, dataset: Any) -> OrdinaryLoader:
         """Build the loader of this rank's micro-batches of an epoch, in an order of its own each epoch."""
-        sampler = None if is_stream(dataset) else EpochSampler(len(dataset), self.args.seed)
-        return self._loader(dataset, sampler, self.dealing)
+        return self._loader(dataset, None if is_stream(dataset) else self._sampler(dataset), self.dealing)
 
     def eval_loader(self, dataset: Any) -> OrdinaryLoader:
         """Build the loader of this rank's evaluation batches, in the order of the data set."""
@@ -111,7 +120,7 @@ class OrdinaryRoad:
         """How training samples are dealt."""
         args = self.args
         return self._dealing(
-            args.per_device_train_batch_size, args.gradient_accumulation_steps, args.dataloader_drop_last
+            self.per_device_train_batch_size, args.gradient_accumulation_steps, args.dataloader_drop_last
         )
 
     @property
@@ -145,7 +154,24 @@ class OrdinaryRoad:
         return ordinary_length(batches.num_samples, batches.steps_per_epoch, self.dealing.per_step, self.args)
 
     def _batches(self, loader: DataLoader[Inputs], dealing: Dealing) -> OrdinaryBatches:
-        return OrdinaryBatches(loader, dealing, self.group, lambda inputs: count_labels(inputs, self.traits))
+        return OrdinaryBatches(loader, dealing, self.group, self._count)
+
+    def _sampler(self, dataset: Any) -> EpochSampler:
+        strategy, seed = self.args.train_sampling_strategy, self.args.seed
+        if strategy == "group_by_length":
+            input_name = getattr(self.processing_class, "model_input_names", ["input_ids"])[0]
+            lengths = sample_lengths(dataset, self.args.length_column_name, input_name)
+            return LengthGroupedSampler(lengths, self.dealing.per_step, seed)
+        return EpochSampler(len(dataset), seed) if strategy == "random" else OrderedSampler(len(dataset), seed)
+
+    def _count(self, inputs: Inputs) -> InputCounts:
+        kind = self.args.include_num_input_tokens_seen
+        num_tokens = 0 if kind == "no" else count_tokens(inputs, self.traits, self._padding_id, kind)
+        return InputCounts(count_labels(inputs, self.traits), num_tokens)
+
+    @property
+    def _padding_id(self) -> int | None:
+        return getattr(self.processing_class, "pad_token_id", None)
 
     def _dealing(self, per_device: int, accumulation: int, drop_last: bool) -> Dealing:
         return Dealing(per_device, accumulation, self.group.rank, self.group.world_size, drop_last)

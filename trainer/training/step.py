@@ -24,6 +24,7 @@ from trainer.model.osft import Osft
 from trainer.optim.averaging import is_averaging
 from trainer.optim.gradients import clip, global_norm, sum_whole_gradients
 from trainer.optim.in_backward import last_backward, steps_in_backward
+from trainer.optim.scaling import LossScale
 from trainer.optim.schedules import step_schedule
 from trainer.training.metrics import BatchMetrics
 from trainer.training.signals import StopRequest
@@ -56,9 +57,15 @@ class Engine:
     group: Group
     max_grad_norm: float
     emit: Emit
+    scale: LossScale
     osft: Osft | None = None
 
     def __post_init__(self) -> None:
+        if self.scale.is_on and steps_in_backward(self.optimizer):
+            raise UsageError(
+                "fp16 scales the loss, and an optimizer that steps during backward would take the scale for gradients; "
+                "give bf16, or choose another optim"
+            )
         if self.osft is not None and (steps_in_backward(self.optimizer) or is_averaging(self.optimizer)):
             raise UsageError(
                 "osft projects gradients before the step, and weights after it: an optimizer that steps during "
@@ -84,18 +91,28 @@ def take_step(engine: Engine, batch: GlobalBatch, stop: StopRequest) -> StepResu
         NonFiniteError: loss or gradient norm is NaN or infinite; nothing was updated.
         LeakError: the update moved what OSFT protects.
     """
+    totals, norm = find_gradients(engine, batch, stop)
+    while engine.scale.must_shrink(norm.item()):
+        engine.optimizer.zero_grad()
+        totals, norm = find_gradients(engine, batch, stop)
+    loss, grad_norm = totals["loss"], norm.item()
+    check_finite(loss, grad_norm, steps_in_backward(engine.optimizer))
+    engine.scale.grow()
+    learning_rate = update(engine, norm)
+    more = {} if engine.osft is None else engine.osft.report()
+    return StepResult(loss, grad_norm, learning_rate, stop.agreed(totals), more)
+
+
+def find_gradients(engine: Engine, batch: GlobalBatch, stop: StopRequest) -> tuple[dict[str, float], Tensor]:
+    """Leave the gradient of a global batch, over all ranks; gives the sums over ranks, and its norm."""
     metrics = accumulate_gradients(engine, batch)
     metrics.accumulate(**stop.as_flags())
     totals = metrics.reduce(engine.group)
     sum_whole_gradients(engine.model.parameters(), engine.group)
+    engine.scale.unscale(engine.model.parameters())
     if engine.osft is not None:
         engine.osft.project_gradients()
-    norm = global_norm(engine.model.parameters(), engine.optimizer)
-    loss, grad_norm = totals["loss"], norm.item()
-    check_finite(loss, grad_norm, steps_in_backward(engine.optimizer))
-    learning_rate = update(engine, norm)
-    more = {} if engine.osft is None else engine.osft.report()
-    return StepResult(loss, grad_norm, learning_rate, stop.agreed(totals), more)
+    return totals, global_norm(engine.model.parameters(), engine.optimizer)
 
 
 def accumulate_gradients(engine: Engine, batch: GlobalBatch) -> BatchMetrics:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
 from transformers import set_seed
-from transformers.trainer_callback import CallbackHandler, TrainerCallback
+from transformers.trainer_callback import CallbackHandler, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from trainer.arguments.training import TrainingArguments
@@ -21,29 +20,29 @@ from trainer.data.ordinary import Collate
 from trainer.distributed.group import Group
 from trainer.errors import UsageError
 from trainer.model.export import export_model
-from trainer.model.ordinary import LossFunction, LossRule, find_loss
-from trainer.model.precision import compute_context
+from trainer.model.noise import embedding_noise
+from trainer.model.ordinary import LossFunction
 from trainer.optim.averaging import averaged_weights
-from trainer.optim.groups import parameter_groups
-from trainer.optim.optimizers import build_optimizer
-from trainer.optim.schedules import build_schedule
+from trainer.optim.scaling import LossScale
+from trainer.training.accelerator import AcceleratorWords
+from trainer.training.build import check_optimizer, start_machine
 from trainer.training.callbacks import Events, ExportCallback, FlowCallback, MetricsFile, RunState
-from trainer.training.evaluation import more_is_better
 from trainer.training.generation import Answer
 from trainer.training.loop import Run, train
+from trainer.training.memory import Snapshot, is_out_of_memory, memory_tracker, next_batch_size
 from trainer.training.metrics import now
-from trainer.training.ordinary import OrdinaryRoad, default_collator
+from trainer.training.ordinary import OrdinaryRoad
 from trainer.training.osft import start
 from trainer.training.output import METRICS, open_output_dir
-from trainer.training.prediction import TrainerPrediction
-from trainer.training.step import Engine, to_device
+from trainer.training.parts import TrainerParts
+from trainer.training.step import Engine
 from trainer.training.tokens import TokenRoad
 
 ModelInit = Callable[[], nn.Module]
 ComputeMetrics = Callable[..., dict[str, float]]
 
 
-class Trainer(TrainerPrediction):
+class Trainer(TrainerParts):
     """Trains a model: a causal language model on packed token samples, or any module on any data set.
 
     Token data (a TokenStore, a JsonlDataset, or the file that data_path names) is packed. With it, what is not given is
@@ -70,8 +69,6 @@ class Trainer(TrainerPrediction):
         UsageError, ModelError, DataError: see the messages.
     """
 
-    loss_is_scaled_for_ga: bool | None = None  # whether an overridden compute_loss divides by num_items_in_batch
-
     def __init__(
         self,
         model: nn.Module | None = None,
@@ -92,12 +89,14 @@ class Trainer(TrainerPrediction):
         if not isinstance(self.args, TrainingArguments):
             given = f"{type(args).__module__}.{type(args).__qualname__}"
             raise UsageError(f"args is a {given}: give trainer.TrainingArguments")
+        self._memory = memory_tracker(self.args.skip_memory_metrics)
+        self._memory.start()
         self.group = Group.join(self.args)
-        set_seed(self.args.seed)
+        start_machine(self.args)
+        self.accelerator = AcceleratorWords(self.group, self.backward)
         self.processing_class = processing_class
         self.optimizer, self.lr_scheduler = optimizers
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
-        self._made_schedule = False
         self.compute_loss_func, self.compute_metrics = compute_loss_func, compute_metrics
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
         self.model_init, self.data_collator = model_init, data_collator
@@ -109,6 +108,8 @@ class Trainer(TrainerPrediction):
         self._has_trained = False
         self._exports: dict[Path, int] = {}  # folder -> step whose weights it holds
         self._start_callbacks(callbacks or ())
+        self._scale = LossScale(self.state, is_on=False)
+        self._memory.stop_and_update_metrics()
 
     def train(self) -> TrainOutput:
         """Train from the start to the end.
@@ -119,18 +120,11 @@ class Trainer(TrainerPrediction):
         Raises:
             NonFiniteError: a loss or gradient is NaN or infinite.
         """
-        self._begin_anew()
-        run = self._build_run()
-        open_output_dir(self.args, self.group, keeps_older=isinstance(self.road, OrdinaryRoad))
-        if self.road.osft is not None:
-            self.log(start(self.road.osft, self.events, self.group))
-        self._run_started, self.is_in_train, self._has_trained = now(), True, True
-        try:
-            train(run)
-        finally:
-            self.is_in_train = False
-        self.group.barrier()  # what the lead rank wrote is there for all
-        self.stop_signal = run.stop_signal
+        self._memory.start()
+        before = Snapshot(self.model) if self.args.auto_find_batch_size else None
+        while not self._train_once(before):
+            pass
+        self._memory.stop_and_update_metrics(self._train_metrics)
         return TrainOutput(self.state.global_step, self._train_metrics["train_loss"], self._train_metrics)
 
     def save_model(self, output_dir: str | Path | None = None) -> Path:
@@ -147,68 +141,6 @@ class Trainer(TrainerPrediction):
     def save_checkpoint(self) -> None:
         """Save what the callbacks asked for with `control.should_save`."""
         self.save_model()
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add a line to the log history, with epoch and step, and tell the callbacks."""
-        logs["epoch"] = self.state.epoch
-        self.state.log_history.append({**logs, "step": self.state.global_step})
-        self.events.emit("on_log", logs=logs)
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """Build the loader of training data: of this rank's micro-batches, for token data of its global batches."""
-        if self.train_dataset is None:
-            raise UsageError("nothing to train on: give train_dataset")
-        return self.road.train_loader(self.train_dataset)
-
-    def create_optimizer_and_scheduler(self, num_training_steps: int | None) -> None:
-        """Make the optimizer and its schedule, where they were not given."""
-        self.create_optimizer()
-        self.create_scheduler(num_training_steps)
-
-    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """Make the optimizer that the options name, or that `optimizer_cls_and_kwargs` gives, if there is none yet."""
-        model = self.model if model is None else model
-        if self.optimizer is None and self.optimizer_cls_and_kwargs is not None:
-            kind, settings = self.optimizer_cls_and_kwargs
-            self.optimizer = kind(parameter_groups(model, self.args), **settings)
-        elif self.optimizer is None:
-            self.optimizer = build_optimizer(model, self.args)
-        return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int | None, optimizer: Optimizer | None = None) -> LRScheduler:
-        """Make the learning-rate schedule that the options name, if none was given."""
-        if self.lr_scheduler is None:
-            optimizer = optimizer or self.create_optimizer()
-            self.lr_scheduler = build_schedule(optimizer, self.args, num_training_steps, more_is_better(self.args))
-            self._made_schedule = True
-        return self.lr_scheduler
-
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | None = None) -> Tensor:
-        """Add the gradient of one micro-batch of ordinary data; gives its share of the loss of the global batch."""
-        inputs = to_device(inputs, self.group.device)
-        if not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
-            num_items_in_batch = None  # nobody would divide by it
-        with compute_context(self.model):
-            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        is_divided = self.loss_is_scaled_for_ga
-        if is_divided is None:
-            is_divided = num_items_in_batch is not None
-        loss = self.road.objective.weigh(loss, is_divided=is_divided)
-        loss.backward()
-        return loss.detach()
-
-    def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
-    ) -> Any:
-        """Give the loss of a micro-batch of ordinary data, with the model's outputs if asked for.
-
-        An override that does not divide by `num_items_in_batch` although the model takes it says so with
-        `loss_is_scaled_for_ga = False`.
-        """
-        smoothing = self.args.label_smoothing_factor
-        rule = LossRule(self.road.traits, self.model_accepts_loss_kwargs, self.compute_loss_func, smoothing)
-        loss, outputs = find_loss(model, inputs, num_items_in_batch, rule)
-        return (loss, outputs) if return_outputs else loss
 
     @property
     def answers(self) -> dict[int, list[Answer]]:
@@ -228,8 +160,8 @@ class Trainer(TrainerPrediction):
             return tokens
         if (model is None) == (self.model_init is None):
             raise UsageError("give either model or model_init")
-        self.data_collator = self.data_collator or default_collator(self.processing_class)
-        self.road = OrdinaryRoad(self.args, self.group, self.data_collator, datasets)
+        self.road = OrdinaryRoad(self.args, self.group, self.data_collator, self.processing_class, datasets)
+        self.data_collator = self.road.collate
         self._use_model(self.model_init() if self.model_init is not None else model)
         return self.road
 
@@ -248,19 +180,50 @@ class Trainer(TrainerPrediction):
 
     def _start_callbacks(self, callbacks: Sequence[TrainerCallback | type[TrainerCallback]]) -> None:
         metrics_file = MetricsFile(Path(self.args.output_dir, METRICS))
-        own = [FlowCallback(), metrics_file, ExportCallback(self.save_model)]
+        own = [FlowCallback(), metrics_file, ExportCallback(self.save_model), *self._display()]
         self.callback_handler = CallbackHandler([*own, *callbacks], self.model, self.processing_class, None, None)
         self.events = Events(self.args, self._new_state(), self.callback_handler)
         self.events.emit("on_init_end")
+
+    def _display(self) -> list[TrainerCallback]:
+        """Show what happens as transformers' Trainer does; the command line has a display of its own."""
+        if not isinstance(self.road, OrdinaryRoad):
+            return []
+        return [PrinterCallback() if self.args.disable_tqdm else ProgressCallback()]
 
     def _new_state(self) -> RunState:
         is_ordinary = isinstance(self.road, OrdinaryRoad)
         return RunState(
             is_world_process_zero=self.group.is_lead,
             is_local_process_zero=self.group.topology.is_local_lead,
-            train_batch_size=self.args.per_device_train_batch_size if is_ordinary else self.args.batch_size,
+            train_batch_size=self.road.per_device_train_batch_size if is_ordinary else self.args.batch_size,
             logging_steps=self.args.logging_steps,
         )
+
+    def _train_once(self, before: Snapshot | None) -> bool:
+        """Run to the end; gives False where memory ran out and a smaller batch size is to be tried, if one may."""
+        self._begin_anew()
+        run = self._build_run()
+        open_output_dir(self.args, self.group, keeps_older=isinstance(self.road, OrdinaryRoad))
+        if self.road.osft is not None:
+            self.log(start(self.road.osft, self.events, self.group))
+        self._run_started, self.is_in_train, self._has_trained = now(), True, True
+        try:
+            with embedding_noise(self.model, self.args.neftune_noise_alpha):
+                train(run)
+        except RuntimeError as error:
+            if before is None or not is_out_of_memory(error):
+                raise
+        else:
+            self.group.barrier()  # what the lead rank wrote is there for all
+            self.stop_signal = run.stop_signal
+            return True
+        finally:
+            self.is_in_train = False
+        before.restore()
+        self.optimizer = None
+        self.road.per_device_train_batch_size = next_batch_size(self.road.per_device_train_batch_size)
+        return False
 
     def _begin_anew(self) -> None:
         """Forget an earlier run: the second counts from 0, with its own schedule, and with model_init its own model."""
@@ -280,6 +243,8 @@ class Trainer(TrainerPrediction):
         batches = self.road.batches(loader)
         length = self.road.length(batches)
         self.create_optimizer_and_scheduler(length.num_steps)
+        check_optimizer(self.create_optimizer(), self.model)
+        self._scale = LossScale(self.state, is_on=self.args.fp16)
         handler = self.callback_handler
         handler.model, handler.train_dataloader = self.model, loader
         handler.optimizer, handler.lr_scheduler = self.optimizer, self.lr_scheduler
@@ -293,6 +258,7 @@ class Trainer(TrainerPrediction):
                 self.group,
                 self.args.max_grad_norm,
                 self.events.emit,
+                self._scale,
                 self.road.osft,
             ),
             batches=batches,

@@ -1,0 +1,57 @@
+"""`trainer.accelerator`, for code written for transformers' Trainer: the few words of it that overrides use.
+
+There is no accelerate behind it; each word does what the Trainer does itself. Any other is an error that says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.distributed.group import Group
+
+
+class AcceleratorWords:
+    """What an overridden `training_step` or `compute_loss` may ask of `self.accelerator`."""
+
+    def __init__(self, group: Group, backward: Callable[[Tensor], None]) -> None:
+        self._group, self._backward = group, backward
+
+    def backward(self, loss: Tensor, **_: Any) -> None:
+        """Add the gradient of a loss that is a mean over this rank's samples; over ranks they are averaged."""
+        self._backward(loss / self._group.world_size)
+
+    def unwrap_model(self, model: nn.Module, **_: Any) -> nn.Module:
+        """Give the model: it is never wrapped."""
+        return model
+
+    def wait_for_everyone(self) -> None:
+        """Wait until every rank has come here."""
+        self._group.barrier()
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's device."""
+        return self._group.device
+
+    @property
+    def num_processes(self) -> int:
+        """Number of ranks."""
+        return self._group.world_size
+
+    @property
+    def process_index(self) -> int:
+        """This rank."""
+        return self._group.rank
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this rank writes and prints for all."""
+        return self._group.is_lead
+
+    def __getattr__(self, name: str) -> Any:
+        words = ", ".join(word for word in dir(type(self)) if not word.startswith("_"))
+        raise AttributeError(f"accelerator.{name}: this Trainer works without accelerate; it understands {words}")
