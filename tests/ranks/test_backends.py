@@ -37,6 +37,7 @@ def shared_list():
 
 @pytest.mark.world_size(3)
 @pytest.mark.backend("threads")
+@pytest.mark.isolation("warm")  # the second test looks at what the first one left
 class TestFixturesOnThreads:
     @pytest.mark.parametrize("n", [4])
     def test_each_rank_has_its_own(self, ranks, own_list, shared_list, tmp_path, n):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from tests.fixtures.corpora import write_chats
 from tests.fixtures.models import save_model
@@ -25,7 +26,7 @@ from tests.fixtures.ranks.launch import Launch, Outcomes
 from tests.fixtures.tokenizers import build_tokenizer
 from tests.fixtures.tolerances import LAYOUT_FP32
 from trainer.cli.main import COMMANDS, main
-from trainer.distributed.launch import run_on_ranks
+from trainer.distributed.launch import _cause, run_on_ranks
 from trainer.errors import RankError
 
 SECONDS_TO_NOTICE = 30  # from the death of a rank to the end of the job
@@ -90,9 +91,9 @@ class Job:
 def job(tmp_path: Path) -> Iterator[Job]:
     made = Job(tmp_path)
     yield made
-    if made.process is not None and made.process.poll() is None:
-        made.process.kill()
-        made.process.wait()
+    if made.process is not None:
+        with made.process:  # closes its pipe
+            made.process.kill()
 
 
 def train(launch: Launch, world_size: int, job: Job, *extra: str, faults: Sequence[Fault] = ()) -> Outcomes:
@@ -134,6 +135,14 @@ def run_on_two(module: str, *words: str) -> tuple[int | None, str]:
         return run_on_ranks(2, module, words), ""
     except RankError as error:
         return None, str(error)
+
+
+def test_the_cause_is_whoever_torchrun_did_not_end_itself() -> None:
+    codes = [-signal.SIGTERM, 1, -signal.SIGKILL, 2]
+    failures = {rank: ProcessFailure(rank, 0, code, error_file="none") for rank, code in enumerate(codes)}
+    assert _cause(failures)[0] == 2
+    del failures[2]
+    assert _cause(failures)[0] == 1
 
 
 def test_a_job_that_refuses_something_fails_with_its_message_and_nothing_else(launch: Launch) -> None:

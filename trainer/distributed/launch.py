@@ -7,10 +7,11 @@ nothing of what the ranks run.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import signal
+from collections.abc import Mapping, Sequence
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import main as torchrun
 
 from trainer.errors import RankError
@@ -31,10 +32,14 @@ def run_on_ranks(nproc_per_node: int, module: str, arguments: Sequence[str]) -> 
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
     except ChildFailedError as error:
-        killed = [(rank, failure) for rank, failure in error.failures.items() if failure.exitcode < 0]
-        if killed:
-            rank, failure = killed[0]
+        rank, failure = _cause(error.failures)
+        if failure.exitcode < 0:
             how = f"killed by {failure.signal_name()}"
             raise RankError(f"rank {rank} (pid {failure.pid}) was {how}, and the others were ended") from None
-        return int(error.get_first_failure()[1].exitcode)
+        return int(failure.exitcode)
     return 0
+
+
+def _cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """The rank that was killed, else one that failed; torchrun itself ends the others by SIGTERM."""
+    return min(failures.items(), key=lambda item: (item[1].exitcode == -signal.SIGTERM, item[1].exitcode))
