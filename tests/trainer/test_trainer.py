@@ -246,23 +246,40 @@ class TestSteps:
 
 class TestEvents:
     LOOP = ("step_begin", "pre_optimizer_step", "optimizer_step", "step_end")
+    EVALUATION = (*["prediction_step"] * 2, "log", "evaluate")  # 16 held-out samples, 8 in a batch
 
     def expected(self, args: TrainingArguments, num_steps: int) -> list[str]:
-        """The flow that transformers documents for one epoch."""
-        events = ["init_end", "train_begin", "epoch_begin"]
+        """The flow that transformers documents, for one epoch."""
+
+        def due(strategy: str, interval: float | None, step: int) -> bool:
+            return strategy == "steps" and interval is not None and step % interval == 0
+
+        events = ["init_end", "train_begin", *(self.EVALUATION if args.eval_on_start else ()), "epoch_begin"]
         for step in range(1, num_steps + 1):
             events += self.LOOP
-            events += ["log"] if args.logging_strategy == "steps" and step % args.logging_steps == 0 else []
+            events += ["log"] if due(args.logging_strategy, args.logging_steps, step) else []
+            events += self.EVALUATION if due(args.eval_strategy, args.eval_steps, step) else ()
         events += ["epoch_end"]
         events += ["log"] if args.logging_strategy == "epoch" else []
+        events += self.EVALUATION if args.eval_strategy == "epoch" else ()
         return [*events, "log", "train_end"]
 
     @pytest.mark.parametrize(
-        "options", [{"logging_steps": 3}, {"logging_strategy": "epoch"}, {"logging_strategy": "no"}], ids=str
+        "options",
+        [
+            {"logging_steps": 3},
+            {"logging_strategy": "epoch"},
+            {"logging_strategy": "no"},
+            {"eval_strategy": "steps", "eval_steps": 4, "logging_steps": 2},
+            {"eval_strategy": "epoch", "logging_strategy": "epoch"},
+            {"eval_strategy": "epoch", "logging_steps": 4, "eval_on_start": True},
+        ],
+        ids=str,
     )
     def test_come_in_the_documented_order(self, tmp_path: Path, options: dict[str, Any]) -> None:
         calls = Calls()
-        trainer = get_regression_trainer(output_dir=tmp_path, callbacks=[calls], num_train_epochs=1, **options)
+        given = {"callbacks": [calls], "num_train_epochs": 1, "eval_len": 16, **options}
+        trainer = get_regression_trainer(output_dir=tmp_path, **given)
         trainer.train()
         assert calls.events == self.expected(trainer.args, num_steps=8)
 
@@ -441,6 +458,15 @@ class TestModels:
         weights = load_file(folder / "model.safetensors")
         assert (weights["a"].item(), weights["b"].item()) == line_of(trainer)
 
+    def test_a_model_may_be_saved_among_what_the_run_writes(self, tmp_path: Path) -> None:
+        trainer = get_regression_trainer(output_dir=tmp_path, max_steps=1)
+        trainer.train()
+        trainer.save_model(str(tmp_path))
+        trainer.save_model(str(tmp_path))
+        saved = RegressionPreTrainedModel.from_pretrained(tmp_path)
+        assert (saved.a.item(), saved.b.item()) == line_of(trainer)
+        assert (tmp_path / "metrics.jsonl").is_file()
+
 
 class TestOptions:
     def test_a_run_repeats_itself_and_leaves_its_arguments_alone(self, tmp_path: Path) -> None:
@@ -589,6 +615,12 @@ class TestLossScale:
         parameter.grad = torch.full((2,), 3.0 * scale.value)
         scale.unscale([parameter])
         assert parameter.grad.tolist() == [3.0, 3.0]
+
+    def test_an_optimizer_that_steps_during_backward_is_refused(self, tmp_path: Path) -> None:
+        pytest.importorskip("lomo_optim")
+        options = {"fp16": True, "optim": "lomo", "max_grad_norm": 0.0}
+        with pytest.raises(UsageError, match="fp16 scales the loss"):
+            get_regression_trainer(output_dir=tmp_path, **options).train()
 
     @pytest.mark.world_size(1, 2)
     def test_a_run_in_float16_loses_no_sample_to_overflow(self, ranks) -> None:

@@ -21,6 +21,8 @@ from tests.trainer.trainer_test_utils import (
     DynamicShapesDataset,
     RegressionDataset,
     RegressionModel,
+    RegressionModelConfig,
+    RegressionPreTrainedModel,
     SampleIterableDataset,
     get_regression_trainer,
     labelled_rows,
@@ -349,6 +351,11 @@ class TestLabels:
         samples = [(row["input_ids"], row["labels"]) for row in seen]
         expected = gradients(tiny_llama().double(), samples, 0.1)
         assert relative_difference(gradients_of(trainer.model), expected) < LAYOUT_FLOAT64
+
+    def test_smoothing_is_refused_where_a_row_has_several_labels(self, tmp_path: Path) -> None:
+        model = RegressionPreTrainedModel(RegressionModelConfig(problem_type="multi_label_classification"))
+        with pytest.raises(UsageError, match="a multi-label model has many"):
+            get_regression_trainer(output_dir=tmp_path, model=model, label_smoothing_factor=0.1)
 
     def test_label_columns_may_be_named(self, tmp_path: Path) -> None:
         trainer = get_regression_trainer(output_dir=tmp_path, label_names=["labels", "labels_2"], max_steps=1)

@@ -33,6 +33,8 @@ def export_model(
     directory: str | os.PathLike[str],
     save_dtype: torch.dtype | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
+    *,
+    is_shared: bool = False,
 ) -> None:
     """Write a model for others to use; an older export in `directory` is replaced.
 
@@ -42,6 +44,7 @@ def export_model(
         directory: The folder to make.
         save_dtype: Format of the weights; None for the one in which the model was stored before training.
         max_shard_size: Largest safetensors file.
+        is_shared: The folder holds other things as well, which stay; only file by file does the export appear whole.
 
     Raises:
         CheckpointError: The lead rank could not write, or `directory` holds something else than an export.
@@ -53,7 +56,8 @@ def export_model(
     if is_lead(model):
         try:
             _check_range(tensors)
-            _publish(model, tokenizer, tensors, target, max_shard_size)
+            hidden = _stage(model, tokenizer, tensors, target, max_shard_size)
+            (_move_files if is_shared else _replace_folder)(hidden, target)
         except (OSError, ValueError, RuntimeError, SafetensorError) as caught:
             error = caught
     if error is not None:
@@ -85,21 +89,16 @@ def _check_range(tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} holds values beyond the range of float16; choose bfloat16 or float32")
 
 
-def _publish(
+def _stage(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
     tensors: dict[str, Tensor],
     target: Path,
     max_shard_size: str,
-) -> None:
-    """Write into a hidden folder beside the target, then rename it."""
-    is_export = any((target / name).is_file() for name in (CONFIG, WEIGHTS))
-    if target.exists() and not is_export and any(target.iterdir()):
-        raise ValueError("the folder holds something else than an export; choose another")
+) -> Path:
+    """Write into a hidden folder beside the target; gives that folder."""
     hidden = target.with_name(f".{target.name}.writing")
-    former = target.with_name(f".{target.name}.former")
-    for leftover in (hidden, former):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
     try:
         if isinstance(model, PreTrainedModel):
@@ -109,12 +108,38 @@ def _publish(
         if tokenizer is not None:
             tokenizer.save_pretrained(hidden)
         _seal(hidden)
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise
+    return hidden
+
+
+def _replace_folder(hidden: Path, target: Path) -> None:
+    """Rename a finished export, in place of an older one."""
+    former = target.with_name(f".{target.name}.former")
+    shutil.rmtree(former, ignore_errors=True)
+    try:
+        is_export = any((target / name).is_file() for name in (CONFIG, WEIGHTS))
+        if target.exists() and not is_export and any(target.iterdir()):
+            raise ValueError("the folder holds something else than an export; choose another")
         if target.exists():
             target.rename(former)
         hidden.rename(target)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
     shutil.rmtree(former, ignore_errors=True)
+
+
+def _move_files(hidden: Path, target: Path) -> None:
+    """Move the files of a finished export among others; weights of an older one go, the config comes last."""
+    target.mkdir(parents=True, exist_ok=True)
+    new = {path.name: path for path in hidden.iterdir()}
+    for stale in target.glob("model*.safetensors*"):
+        if stale.name not in new:
+            stale.unlink()
+    for name in sorted(new, key=lambda name: name == CONFIG):
+        new[name].replace(target / name)
+    hidden.rmdir()
 
 
 def _write(model: PreTrainedModel, tensors: dict[str, Tensor], directory: Path, max_shard_size: str) -> None:

@@ -101,6 +101,11 @@ class OrdinaryRoad:
             ModelError: it cannot be trained as asked.
         """
         check_module(model)
+        config = getattr(model, "config", None)
+        if self.args.label_smoothing_factor and getattr(config, "problem_type", None) == "multi_label_classification":
+            raise UsageError(
+                "label_smoothing_factor spreads one target over classes, and a multi-label model has many: leave it out"
+            )
         self.traits = read_traits(model, self.args.label_names)
         prepare_ordinary_model(model, self.args, self.group.mesh, self.group.device)
         average = self.args.average_tokens_across_devices

@@ -134,7 +134,8 @@ class Trainer(TrainerParts):
         save_dtype = getattr(torch, self.args.save_dtype) if self.args.save_dtype else None
         if self._exports.get(directory) != self.state.global_step:
             with averaged_weights(self.optimizer):
-                export_model(self.model, self.processing_class, directory, save_dtype)
+                is_shared = directory.resolve() == Path(self.args.output_dir).resolve()  # with all that the run writes
+            export_model(self.model, self.processing_class, directory, save_dtype, is_shared=is_shared)
             self._exports[directory] = self.state.global_step
         return directory
 
