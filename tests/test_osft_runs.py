@@ -1,5 +1,6 @@
 """Orthogonal subspace fine-tuning in whole runs: options, metrics, exports, and that a leak ends them."""
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -8,17 +9,22 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from tests.fixtures.forgetting import draw_tasks, learn, learner, split_copy
 from tests.fixtures.models import build_pack, tiny_llama
 from tests.fixtures.oracles import linear_schedule, mean_loss, protected_share, relative_difference
 from tests.fixtures.runs import build_arguments, build_trainer, random_token_samples, step_lines, weights_of
 from tests.fixtures.splitting import osft_arguments, started
 from tests.fixtures.tolerances import (
     CLOSED_FORM_FLOAT64,
+    FORGETTING_LEARNED,
+    FORGETTING_RETAINED,
     OSFT_LEAK,
     OSFT_LOGITS_FP32,
     OSFT_NORM_FP32,
     OSFT_TRAJECTORY_FLOAT64,
 )
+from trainer.cli.mini_trainer import MiniTrainerFlags
+from trainer.cli.progress import ProgressDisplay
 from trainer.data.sampler import epoch_order
 from trainer.errors import LeakError, UsageError
 from trainer.model.osft import merged_weight, osft_layers
@@ -169,3 +175,43 @@ def test_ratios_follow_importance() -> None:
 def test_options_without_sense_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
         build_arguments(tmp_path, **options)
+
+
+def test_mini_trainers_flags_mean_what_they_mean_there() -> None:
+    required = {"model_name_or_path": "m", "data_path": "d", "batch_size": 4, "max_tokens_per_gpu": 9}
+    flags = MiniTrainerFlags(
+        **required,
+        learning_rate=1e-5,
+        output_dir="out",
+        osft=True,
+        osft_unfreeze_rank_ratio=0.5,
+        osft_target_patterns="'self_attn.q_proj', mlp.gate_proj.weight",
+        osft_upcast_dtype="float64",
+    )
+    args = flags.to_arguments()
+    assert (args.osft, args.osft_unfreeze_rank_ratio, args.osft_svd_dtype) == (True, 0.5, "float64")
+    model = tiny_llama()
+    apply_osft(model, args)
+    assert {name.partition("layers.")[2][2:] for name in osft_layers(model)} == {"self_attn.q_proj", "mlp.gate_proj"}
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == {
+        f"{name}.{part}" for name in osft_layers(model) for part in ("weight", "osft_free", "osft_protected")
+    }
+
+
+def test_the_decomposition_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    osft_trainer(tmp_path, callbacks=[ProgressDisplay()], max_steps=1).train()
+    assert "decomposed the matrices in " in capsys.readouterr().out
+
+
+def test_osft_forgets_less_than_full_fine_tuning_at_the_same_learning_rate() -> None:
+    """At one learning rate: with a smaller one full fine-tuning keeps more too (see docs/osft.md)."""
+    first, second = draw_tasks(seed=0, sizes=(128, 96), vocabulary=64)
+    model = learner(seed=0, hidden_size=64, vocabulary=64)
+    learn(model, first, 3e-3, num_steps=60)
+    assert first.accuracy(model) >= FORGETTING_LEARNED
+    full, (split, osft) = copy.deepcopy(model), split_copy(model, 0.25)
+    learn(full, second, 3e-3, num_steps=80)
+    learn(split, second, 3e-3, num_steps=80, osft=osft)
+    assert min(second.accuracy(full), second.accuracy(split)) >= FORGETTING_LEARNED
+    assert first.accuracy(full) < FORGETTING_RETAINED / 2
+    assert first.accuracy(split) > FORGETTING_RETAINED

@@ -1,10 +1,16 @@
-"""L9: a frozen parameter is bit-equal after training, whatever the optimizer does to the others."""
+"""L9: a frozen parameter is bit-equal after training, whatever the optimizer does to the others.
+
+What OSFT protects does not move: all movement lies in the free singular directions, up to a stated share.
+"""
 
 import pytest
 import torch
 
 from tests.fixtures.models import build_pack, save_model
+from tests.fixtures.oracles import protected_share
 from tests.fixtures.runs import weights_of
+from tests.fixtures.splitting import change_of, move_at_random, split_matrices, started
+from tests.fixtures.tolerances import OSFT_LEAK
 from trainer.arguments.groups import ModelArguments
 from trainer.model.load import load_model
 from trainer.model.loss import token_loss_sum
@@ -60,3 +66,18 @@ def test_frozen_parameters_do_not_move_when_sharded(patterns, ranks):
         save_model(ranks.tmp_path)
     ranks.barrier()
     check_training_moves_only_what_is_not_frozen(ranks.tmp_path, patterns, ranks.mesh())
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_what_osft_protects_does_not_move_in_500_steps(weight_decay):
+    layers = split_matrices()
+    osft = started(layers)
+    before = weights_of(layers)
+    optimizer = torch.optim.AdamW([layer.osft_update for layer in layers], lr=1e-2, weight_decay=weight_decay)
+    move_at_random(osft, optimizer, num_steps=500)
+    for layer in layers:
+        weight, change = layer.matrix(layer.weight).detach(), change_of(layer)
+        assert protected_share(change, weight, layer.osft_free.shape[1]) < OSFT_LEAK[torch.float32]
+        assert change.norm() > 1  # beside singular values of 1, 2, 3 ...
+    moved = {name for name, value in weights_of(layers).items() if not torch.equal(value, before[name])}
+    assert moved == {f"{index}.osft_update" for index in range(3)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,13 +16,11 @@ from trainer.errors import UsageError
 _LATER = "not part of this version yet; leave it out"
 _TRACKERS = "experiment trackers are " + _LATER
 _FULL_STATE = "full-state checkpoints are " + _LATER
-_OSFT = "orthogonal subspace fine-tuning is " + _LATER
 NOT_HERE = {
     "serialized_callbacks": "pickled callbacks are never executed; give Trainer(callbacks=[...]) from Python",
     "val_loss_improvement_threshold": "every improvement counts; leave it out",
     "on_demand_checkpointing": _FULL_STATE,
     "resume_from_full_state_checkpoint": _FULL_STATE,
-    **dict.fromkeys(("osft", "osft_unfreeze_rank_ratio", "osft_target_patterns", "osft_upcast_dtype"), _OSFT),
     **dict.fromkeys(("wandb_project", "wandb_run_name", "wandb_entity"), _TRACKERS),
     **dict.fromkeys(("mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name"), _TRACKERS),
 }
@@ -46,6 +45,11 @@ class MiniTrainerFlags:
     eps: float = 1e-8
     weight_decay: float = 0.0
     use_liger_kernels: bool = False
+    osft: bool = option(False, "Orthogonal subspace fine-tuning; all outside the split matrices trains, as there.")
+    osft_unfreeze_rank_ratio: float | None = option(None, "Share of each matrix's singular directions that trains.")
+    osft_target_patterns: str | None = option(None, "Parts of names of the matrices to split, separated by commas.")
+    osft_upcast_dtype: Literal["float32", "float64"] = option("float32", "Format of the decompositions.")
+    osft_output_dtype: Literal["float32"] | None = option(None, "Format of the factors; float32 always.")
     min_samples_per_checkpoint: int | None = None
     training_mode: Literal["epoch", "step", "token", "infinite"] = "epoch"
     max_epochs: int = option(1, "Epochs, in mode epoch.")
@@ -67,7 +71,7 @@ class MiniTrainerFlags:
 
     def to_arguments(self) -> TrainingArguments:
         """Say the same in our options."""
-        return TrainingArguments(**self._renamed(), **self._length(), **self._validation())
+        return TrainingArguments(**self._renamed(), **self._length(), **self._validation(), **self._osft())
 
     def _renamed(self) -> dict[str, Any]:
         same: tuple[str, ...] = (
@@ -111,6 +115,18 @@ class MiniTrainerFlags:
             "eval_steps": self.validation_frequency,
             "min_samples_per_evaluation": self.min_samples_per_validation,
             "eval_at_end": self.validate_at_final,
+        }
+
+    def _osft(self) -> dict[str, Any]:
+        if not self.osft:
+            return {"osft_unfreeze_rank_ratio": self.osft_unfreeze_rank_ratio}
+        names = (self.osft_target_patterns or "").replace("'", "").replace('"', "").replace(" ", "").split(",")
+        return {
+            "osft": True,
+            "osft_unfreeze_rank_ratio": self.osft_unfreeze_rank_ratio,
+            "osft_target_patterns": [re.escape(name.removesuffix(".weight")) for name in names if name],
+            "osft_train_patterns": ["."],
+            "osft_svd_dtype": self.osft_upcast_dtype,
         }
 
 

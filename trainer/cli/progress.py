@@ -12,6 +12,7 @@ from rich.table import Table
 from transformers.trainer_callback import TrainerCallback, TrainerControl
 
 from trainer.arguments.training import TrainingArguments
+from trainer.cli.preparing import SECONDS_BEFORE_SHOWING, SECONDS_BETWEEN_LINES
 from trainer.training.callbacks import RunState
 from trainer.training.generation import Answer
 from trainer.training.metrics import StepReport
@@ -27,6 +28,18 @@ class ProgressDisplay(TrainerCallback):
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
+        self._next_line = SECONDS_BEFORE_SHOWING  # seconds after the start of the decomposition
+
+    def on_decompose(self, args: TrainingArguments, state: RunState, done: int, total: int, seconds: float) -> None:
+        """Say how far the decomposition of the split matrices is, and how long it will take, now and then."""
+        if not state.is_world_process_zero:
+            return
+        if done == total:
+            console.print(f"decomposed the matrices in {seconds:.1f} s", soft_wrap=True)
+        elif seconds >= self._next_line:
+            left = seconds / done * (total - done)
+            console.print(f"decomposing: {done / total:.0%}, about {left:.0f} s left", soft_wrap=True)
+            self._next_line = seconds + SECONDS_BETWEEN_LINES
 
     def on_train_begin(self, args: TrainingArguments, state: RunState, control: TrainerControl, **_: Any) -> None:
         """Open the bar when there is a terminal to draw it on."""
