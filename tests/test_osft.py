@@ -28,16 +28,21 @@ from tests.fixtures.tolerances import (
     OSFT_ORTHONORMAL,
     OSFT_TRAJECTORY_FLOAT64,
 )
-from trainer.arguments.groups import ModelArguments, OptimizerArguments
+from trainer.arguments.groups import MachineArguments, ModelArguments, OptimizerArguments
+from trainer.checkpoint.storage import StoredTensors
+from trainer.checkpoint.weights import model_tensors, restore_model
+from trainer.checkpoint.writer import CheckpointWriter, Contents
+from trainer.distributed.group import Group
 from trainer.errors import LeakError, ModelError
 from trainer.model.load import load_model
 from trainer.model.loss import token_loss_sum
 from trainer.model.osft import Osft, OsftLinear, merged_weight, osft_layers
-from trainer.model.osft_factors import decompose, reconstruction_error
+from trainer.model.osft_factors import decompose, reconstruction_error, start_osft
 from trainer.model.osft_targets import apply_osft, num_free_directions
 from trainer.model.shard import local_part
 from trainer.optim.optimizers import build_optimizer
 from trainer.optim.registry import OPTIMIZERS
+from trainer.optim.spec import is_installed
 
 LINEAR_LAYERS_OF_LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -171,7 +176,15 @@ def test_what_cannot_be_split_is_refused_by_name(name: str, options: dict, messa
         apply_osft(build_model(name), osft_arguments(**options))
 
 
-@pytest.mark.parametrize("name", [n for n, s in OPTIMIZERS.items() if not (s.package or s.steps_in_backward)])
+def is_testable(name: str) -> bool:
+    """Not what the engine refuses beside OSFT, nor what works on chosen modules, nor what takes seconds to compile."""
+    spec = OPTIMIZERS[name]
+    if spec.steps_in_backward or name.startswith("schedule_free"):
+        return False
+    return is_installed(spec) and not (spec.target_options or spec.not_on_cpu or spec.package == "torchao")
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if is_testable(name)])
 def test_fifty_steps_of_every_optimizer_stay_out_of_what_is_protected(name: str) -> None:
     layers = split_matrices()
     osft = started(layers)
@@ -285,6 +298,30 @@ def test_replicas_of_shards_train_what_one_process_trains(ranks):
         save_model(ranks.tmp_path, dtype=torch.float64)
     ranks.barrier()
     check_same_as_one_process(ranks.tmp_path, ranks, ranks.mesh(replicate=2, shard=2))
+
+
+@pytest.mark.world_size(1, 2)
+def test_a_checkpoint_holds_the_factors(ranks):
+    if ranks.is_lead:
+        save_model(ranks.tmp_path / "model")
+    ranks.barrier()
+    group = Group.join(MachineArguments(use_cpu=True))
+    model, osft = load_split(ranks.tmp_path / "model", group.mesh)
+    trained_weights(model, osft)
+    writer = CheckpointWriter(ranks.tmp_path / "saved", group, is_async=False, limit=None)
+    folder = writer.save(Contents(3, {"model": model_tensors(model)}, {})) or writer.wait()
+    resumed = load_model(
+        ModelArguments(model_name_or_path=str(ranks.tmp_path / "model")),
+        mesh=group.mesh,
+        seed=0,
+        adapt=lambda model: apply_osft(model, osft_arguments()),
+    )
+    restore_model(resumed, StoredTensors(folder, ranks.rank, ranks.world_size))
+    osft = Osft(resumed, osft_arguments())
+    assert start_osft(osft) == 0
+    assert osft.reconstruction_error < OSFT_LEAK[torch.float32]
+    expected = weights_of(model)
+    assert all(torch.equal(value, expected[name]) for name, value in weights_of(resumed).items())
 
 
 @pytest.mark.world_size(2, 3)
