@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.fixtures.forgetting import split_copy
 from tests.fixtures.models import build_model, build_pack
@@ -155,28 +156,38 @@ def spread_singular_values(weight: Tensor) -> None:
 
 
 def compare_cost(options: argparse.Namespace) -> None:
-    print("| hidden | system | step / plain, best | median | start s | values held / plain | logits moved at start |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| hidden | system | operations / plain | step / plain, best | median | start s | held / plain | logits moved |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for hidden in options.hidden:
         systems = build(options, hidden)
         pack = build_pack([options.tokens // 4] * 4)
         logits = [logits_of(system.model) for system in systems]
+        operations = [count_operations(system, pack) for system in systems]
         seconds: list[list[float]] = [[] for _ in systems]
-        for round_number in range(options.rounds + 1):
+        for _ in range(options.rounds):
             for system, times in zip(systems, seconds, strict=True):
                 started = time.perf_counter()
                 system.step(pack)
-                if round_number:  # the first one warms up
-                    times.append(time.perf_counter() - started)
-        for system, times, own_logits in zip(systems, seconds, logits, strict=True):
+                times.append(time.perf_counter() - started)
+        for system, times, own_logits, count in zip(systems, seconds, logits, operations, strict=True):
             best, median = min(times) / min(seconds[0]), statistics.median(times) / statistics.median(seconds[0])
             held = system.num_values / systems[0].num_values
             moved = (own_logits - logits[0]).abs().max().item()
             print(
-                f"| {hidden} | {system.name} | {best:.2f} | {median:.2f} | {system.start_seconds:.1f} | {held:.2f} "
+                f"| {hidden} | {system.name} | {count / operations[0]:.2f} | {best:.2f} | {median:.2f} | {system.start_seconds:.1f} | {held:.2f} "
                 f"| {moved:.1e} |",
                 flush=True,
             )
+
+
+def count_operations(system: System, pack: dict[str, Any]) -> int:
+    """Of the matrix products of one step, which also warms up: unlike seconds the same on every machine."""
+    with FlopCounterMode(display=False) as counter:
+        system.step(pack)
+    total: int = counter.get_total_flops()
+    return total
 
 
 @torch.no_grad()
