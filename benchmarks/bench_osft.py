@@ -156,9 +156,8 @@ def spread_singular_values(weight: Tensor) -> None:
 
 
 def compare_cost(options: argparse.Namespace) -> None:
-    print(
-        "| hidden | system | operations / plain | step / plain, best | median | start s | held / plain | logits moved |"
-    )
+    print("Operations, step and values held are relative to plain.\n")
+    print("| hidden | system | operations | step, best | step, median | start s | values held | logits moved |")
     print("|---|---|---|---|---|---|---|---|")
     for hidden in options.hidden:
         systems = build(options, hidden)
@@ -175,11 +174,14 @@ def compare_cost(options: argparse.Namespace) -> None:
             best, median = min(times) / min(seconds[0]), statistics.median(times) / statistics.median(seconds[0])
             held = system.num_values / systems[0].num_values
             moved = (own_logits - logits[0]).abs().max().item()
-            print(
-                f"| {hidden} | {system.name} | {count / operations[0]:.2f} | {best:.2f} | {median:.2f} | {system.start_seconds:.1f} | {held:.2f} "
-                f"| {moved:.1e} |",
-                flush=True,
-            )
+            ratios = (count / operations[0], best, median)
+            columns = [
+                *(f"{ratio:.2f}" for ratio in ratios),
+                f"{system.start_seconds:.1f}",
+                f"{held:.2f}",
+                f"{moved:.1e}",
+            ]
+            print(f"| {hidden} | {system.name} |", " | ".join(columns), "|", flush=True)
 
 
 def count_operations(system: System, pack: dict[str, Any]) -> int:
