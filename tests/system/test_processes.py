@@ -29,7 +29,7 @@ from trainer.cli.main import COMMANDS, main
 from trainer.distributed.launch import _cause, run_on_ranks
 from trainer.errors import RankError
 
-SECONDS_TO_NOTICE = 30  # from the death of a rank to the end of the job
+SECONDS_TO_NOTICE = 45  # from the death of a rank to the end of the job: idle machine 2, 30 if torchrun must insist
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
 HELP_COST = 4  # of `trainer train --help`, next to importing what reads the command line
 
