@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Self, TypeVar, get_args, get_type_hints
 
 from trainer.arguments.groups import (
     SCHEDULES_BY_METRIC,
@@ -30,6 +30,9 @@ from trainer.arguments.groups import (
 )
 from trainer.arguments.options import check_options, unknown_option
 from trainer.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 ALIASES = {
     "max_tokens_per_gpu": "max_tokens_per_rank",
@@ -231,6 +234,19 @@ class TrainingArguments(  # the last base's options come first
     def _usually_greater(self) -> bool:
         """Whether more of `metric_for_best_model` is better, going by its name: not of a loss."""
         return not self.metric_for_best_model.endswith("loss")
+
+    @property
+    def device(self) -> torch.device:
+        """This process's device."""
+        import torch
+
+        on_gpu = torch.cuda.is_available() and not self.use_cpu
+        return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+    @property
+    def n_gpu(self) -> int:
+        """Devices that this process drives: one GPU, or none."""
+        return int(self.device.type == "cuda")
 
     @property
     def train_batch_size(self) -> int:
