@@ -234,7 +234,7 @@ class TestNonFinite:
         with torch.no_grad():
             next(trainer.model.parameters()).fill_(math.nan)
         others = {name: w for name, w in weights_of(trainer.model).items() if torch.isfinite(w).all()}
-        with pytest.raises(NonFiniteError, match="loss is nan: the step was not taken"):
+        with pytest.raises(NonFiniteError, match="loss is nan .*the step was not taken"):
             trainer.train()
         after = weights_of(trainer.model)
         assert others

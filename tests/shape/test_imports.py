@@ -24,6 +24,7 @@ FLOORS = {
 }
 NEEDS_TORCH = {f"trainer/data/{name}.py" for name in ("collate", "loader", "dataset", "ordinary")}
 MAY_USE_TORCH_DISTRIBUTED = {
+    "trainer/distributed/blame.py",
     "trainer/distributed/group.py",
     "trainer/distributed/launch.py",
     "trainer/model/shard.py",

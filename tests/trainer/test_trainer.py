@@ -180,7 +180,7 @@ class TestNumbers:
 
     def test_a_non_finite_loss_is_never_stepped_on(self, tmp_path: Path) -> None:
         trainer = get_regression_trainer(output_dir=tmp_path, a=math.nan)
-        with pytest.raises(NonFiniteError, match="loss is nan: the step was not taken"):
+        with pytest.raises(NonFiniteError, match="loss is nan .*the step was not taken"):
             trainer.train()
         assert trainer.model.b.item() == 0
 

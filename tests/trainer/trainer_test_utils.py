@@ -66,5 +66,7 @@ def get_regression_trainer(
         model = RegressionPreTrainedModel(config) if pretrained else RegressionModel(a, b, double_output)
     kind = options.pop("trainer_class", Trainer)
     output_dir = str(options.pop("output_dir"))
-    args = TrainingArguments(output_dir, **{"export_final": False, "disable_tqdm": True, **options})
+    args = TrainingArguments(
+        output_dir, **{"export_final": False, "save_strategy": "no", "disable_tqdm": True, **options}
+    )
     return kind(None if "model_init" in given else model, args, **given)

@@ -217,6 +217,30 @@ class PredictionArguments:
 
 
 @dataclass
+class CheckpointArguments:
+    """Full-state checkpoints, and going on from them."""
+
+    save_strategy: Literal["no", "steps", "epoch", "best", "signal"] = option(
+        "steps", "When to save the full state: every save_steps and at the end, ...; on signals too, unless no."
+    )
+    save_steps: int = option(500, "Steps between checkpoints, with save_strategy=steps.", above=0)
+    min_samples_per_full_checkpoint: int | None = option(
+        None, "Save the full state each time so many samples were trained, too.", above=0
+    )
+    save_total_limit: int | None = option(None, "Keep so many checkpoints, the newest; the best one stays.", above=0)
+    save_only_model: bool = option(False, "Save weights without what a resumed run needs.")
+    async_save: bool = option(True, "Write checkpoints beside the training, which waits only for a copy in memory.")
+    load_best_model_at_end: bool = option(False, "Save the best model, and end with its weights.")
+    resume_from_checkpoint: str | None = option(
+        None, "A checkpoint to go on from; auto: the newest whole one in output_dir, or from the start if none."
+    )
+    allow_change: list[str] = option([], "Options (or data, eval_data, tokenizer, callbacks) that a resume may change.")
+    non_finite: Literal["stop", "skip"] = option(
+        "stop", "When loss or gradient is NaN or infinite: stop, or leave that step out and go on."
+    )
+
+
+@dataclass
 class LoggingArguments:
     """Logging and progress."""
 
@@ -250,6 +274,7 @@ GROUPS = (
     OptimizerArguments,
     ScheduleArguments,
     EvaluationArguments,
+    CheckpointArguments,
     PredictionArguments,
     LoggingArguments,
     MachineArguments,

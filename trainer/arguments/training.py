@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, get_args, get_type_hints
 from trainer.arguments.groups import (
     SCHEDULES_BY_METRIC,
     BatchArguments,
+    CheckpointArguments,
     DataArguments,
     EvaluationArguments,
     ExportArguments,
@@ -39,6 +40,7 @@ ALIASES = {
     "activation_checkpointing": "gradient_checkpointing",  # names that transformers 5 is moving to
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
+IDENTITIES = ("data", "eval_data", "tokenizer", "callbacks")  # what else of a run may change when it is resumed
 T = TypeVar("T")
 
 
@@ -74,6 +76,7 @@ class TrainingArguments(  # the last base's options come first
     MachineArguments,
     LoggingArguments,
     PredictionArguments,
+    CheckpointArguments,
     EvaluationArguments,
     ScheduleArguments,
     OptimizerArguments,
@@ -140,6 +143,7 @@ class TrainingArguments(  # the last base's options come first
                 f"logging_first_step has no effect with logging_strategy={self.logging_strategy}: say "
                 "logging_strategy=steps",
             ),
+            *self._checkpoint_contradictions(),
             (self.max_steps == 0, "max_steps = 0 would train nothing: give a positive number, or -1 for no limit"),
         ]
 
@@ -210,6 +214,35 @@ class TrainingArguments(  # the last base's options come first
             (
                 not all(isinstance(ratio, int | float) and 0 <= ratio <= 1 for ratio in self.osft_rank_ratios.values()),
                 f"osft_rank_ratios = {self.osft_rank_ratios}: each ratio is a number from 0 to 1",
+            ),
+        ]
+
+    def _checkpoint_contradictions(self) -> list[tuple[bool, str]]:
+        never = self.save_strategy == "no"
+        known = {field.name for field in dataclasses.fields(self)} | set(IDENTITIES)
+        strange = [name for name in self.allow_change if name not in known]
+        return [
+            (
+                self.save_steps != CheckpointArguments.save_steps and self.save_strategy != "steps",
+                f"save_steps has no effect with save_strategy={self.save_strategy}: say save_strategy=steps",
+            ),
+            (
+                never and (self.save_total_limit is not None or self.min_samples_per_full_checkpoint is not None),
+                "save_total_limit and min_samples_per_full_checkpoint have no effect with save_strategy=no",
+            ),
+            (never and self.save_only_model, "save_only_model has no effect with save_strategy=no"),
+            (
+                (self.load_best_model_at_end or self.save_strategy == "best") and not self.does_evaluate,
+                "load_best_model_at_end and save_strategy=best need evaluations to choose by: set eval_strategy or "
+                "min_samples_per_evaluation",
+            ),
+            (
+                self.load_best_model_at_end and never,
+                "load_best_model_at_end needs checkpoints: set save_strategy",
+            ),
+            (
+                bool(strange),
+                f"allow_change names {', '.join(strange)}: give names of options, or {', '.join(IDENTITIES)}",
             ),
         ]
 

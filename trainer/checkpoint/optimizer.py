@@ -85,7 +85,7 @@ def _reader(parameter: nn.Parameter, settings: Mapping[str, Any], stored: Stored
         placements = _placements(entry, parameter, stored)
         if placements is None:
             # torch keeps the step count on the CPU unless the kernel itself counts.
-            is_count = not entry.shape and not settings.get("fused") and not settings.get("capturable")
+            is_count = name.endswith("/step") and not settings.get("fused") and not settings.get("capturable")
             return stored.read(name, ()).to("cpu" if is_count else parameter.device)
         assert isinstance(parameter, DTensor)
         mesh, dtype = parameter.device_mesh, stored.dtype(name)

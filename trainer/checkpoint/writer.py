@@ -33,6 +33,7 @@ class Contents:
     tensors: Mapping[str, Mapping[str, Tensor]]  # name of the file -> tensors
     records: Mapping[str, Any]  # name of the file -> JSON values
     files: Mapping[str, bytes] = field(default_factory=dict)  # small files as they are
+    own: Mapping[str, Any] = field(default_factory=dict)  # JSON values of this rank, for its record
     is_resumable: bool = True
 
 
@@ -80,7 +81,7 @@ class CheckpointWriter:
         self._on_lead(lambda: manifest.stage(target), contents.step)
         pending = self._pending = _Pending(contents, hidden, target)
         shares = {name: cut(tensors, _file(name, self.group), self.group) for name, tensors in contents.tensors.items()}
-        record = {"random": random_state(self.group.device)}
+        record = {**contents.own, "random": random_state(self.group.device)}
         if not self.is_async:
             self._write(pending, shares, record)
             return self._finish()

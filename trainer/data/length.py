@@ -17,17 +17,23 @@ Counts = np.ndarray  # one count for each global batch of an epoch
 
 @dataclass(frozen=True)
 class RunLength:
-    """Steps of a run (None: it never ends) and of one epoch."""
+    """Steps of a run, as planned from its start (None: it never ends), and of one epoch."""
 
-    num_steps: int | None
+    planned_steps: int | None
     steps_per_epoch: int | None  # None: a stream without a length
+    num_steps_more: int = 0  # that were taken because batches had another size before the run was resumed
+
+    @property
+    def num_steps(self) -> int | None:
+        """Steps of the run; None: it never ends."""
+        return None if self.planned_steps is None else self.planned_steps + self.num_steps_more
 
     @property
     def num_epochs(self) -> int | None:
         """Passes over the data, the last one perhaps not to its end; None where only steps limit them, or nothing."""
-        if self.num_steps is None or self.steps_per_epoch is None:
+        if self.planned_steps is None or self.steps_per_epoch is None:
             return None
-        return math.ceil(self.num_steps / self.steps_per_epoch)
+        return math.ceil(self.planned_steps / self.steps_per_epoch)
 
 
 def run_length(num_loss_tokens: np.ndarray, batch_size: int, seed: int, args: ScheduleArguments) -> RunLength:

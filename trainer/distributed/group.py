@@ -6,7 +6,7 @@ ends only what it started. Knows nothing of models and data.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trainer.arguments.groups import MachineArguments
+from trainer.distributed.blame import announce, blame, is_loss_of_peer
 from trainer.distributed.topology import Topology
 from trainer.errors import PeerError, RankError
 
@@ -28,6 +29,7 @@ class Group:
         self.topology, self.device = topology, device
         self._owns_process_group = owns_process_group
         self.mesh: DeviceMesh | None = None
+        self._num_runs = 0  # equal on all ranks
         if topology.world_size > 1:
             self.mesh = init_device_mesh(device.type, (topology.world_size,), mesh_dim_names=("data",))
 
@@ -116,6 +118,24 @@ class Group:
         count = int(self.sum([float(len(numbers)) * self.is_lead])[0])
         mine = numbers if self.is_lead else [0] * count
         return self.sum_tensor(torch.tensor(mine, dtype=torch.int64, device=self.device)).tolist()
+
+    @contextmanager
+    def naming_faults(self, where: Callable[[], str]) -> Iterator[None]:
+        """Have an error of the body that comes from a lost rank name that rank; `where` says what this one was doing.
+
+        Raises:
+            RankError: another rank failed, died or hangs.
+        """
+        self._num_runs += 1
+        try:
+            yield
+        except Exception as error:
+            if self.mesh is None:
+                raise
+            announce(error, where(), self.rank, self._num_runs)
+            if not is_loss_of_peer(error):
+                raise
+            raise RankError(f"{where()}: {blame(self.rank, self.world_size, self._num_runs)}") from error
 
     @contextmanager
     def local_lead_first(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import warnings
 from typing import Any
 
 from torch.optim import Optimizer
@@ -30,6 +31,15 @@ def num_warmup_steps(args: ScheduleArguments, num_steps: int | None) -> int:
     if num_steps is None:
         raise UsageError(f"warmup_steps = {args.warmup_steps} is a share of all steps, but training never ends")
     return math.ceil(args.warmup_steps * num_steps)
+
+
+def advance(schedule: LRScheduler, to_step: int | None = None) -> None:
+    """Move a schedule past a step, or to after `to_step` of them, though the optimizer took none; torch would warn."""
+    if to_step is not None:
+        schedule.last_epoch = to_step - 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*lr_scheduler.step", category=UserWarning)
+        step_schedule(schedule)
 
 
 def build_schedule(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import find_batch_size
@@ -52,7 +53,9 @@ class OrdinaryBatches:
     def __init__(self, loader: DataLoader[Inputs], dealing: Dealing, group: Group, count: CountInputs) -> None:
         self.loader, self.dealing, self.group, self.count = loader, dealing, group, count
         self.num_samples = loader.num_samples if isinstance(loader, OrdinaryLoader) else None
+        self.samples_per_step = dealing.per_step
         self._filler: Inputs | None = None  # what a rank without work runs
+        self._is_in_place = False  # a stream was moved to where the next epoch goes on
 
     @property
     def steps_per_epoch(self) -> int | None:
@@ -64,7 +67,9 @@ class OrdinaryBatches:
     def epoch(self, epoch: int, start: int) -> Iterator[OrdinaryBatch]:
         """Give what is left of an epoch after `start` of its samples."""
         to_skip = start
-        if isinstance(self.loader, OrdinaryLoader):
+        if self._is_in_place:
+            self._is_in_place, to_skip = False, 0
+        elif isinstance(self.loader, OrdinaryLoader):
             to_skip = self.loader.move_to(epoch, start)
         elif hasattr(self.loader, "set_epoch"):
             self.loader.set_epoch(epoch)
@@ -73,6 +78,23 @@ class OrdinaryBatches:
             if position >= start:
                 yield batch
             position += batch.batch_num_samples
+
+    def position(self) -> Any:
+        """Give where a stream stands that keeps its own position; None where samples are counted instead."""
+        stream = self._stream()
+        return None if stream is None else stream.state_dict()
+
+    def move_to(self, position: Any) -> None:
+        """Have the next epoch go on from what `position` gave."""
+        if position is not None and (stream := self._stream()) is not None:
+            stream.load_state_dict(position)
+            self._is_in_place = True
+
+    def _stream(self) -> Any:
+        """The stream, if this process reads it and it keeps its own position."""
+        stream = getattr(getattr(self.loader, "dataset", None), "stream", None)
+        is_ours = isinstance(self.loader, OrdinaryLoader) and self.loader.num_workers == 0
+        return stream if is_ours and hasattr(stream, "state_dict") and hasattr(stream, "load_state_dict") else None
 
     def _next(self, iterator: Iterator[Inputs], position: int) -> OrdinaryBatch | None:
         """Take the micro-batches of one step; ranks tell each other what they have, in one collective."""

@@ -44,6 +44,12 @@ class RunState(TrainerState):
     loss_scale: float = 1.0  # see `LossScale`
     num_steps_at_scale: int = 0
     log_window: dict[str, float] = field(default_factory=dict)  # see `LossWindow`
+    epoch_end_is_due: bool = False  # the end of an epoch was not told yet
+    evaluated_step: int | None = None  # the last step after which there was an evaluation
+    saved_step: int | None = None  # the last step whose state was saved
+    resumed_step: int = 0  # from which this process went on
+    resumed_samples: int = 0
+    num_skipped_steps: int = 0  # not taken because of a non-finite loss or gradient
 
     def advance(self, num_samples: int, num_loss_tokens: int) -> None:
         """Move past a finished step."""
@@ -66,8 +72,8 @@ class RunState(TrainerState):
         """Give what the run did, under the names that transformers has for it."""
         return {
             "train_runtime": seconds,
-            "train_samples_per_second": self.num_samples_seen / seconds,
-            "train_steps_per_second": self.global_step / seconds,
+            "train_samples_per_second": (self.num_samples_seen - self.resumed_samples) / seconds,
+            "train_steps_per_second": (self.global_step - self.resumed_step) / seconds,
             "train_loss": self.loss_sum / max(self.loss_weight, 1),
         }
 
@@ -85,6 +91,7 @@ class Events:
     def __init__(self, args: TrainingArguments, state: RunState, handler: CallbackHandler) -> None:
         self.args, self.state, self.handler = args, state, handler
         self.control = TrainerControl()
+        self.is_stopped_by_signal = False
 
     def emit(self, event: str, **more: Any) -> None:
         """Call an event of transformers' protocol on every callback."""
@@ -92,15 +99,16 @@ class Events:
 
 
 class FlowCallback(DefaultFlowCallback):
-    """Sets the control flags from the options: log, evaluate, stop."""
+    """Sets the control flags from the options: log, evaluate, save, stop."""
 
     def __init__(self) -> None:
-        self._evaluations = Every(None)
+        self._evaluations, self._saves = Every(None), Every(None)
 
     def on_train_begin(self, args: TrainingArguments, state: RunState, control: TrainerControl, **_: Any) -> None:
         """Start counting samples from where the run stands."""
         self._evaluations = Every(args.min_samples_per_evaluation, state.num_samples_seen)
         state.eval_steps = args.eval_interval(state.max_steps)
+        self._saves = Every(args.min_samples_per_full_checkpoint, state.num_samples_seen)
 
     def on_step_end(self, args: TrainingArguments, state: RunState, control: TrainerControl, **_: Any) -> None:
         """Decide after a step."""
@@ -111,6 +119,10 @@ class FlowCallback(DefaultFlowCallback):
             control.should_evaluate = True
         if self._evaluations.is_due(state.num_samples_seen):
             control.should_evaluate = True
+        if self._saves.is_due(state.num_samples_seen) or (
+            args.save_strategy == "steps" and step % args.save_steps == 0
+        ):
+            control.should_save = True
         if 0 < state.max_steps <= step:
             control.should_training_stop = True
 
@@ -118,6 +130,7 @@ class FlowCallback(DefaultFlowCallback):
         """Decide after an epoch."""
         control.should_log |= args.logging_strategy == "epoch"
         control.should_evaluate |= args.eval_strategy == "epoch" and (state.epoch or 0) >= args.eval_delay
+        control.should_save |= args.save_strategy == "epoch"
 
 
 class Every:

@@ -14,8 +14,11 @@ from typing import Any, Protocol
 from transformers.trainer_callback import TrainerControl
 
 from trainer.arguments.training import TrainingArguments
+from trainer.checkpoint.randomness import generator_states
 from trainer.data.length import RunLength
 from trainer.training.callbacks import Events, RunState
+from trainer.training.checkpoints import Checkpoints
+from trainer.training.crash import CrashRecorder
 from trainer.training.metrics import StepReport, now, peak_memory_bytes, throughput
 from trainer.training.signals import StopRequest
 from trainer.training.step import Engine, GlobalBatch, StepResult, take_step
@@ -31,6 +34,12 @@ class Batches(Protocol):
     def epoch(self, epoch: int, start: int) -> Iterator[GlobalBatch]:
         """Give what is left of an epoch after `start` of its samples."""
 
+    def position(self) -> Any:
+        """Give where a stream stands, as plain values, if it says so; None: epoch and samples say it all."""
+
+    def move_to(self, position: Any) -> None:
+        """Have the next epoch go on from what `position` gave."""
+
 
 @dataclass
 class Run:
@@ -42,11 +51,11 @@ class Run:
     length: RunLength
     events: Events
     evaluate: Callable[[], dict[str, float]]
-    save: Callable[[], None]
+    checkpoints: Checkpoints
+    crash: CrashRecorder
     log: Callable[[dict[str, float]], None]
     finish: Callable[[], None]  # what is to be done after the last step, before the end is told
     stop_signal: int | None = None  # the signal that ended the run
-    evaluated_step: int | None = None  # the last step after which there was an evaluation
 
     @property
     def state(self) -> RunState:
@@ -75,34 +84,73 @@ def train(run: Run) -> None:
     run.state.num_train_epochs = run.length.num_epochs or 0
     run.state.num_steps_per_epoch = run.length.steps_per_epoch
     run.state.num_samples_per_epoch = run.batches.num_samples or run.state.num_samples_per_epoch
-    with StopRequest() as stop:
-        run.events.emit("on_train_begin")
-        if run.args.eval_on_start:
-            evaluate_once(run)
+    group = run.engine.group
+    with StopRequest(saves=run.checkpoints.is_on) as stop, group.naming_faults(lambda: f"step {next_step(run)}"):
+        begin(run)
         while not (run.is_over or run.control.should_training_stop):
             train_epoch(run, stop)
-        if run.args.eval_at_end and run.stop_signal is None:
-            evaluate_once(run)
+        if run.stop_signal is None:
+            end(run)
+        run.checkpoints.finish()
         run.finish()
         run.events.emit("on_train_end")
 
 
+def next_step(run: Run) -> int:
+    """Give the step that the run is at."""
+    return run.state.global_step + 1
+
+
+def begin(run: Run) -> None:
+    """Do what is due before the first step, or before going on."""
+    run.events.emit("on_train_begin")
+    run.checkpoints.begin()
+    if run.args.eval_on_start and run.state.global_step == 0:
+        evaluate_once(run)
+    close_epoch_of_former_run(run)
+
+
+def end(run: Run) -> None:
+    """Do what is due after the last step."""
+    if run.args.save_strategy == "steps":
+        run.checkpoints.save()
+    if run.args.eval_at_end:
+        evaluate_once(run)
+        act(run)
+
+
 def train_epoch(run: Run, stop: StopRequest) -> None:
-    """Train what is left of one epoch."""
+    """Train what is left of one epoch; a signal leaves it open."""
     epoch, start = run.state.num_epochs_done, run.state.num_epoch_samples_seen
     window = LossWindow(run.state)
+    run.state.epoch_end_is_due = True
     run.events.emit("on_epoch_begin")
     for batch in run.batches.epoch(epoch, start):
         window.add(train_batch(run, batch, stop))
-        act(run, window)
+        act(run)
         if run.control.should_training_stop or run.control.should_epoch_stop:
             break
     else:
         end_of_data(run, epoch, start)
+    if run.stop_signal is None:
+        close_epoch(run, epoch)
+
+
+def close_epoch(run: Run, epoch: int) -> None:
+    """End an epoch, cut short if a callback wants it so, and tell it."""
     if run.control.should_epoch_stop and run.state.num_epochs_done == epoch:
         run.state.end_epoch()
     run.events.emit("on_epoch_end")
-    act(run, window)
+    run.state.epoch_end_is_due = False
+    act(run)
+
+
+def close_epoch_of_former_run(run: Run) -> None:
+    """Tell the end of an epoch that was reached, but not told, when the checkpoint was written."""
+    state, control = run.state, run.control
+    is_at_end = state.num_epoch_samples_seen == 0 or control.should_epoch_stop or control.should_training_stop
+    if state.epoch_end_is_due and (is_at_end or run.is_over):
+        close_epoch(run, state.num_epochs_done - (state.num_epoch_samples_seen == 0))
 
 
 def end_of_data(run: Run, epoch: int, start: int) -> None:
@@ -122,16 +170,23 @@ def train_batch(run: Run, batch: GlobalBatch, stop: StopRequest) -> StepReport:
     """Take one step, move the position past it, and report it."""
     run.events.emit("on_step_begin")
     started = now()
+    random = generator_states(run.engine.group.device)
     result = take_step(run.engine, batch, stop)
+    if result.problem is not None:
+        run.crash.handle(batch, result, random)
     counts = run.engine.objective.counts(batch)
     run.state.advance(counts["num_samples"], counts.get("num_loss_tokens", 0))
     run.state.num_input_tokens_seen += counts.get("num_tokens", 0)
     report = report_step(run, result, counts, now() - started)
-    run.state.loss_sum += report.loss * report.weight
-    run.state.loss_weight += report.weight
+    if not report.is_skipped:
+        run.state.loss_sum += report.loss * report.weight
+        run.state.loss_weight += report.weight
     run.events.emit("on_step_end", report=report)
     if result.stop_signal is not None:
         run.stop_signal, run.control.should_training_stop = result.stop_signal, True
+        run.events.is_stopped_by_signal = True
+    if run.checkpoints.is_on and (result.stop_signal is not None or result.is_save_asked):
+        run.control.should_save = True
     return report
 
 
@@ -143,6 +198,7 @@ def report_step(run: Run, result: StepResult, counts: dict[str, Any], seconds: f
         learning_rate=result.learning_rate,
         grad_norm=result.grad_norm,
         loss=result.loss,
+        is_skipped=result.problem is not None,
         **counts,
         **throughput(counts, seconds),
         peak_memory_bytes=peak_memory_bytes(run.engine.group.device),
@@ -157,7 +213,9 @@ class LossWindow:
         self._state = state
 
     def add(self, report: StepReport) -> None:
-        """Take in one more step."""
+        """Take in one more step; one that was skipped has no loss."""
+        if report.is_skipped:
+            return
         window = self._state.log_window
         self._state.log_window = {
             "loss_sum": window.get("loss_sum", 0.0) + report.loss * report.weight,
@@ -178,8 +236,10 @@ class LossWindow:
         return bool(self._state.log_window)
 
 
-def act(run: Run, window: LossWindow) -> None:
+def act(run: Run) -> None:
     """Do what the callbacks asked for."""
+    run.checkpoints.poll()
+    window = LossWindow(run.state)
     if run.control.should_log and window.has_steps:
         run.log(window.take())
     run.control.should_log = False
@@ -187,12 +247,12 @@ def act(run: Run, window: LossWindow) -> None:
         evaluate_once(run)
     run.control.should_evaluate = False
     if run.control.should_save:
-        run.save()
-        run.events.emit("on_save")
+        run.checkpoints.save()
+    run.control.should_save = False
 
 
 def evaluate_once(run: Run) -> None:
     """Evaluate, unless that was done after this very step: several reasons to evaluate may fall together."""
-    if run.evaluated_step != run.state.global_step:
+    if run.state.evaluated_step != run.state.global_step:
         run.evaluate()
-        run.evaluated_step = run.state.global_step
+        run.state.evaluated_step = run.state.global_step

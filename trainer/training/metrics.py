@@ -6,6 +6,7 @@ Values stay on their device until the reduction, so that accumulating never wait
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,10 @@ class BatchMetrics:
         for name, value in values.items():
             added = torch.as_tensor(value).detach().double()
             self._sums[name] = self._sums[name] + added if name in self._sums else added
+
+    def own(self, name: str) -> torch.Tensor:
+        """Give this rank's sum of one name, on its device."""
+        return self._sums[name]
 
     def reduce(self, group: Group) -> dict[str, float]:
         """Sum over ranks in one collective, forget the sums, give them as numbers. All ranks know the same names."""
@@ -56,11 +61,15 @@ class StepReport:
     tokens_per_second: float | None = None
     more: dict[str, float] = field(default_factory=dict)  # of what is switched on, such as osft/leak
 
+    is_skipped: bool = False  # its loss or gradient was not finite, so that it was not taken
+
     def to_dict(self) -> dict[str, Any]:
-        """Give the report as plain values, without what is not known of ordinary data."""
+        """Give the report as plain values, without what is not known of ordinary data or is no number."""
         values = dataclasses.asdict(self)
-        more = values.pop("more")
-        return {name: value for name, value in values.items() if value is not None} | more
+        values |= values.pop("more")
+        is_skipped = values.pop("is_skipped")
+        known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+        return known | ({"is_skipped": True} if is_skipped else {})
 
     @property
     def weight(self) -> int:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import os
 import shutil
 from pathlib import Path
 
 from trainer.arguments.training import TrainingArguments
+from trainer.checkpoint import manifest
 from trainer.distributed.group import Group
-from trainer.errors import UsageError
+from trainer.errors import CheckpointError, UsageError
 
 PARAMETERS, METRICS, WEIGHTS = "training_params.json", "metrics.jsonl", "hf_format"
+
+
+logger = logging.getLogger(__name__)
 
 
 def open_output_dir(args: TrainingArguments, group: Group, *, keeps_older: bool = False) -> None:
@@ -29,12 +35,54 @@ def open_output_dir(args: TrainingArguments, group: Group, *, keeps_older: bool 
         raise UsageError(problem or "the lead rank could not open output_dir")
 
 
+def continue_output_dir(args: TrainingArguments, group: Group, metrics_bytes: int | None, step: int) -> None:
+    """Open the folder for a run that goes on after a step: what it wrote after that step is cut off and removed.
+
+    Args:
+        args: which folder, and what is written.
+        group: all ranks; they call together.
+        metrics_bytes: of metrics.jsonl when the checkpoint was written.
+        step: the step after which that was.
+
+    Raises:
+        CheckpointError: the lead rank could not, or metrics.jsonl is shorter than it was.
+    """
+    error: Exception | None = None
+    if group.is_lead:
+        try:
+            _continue(Path(args.output_dir), args, metrics_bytes or 0, step)
+        except (OSError, CheckpointError) as caught:
+            error = caught
+    if (said := group.first_error(error)) is not None:
+        raise CheckpointError(f"output_dir = {args.output_dir!r} cannot be gone on with: {said}") from error
+
+
+def _continue(folder: Path, args: TrainingArguments, metrics_bytes: int, step: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints = folder / manifest.FOLDER
+    for later in manifest.list_checkpoints(checkpoints):
+        if manifest.step_of(later) > step:
+            logger.warning("removed %s: the run goes on from step %d", later.name, step)
+            manifest.remove(later)
+    manifest.remove_leftovers(checkpoints)
+    metrics = folder / METRICS
+    if metrics.exists():
+        if metrics.stat().st_size < metrics_bytes:
+            raise CheckpointError(
+                f"{METRICS} has {metrics.stat().st_size} bytes, {metrics_bytes} when the checkpoint was written: bring "
+                "it back, or move it away to begin a new one"
+            )
+        os.truncate(metrics, metrics_bytes)
+    (folder / PARAMETERS).write_text(args.to_json(), encoding="utf-8")
+
+
 def _open(folder: Path, args: TrainingArguments, keeps_older: bool) -> str | None:
     """Open the folder; gives what is wrong with it, so that all ranks can stop together."""
     try:
-        if (folder / METRICS).exists():
+        if (folder / METRICS).exists() or manifest.list_checkpoints(folder / manifest.FOLDER):
             if keeps_older and not args.overwrite_output_dir:
                 _set_aside(folder / METRICS)
+                _set_aside(folder / manifest.FOLDER)
             elif not args.overwrite_output_dir:
                 return (
                     f"output_dir = {args.output_dir!r} holds a run already: choose another, or set overwrite_output_dir"
@@ -42,20 +90,23 @@ def _open(folder: Path, args: TrainingArguments, keeps_older: bool) -> str | Non
             else:
                 _remove_run(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        manifest.remove_leftovers(folder / manifest.FOLDER)
         (folder / PARAMETERS).write_text(args.to_json(), encoding="utf-8")
     except OSError as error:
         return f"output_dir = {args.output_dir!r} cannot be written: {error}"
     return None
 
 
-def _set_aside(metrics: Path) -> None:
+def _set_aside(path: Path) -> None:
     """metrics.jsonl -> metrics.1.jsonl, or the first number that is free."""
-    number = next(n for n in itertools.count(1) if not metrics.with_suffix(f".{n}.jsonl").exists())
-    metrics.rename(metrics.with_suffix(f".{number}.jsonl"))
+    if path.exists():
+        names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
+        path.rename(next(name for name in names if not name.exists()))
 
 
 def _remove_run(folder: Path) -> None:
     for name in (METRICS, PARAMETERS):
         (folder / name).unlink(missing_ok=True)
-    if (folder / WEIGHTS).exists():
-        shutil.rmtree(folder / WEIGHTS)
+    for name in (WEIGHTS, manifest.FOLDER):
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)

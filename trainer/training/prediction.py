@@ -197,6 +197,7 @@ class TrainerPrediction(TrainerSurface):
             )
         if value is not None and improves(self.args, value, self.state.best_metric):
             self.state.best_metric, self.state.best_global_step = value, self.state.global_step
+            self.control.should_save |= self.args.load_best_model_at_end or self.args.save_strategy == "best"
         assert self.lr_scheduler is not None
         feed_metric(self.lr_scheduler, value)
         return metrics

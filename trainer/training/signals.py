@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM become a request that the loop honours after the running step, on all ranks together."""
+"""Ctrl-C, SIGTERM and SIGUSR1 become requests that the loop honours after the running step, on all ranks together."""
 
 from __future__ import annotations
 
@@ -7,19 +7,28 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # stop
+SAVE_SIGNAL = signal.SIGUSR1  # save, and go on
+_SAVE = "asked_to_save"
 
 
 class StopRequest:
-    """Remembers the first stop signal while it is entered; a second one ends the process as it would without us."""
+    """Remembers the first stop signal while it is entered; a second one ends the process as it would without us.
 
-    def __init__(self) -> None:
+    With `saves`, it also remembers that a checkpoint was asked for.
+    """
+
+    def __init__(self, *, saves: bool = False) -> None:
         self.signal: int | None = None
+        self.is_save_asked = self._is_save_told = False
+        self._saves = saves
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
             self._previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
+            if self._saves:
+                self._previous[SAVE_SIGNAL] = signal.signal(SAVE_SIGNAL, self._remember_to_save)
         return self
 
     def __exit__(
@@ -29,11 +38,20 @@ class StopRequest:
 
     def as_flags(self) -> dict[str, float]:
         """Give one 0 or 1 for each signal, to be summed over ranks."""
-        return {_flag(number): float(self.signal == number) for number in SIGNALS}
+        self._is_save_told = self.is_save_asked
+        return {_flag(number): float(self.signal == number) for number in SIGNALS} | {_SAVE: float(self._is_save_told)}
 
     def agreed(self, totals: dict[str, float]) -> int | None:
         """Give the signal that reached some rank, from the summed flags."""
         return next((int(number) for number in SIGNALS if totals[_flag(number)] > 0), None)
+
+    def agreed_to_save(self, totals: dict[str, float]) -> bool:
+        """Say whether some rank was asked to save, from the summed flags; what was told is asked no more."""
+        self.is_save_asked = self.is_save_asked and not self._is_save_told
+        return totals[_SAVE] > 0
+
+    def _remember_to_save(self, number: int, frame: FrameType | None) -> None:
+        self.is_save_asked = True
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.signal = number

@@ -25,11 +25,12 @@ from trainer.optim.averaging import is_averaging
 from trainer.optim.gradients import clip, global_norm, sum_whole_gradients
 from trainer.optim.in_backward import last_backward, steps_in_backward
 from trainer.optim.scaling import LossScale
-from trainer.optim.schedules import step_schedule
+from trainer.optim.schedules import advance, step_schedule
 from trainer.training.metrics import BatchMetrics
 from trainer.training.signals import StopRequest
 
 GlobalBatch = Any  # this rank's share of one, as the objective knows it
+OWN_LOSS = "own_loss"
 Emit = Callable[[str], None]  # tells the callbacks of an event
 
 
@@ -75,20 +76,23 @@ class Engine:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What came of a step, the same on every rank."""
+    """What came of a step, the same on every rank but for `own_loss`."""
 
     loss: float  # mean over the loss tokens of the global batch
     grad_norm: float  # before clipping
     learning_rate: float  # used by this step
     stop_signal: int | None  # some rank was asked to stop by this signal
+    is_save_asked: bool  # some rank was asked to save
     more: dict[str, float]  # metrics of what is switched on
+    own_loss: float = 0.0  # this rank's share of the loss, of a step that was not taken
+    problem: str | None = None  # why the step was not taken: nothing was updated but the schedule
 
 
 def take_step(engine: Engine, batch: GlobalBatch, stop: StopRequest) -> StepResult:
-    """Take one optimizer step on this rank's share of a global batch.
+    """Take one optimizer step on this rank's share of a global batch; not with a non-finite loss or gradient.
 
     Raises:
-        NonFiniteError: loss or gradient norm is NaN or infinite; nothing was updated.
+        NonFiniteError: loss or gradient norm is NaN or infinite, and the optimizer has stepped during backward.
         LeakError: the update moved what OSFT protects.
     """
     totals, norm = find_gradients(engine, batch, stop)
@@ -96,22 +100,29 @@ def take_step(engine: Engine, batch: GlobalBatch, stop: StopRequest) -> StepResu
         engine.optimizer.zero_grad()
         totals, norm = find_gradients(engine, batch, stop)
     loss, grad_norm = totals["loss"], norm.item()
-    check_finite(loss, grad_norm, steps_in_backward(engine.optimizer))
+    signals = (stop.agreed(totals), stop.agreed_to_save(totals))
+    if (problem := find_non_finite(loss, grad_norm, engine.optimizer)) is not None:
+        return StepResult(loss, grad_norm, skip(engine), *signals, {}, totals[OWN_LOSS], problem)
     engine.scale.grow()
     learning_rate = update(engine, norm)
     more = {} if engine.osft is None else engine.osft.report()
-    return StepResult(loss, grad_norm, learning_rate, stop.agreed(totals), more)
+    return StepResult(loss, grad_norm, learning_rate, *signals, more)
 
 
 def find_gradients(engine: Engine, batch: GlobalBatch, stop: StopRequest) -> tuple[dict[str, float], Tensor]:
-    """Leave the gradient of a global batch, over all ranks; gives the sums over ranks, and its norm."""
+    """Leave the gradient of a global batch, over all ranks; gives the sums over ranks, and its norm.
+
+    Beside the sums stands this rank's own share of the loss.
+    """
     metrics = accumulate_gradients(engine, batch)
     metrics.accumulate(**stop.as_flags())
+    own_loss = metrics.own("loss")
     totals = metrics.reduce(engine.group)
     sum_whole_gradients(engine.model.parameters(), engine.group)
     engine.scale.unscale(engine.model.parameters())
     if engine.osft is not None:
         engine.osft.project_gradients()
+    totals[OWN_LOSS] = own_loss.item()
     return totals, global_norm(engine.model.parameters(), engine.optimizer)
 
 
@@ -143,14 +154,29 @@ def update(engine: Engine, norm: Tensor) -> float:
     return float(learning_rate)
 
 
-def check_finite(loss: float, grad_norm: float, is_taken: bool = False) -> None:
-    """Raise NonFiniteError, naming which of the two is NaN or infinite; `is_taken`: the step was, during backward."""
-    outcome = "the step was not taken, the weights are those of the step before"
-    if is_taken:
-        outcome = "the optimizer stepped on it during backward and the weights are spoilt: go back to a checkpoint"
+def skip(engine: Engine) -> float:
+    """Leave the weights alone, advance the schedule, clear the gradients; give the learning rate of the step."""
+    learning_rate = engine.schedule.get_last_lr()[0]
+    engine.optimizer.zero_grad()
+    advance(engine.schedule)
+    return float(learning_rate)
+
+
+def find_non_finite(loss: float, grad_norm: float, optimizer: Optimizer) -> str | None:
+    """Say which of the two is NaN or infinite, if one is.
+
+    Raises:
+        NonFiniteError: and the optimizer has stepped on it already.
+    """
     for name, value in (("loss", loss), ("gradient norm", grad_norm)):
         if not math.isfinite(value):
-            raise NonFiniteError(f"{name} is {value}: {outcome}")
+            if steps_in_backward(optimizer):
+                raise NonFiniteError(
+                    f"{name} is {value}: the optimizer stepped on it during backward and the weights are spoilt; go "
+                    "back to a checkpoint"
+                )
+            return f"{name} is {value}"
+    return None
 
 
 def to_device(data: Any, device: torch.device) -> Any:

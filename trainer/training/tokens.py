@@ -68,11 +68,18 @@ class TokenBatches:
         assert isinstance(loader.sampler, EpochSampler)
         self.loader, self.sampler = loader, loader.sampler
         self.num_samples: int | None = self.sampler.len_data
+        self.samples_per_step: int = loader.batch_size or 0
 
     def epoch(self, epoch: int, start: int) -> Iterator[list[MicroBatch]]:
         """Give what is left of an epoch after `start` of its samples."""
         self.sampler.set_epoch(epoch, start)
         return iter(self.loader)
+
+    def position(self) -> None:
+        """Say nothing: epoch and samples say it all."""
+
+    def move_to(self, position: None) -> None:
+        """Do nothing: `epoch` moves."""
 
 
 class TokenRoad:

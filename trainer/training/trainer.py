@@ -27,6 +27,9 @@ from trainer.optim.scaling import LossScale
 from trainer.training.accelerator import AcceleratorWords
 from trainer.training.build import check_optimizer, start_machine
 from trainer.training.callbacks import Events, ExportCallback, FlowCallback, MetricsFile, RunState
+from trainer.training.checkpoints import Checkpoints, load_best_weights
+from trainer.training.crash import CrashRecorder
+from trainer.training.fingerprints import data_fingerprint, tokenizer_fingerprint
 from trainer.training.generation import Answer
 from trainer.training.loop import Run, train
 from trainer.training.memory import Snapshot, is_out_of_memory, memory_tracker, next_batch_size
@@ -111,18 +114,24 @@ class Trainer(TrainerParts):
         self._scale = LossScale(self.state, is_on=False)
         self._memory.stop_and_update_metrics()
 
-    def train(self) -> TrainOutput:
-        """Train from the start to the end.
+    def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:
+        """Train from the start, or from a checkpoint, to the end.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder; True, the newest whole one in output_dir; "auto", the same,
+                or from the start if there is none; by default what the option of that name says.
 
         Returns:
             Steps taken, mean loss (over all loss tokens; over steps where these are not known), and throughput.
 
         Raises:
             NonFiniteError: a loss or gradient is NaN or infinite.
+            CheckpointError: there is no whole checkpoint to go on from, or one could not be written.
         """
         self._memory.start()
         before = Snapshot(self.model) if self.args.auto_find_batch_size else None
-        while not self._train_once(before):
+        asked = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        while not self._train_once(before, asked):
             pass
         self._memory.stop_and_update_metrics(self._train_metrics)
         return TrainOutput(self.state.global_step, self._train_metrics["train_loss"], self._train_metrics)
@@ -138,10 +147,6 @@ class Trainer(TrainerParts):
             export_model(self.model, self.processing_class, directory, save_dtype, is_shared=is_shared)
             self._exports[directory] = self.state.global_step
         return directory
-
-    def save_checkpoint(self) -> None:
-        """Save what the callbacks asked for with `control.should_save`."""
-        self.save_model()
 
     @property
     def answers(self) -> dict[int, list[Answer]]:
@@ -201,13 +206,18 @@ class Trainer(TrainerParts):
             logging_steps=self.args.logging_steps,
         )
 
-    def _train_once(self, before: Snapshot | None) -> bool:
+    def _train_once(self, before: Snapshot | None, asked: bool | str | None) -> bool:
         """Run to the end; gives False where memory ran out and a smaller batch size is to be tried, if one may."""
         self._begin_anew()
         run = self._build_run()
-        open_output_dir(self.args, self.group, keeps_older=isinstance(self.road, OrdinaryRoad))
+        source = run.checkpoints.find(asked)
+        if source is None:
+            keeps_older = isinstance(self.road, OrdinaryRoad) or asked == "auto"
+            open_output_dir(self.args, self.group, keeps_older=keeps_older)
         if self.road.osft is not None:
             self.log(start(self.road.osft, self.events, self.group))
+        if source is not None:
+            run.length = run.checkpoints.restore(source, run.length)
         self._run_started, self.is_in_train, self._has_trained = now(), True, True
         try:
             with embedding_noise(self.model, self.args.neftune_noise_alpha):
@@ -249,29 +259,40 @@ class Trainer(TrainerParts):
         handler = self.callback_handler
         handler.model, handler.train_dataloader = self.model, loader
         handler.optimizer, handler.lr_scheduler = self.optimizer, self.lr_scheduler
+        engine = Engine(
+            self.model,
+            self.road.objective,
+            self.create_optimizer(),
+            self.create_scheduler(length.num_steps),
+            self.group,
+            self.args.max_grad_norm,
+            self.events.emit,
+            self._scale,
+            self.road.osft,
+        )
         return Run(
             args=self.args,
-            engine=Engine(
-                self.model,
-                self.road.objective,
-                self.create_optimizer(),
-                self.create_scheduler(length.num_steps),
-                self.group,
-                self.args.max_grad_norm,
-                self.events.emit,
-                self._scale,
-                self.road.osft,
-            ),
+            engine=engine,
             batches=batches,
             length=length,
             events=self.events,
             evaluate=self._evaluate_and_compare,
-            save=self.save_checkpoint,
+            checkpoints=(checkpoints := Checkpoints(self.args, engine, self.events, batches, self._identify)),
+            crash=CrashRecorder(self.args, engine, self.state, checkpoints),
             log=self.log,
             finish=self._finish_run,
         )
 
+    def _identify(self) -> dict[str, str | None]:
+        return {
+            "data": data_fingerprint(self.train_dataset),
+            "eval_data": data_fingerprint(self.eval_dataset),
+            "tokenizer": tokenizer_fingerprint(self.processing_class),
+        }
+
     def _finish_run(self) -> None:
-        """Log what the whole run did."""
+        """Log what the whole run did, and load the best weights if that was asked for."""
+        if self.args.load_best_model_at_end:
+            load_best_weights(self.model, self.state, self.group)
         self._train_metrics = self.state.train_metrics(now() - self._run_started)
         self.log(self._train_metrics)

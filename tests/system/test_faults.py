@@ -1,0 +1,158 @@
+"""Real processes that die, hang and fail: the job ends soon and says who it was, and what was saved is never lost."""
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.trainer_callback import TrainerCallback
+
+from tests.fixtures.models import tiny_llama
+from tests.fixtures.ranks.faults import Fault, disk_full, kill, nan, stop, throw
+from tests.fixtures.ranks.launch import Outcomes
+from tests.fixtures.runs import build_trainer, random_token_samples, read_metrics, weights_of
+from trainer.checkpoint import manifest
+from trainer.checkpoint.find import find_damage
+from trainer.errors import CheckpointError, NonFiniteError, RankError
+
+SAMPLES = random_token_samples([3 + i * 5 % 8 for i in range(20)])
+NUM_STEPS = 12  # 2.4 epochs of 5
+KILLS_PER_RUN = 5
+RUNS, SLOW_RUNS = 10, 90  # 50 kills by default, 500 in all with RUN_SLOW=1
+SECONDS_TO_END = 30
+PATIENCE = 2.0  # seconds until a collective gives up
+
+
+class Slowly(TrainerCallback):
+    """Leaves the writing thread some time between two steps, so that kills meet it at work."""
+
+    def on_step_begin(self, args, state, control, **_: Any) -> None:
+        time.sleep(0.002)
+
+
+def job(folder: Path, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Train from wherever the run stands to its end, saving after every second step; gives the weights."""
+    model = tiny_llama(num_hidden_layers=1, attention_dropout=0.1)
+    defaults = {"num_train_epochs": NUM_STEPS / 5, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+    trainer = build_trainer(folder, SAMPLES, model, callbacks=[Slowly()], use_cpu=True, **{**defaults, **options})
+    try:
+        trainer.train(resume_from_checkpoint="auto")
+        return weights_of(trainer.model)
+    finally:
+        trainer.group.close()
+
+
+def draw_faults(source: random.Random, world_size: int) -> list[Fault]:
+    """Kill one rank, or all of them, somewhere."""
+    point = source.choice(["step", "forward", "backward", "collective", "write", "sync", "rename"])
+    last = {"collective": 120, "write": 25, "sync": 25, "rename": 6}.get(point, 6)
+    victims = range(world_size) if source.random() < 0.3 else [source.randrange(world_size)]
+    return [kill(rank, at=(point, source.randint(1, last))) for rank in victims]
+
+
+def check_what_is_there(folder: Path) -> None:
+    for checkpoint in manifest.list_checkpoints(folder / manifest.FOLDER):
+        assert find_damage(checkpoint) == []
+
+
+def check_blame(outcomes: Outcomes) -> None:
+    """Those that live say which rank it was."""
+    for outcome in outcomes:
+        if outcome.error is not None and not isinstance(outcome.error, RankError):
+            assert "step" not in str(outcome.error), outcomes.report()  # it was before the first step
+        elif outcome.error is not None:
+            assert "rank" in str(outcome.error)
+
+
+def straight(launch: Any, folder: Path, world_size: int) -> dict[str, torch.Tensor]:
+    never = {"save_strategy": "no", "save_steps": 500, "save_total_limit": None}
+    return launch(world_size, job, folder, never).values[0]
+
+
+def kill_until_done(launch: Any, folder: Path, seed: int) -> None:
+    source = random.Random(seed)
+    world_size = 1 + seed % 2
+    options = {"async_save": bool(seed % 4 < 2)}
+    for _ in range(KILLS_PER_RUN):
+        outcomes = launch(world_size, job, folder / "killed", options, faults=draw_faults(source, world_size))
+        check_what_is_there(folder / "killed")
+        if not outcomes.died:
+            break
+        check_blame(outcomes)
+    weights = launch(world_size, job, folder / "killed", options).values[0]
+    expected = straight(launch, folder / "straight", world_size)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert read_metrics(folder / "killed") == read_metrics(folder / "straight")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", range(RUNS))
+def test_killed_anywhere_a_run_ends_bit_for_bit_as_if_it_had_not(launch, tmp_path: Path, seed: int) -> None:
+    kill_until_done(launch, tmp_path, seed)
+    assert not list((tmp_path / "killed" / manifest.FOLDER).glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", range(RUNS, RUNS + SLOW_RUNS))
+def test_killed_anywhere_many_times(launch, tmp_path: Path, seed: int) -> None:
+    kill_until_done(launch, tmp_path, seed)
+    assert not list((tmp_path / "killed" / manifest.FOLDER).glob(".*"))
+
+
+def run_with(launch: Any, folder: Path, *faults: Fault) -> tuple[Outcomes, float]:
+    """Two ranks and a fault after some steps were saved; gives what became of them and the seconds it took."""
+    started = time.monotonic()
+    outcomes = launch(2, job, folder, {"async_save": False}, faults=faults, pg_timeout=PATIENCE)
+    check_what_is_there(folder)
+    return outcomes, time.monotonic() - started
+
+
+def newest(folder: Path) -> str:
+    return manifest.list_checkpoints(folder / manifest.FOLDER)[0].name
+
+
+def test_a_killed_rank_is_named(launch, tmp_path: Path) -> None:
+    outcomes, seconds = run_with(launch, tmp_path, kill(1, at=("step", 6)))
+    assert outcomes[1].signal == "SIGKILL"
+    assert isinstance(outcomes[0].error, RankError)
+    assert "step 6: rank 1 died or hangs" in str(outcomes[0].error)
+    assert seconds < SECONDS_TO_END
+    assert newest(tmp_path) == "step_4"
+
+
+def test_a_hanging_rank_is_named(launch, tmp_path: Path) -> None:
+    outcomes = launch(
+        2, job, tmp_path, {"async_save": False}, faults=[stop(1, at=("step", 6))], pg_timeout=PATIENCE, timeout=15
+    )
+    assert outcomes[1].was_hung
+    assert "step 6: rank 1 died or hangs" in str(outcomes[0].error)
+    assert outcomes[0].seconds < SECONDS_TO_END
+    check_what_is_there(tmp_path)
+
+
+def test_an_exception_on_one_rank_reaches_the_others(launch, tmp_path: Path) -> None:
+    outcomes, seconds = run_with(launch, tmp_path, throw(1, ValueError("bad luck"), at=("backward", 5)))
+    assert isinstance(outcomes[1].error, ValueError)
+    assert "step 5: rank 1 failed at step 5: ValueError: bad luck" in str(outcomes[0].error)
+    assert seconds < SECONDS_TO_END
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_nan_on_one_rank_stops_all_alike(launch, tmp_path: Path, rank: int) -> None:
+    outcomes, _ = run_with(launch, tmp_path, nan(rank, at=("forward", 5)))
+    for outcome in outcomes:
+        assert isinstance(outcome.error, NonFiniteError)
+        assert f"step 5: loss is nan (loss on rank {rank})" in str(outcome.error)
+    assert newest(tmp_path) == "step_4"
+    assert find_damage(tmp_path / "crash" / "step_5") == []
+
+
+def test_a_full_disk_stops_all_alike(launch, tmp_path: Path) -> None:
+    outcomes, _ = run_with(launch, tmp_path, disk_full(1, at=("write", 5, "*.safetensors")))
+    for outcome in outcomes:
+        assert isinstance(outcome.error, CheckpointError)
+        assert "the checkpoint after step 6 failed: rank 1: OSError" in str(outcome.error)
+    assert newest(tmp_path) == "step_4"

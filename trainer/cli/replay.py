@@ -1,0 +1,44 @@
+"""`trainer replay`: run a step that was not taken again, on one process, and show where the first bad value appears."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass
+class ReplayOptions:
+    """Run a recorded step again."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="crash/step_N of a run.")]
+    use_cpu: bool = False
+
+
+def run(words: Sequence[str]) -> int:
+    """Replay, say what was found, give the exit code."""
+    options = tyro.cli(ReplayOptions, args=list(words), prog="trainer replay", description="Run a step again.")
+    from rich.console import Console
+
+    from trainer.arguments.training import TrainingArguments
+    from trainer.checkpoint import manifest
+    from trainer.distributed.group import Group
+    from trainer.training.crash import CRASH
+    from trainer.training.replay import replay
+
+    about = manifest.read_json(options.folder / CRASH)
+    print(about["what"])
+    print(
+        f"epoch {about['epoch']}, {about['num_samples']} samples from number {about['first_sample']} of its order "
+        f"with seed {about['seed']}"
+    )
+    with Group.join(TrainingArguments(use_cpu=options.use_cpu)) as group, Console(stderr=True).status("replaying"):
+        finding = replay(options.folder, group)
+    if finding is None:
+        print("every value is finite this time: the cause is not in weights, data or dropout")
+    else:
+        print(f"first non-finite value: rank {finding.rank}, micro-batch {finding.micro_batch}, {finding.place}")
+    return 0

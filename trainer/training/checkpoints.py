@@ -1,0 +1,299 @@
+"""Saves a run and brings it back: what of it goes into a checkpoint, and in which order it comes out again.
+
+Owns the meaning of the records; files and ranks are the checkpoint room's business. Invariant: a run that goes on from
+a checkpoint is, bit for bit, the run that was never stopped (on another number of ranks: up to the order of sums).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.trainer_callback import CallbackHandler
+
+from trainer.arguments.training import TrainingArguments
+from trainer.checkpoint import manifest
+from trainer.checkpoint.changes import check_changes, find_changes
+from trainer.checkpoint.find import Found, check, newest_whole
+from trainer.checkpoint.optimizer import pack_optimizer, restore_optimizer
+from trainer.checkpoint.randomness import restore_random_state, start_random_state
+from trainer.checkpoint.state import RunRecord, callback_states, restore_callbacks, restore_state, state_fields
+from trainer.checkpoint.storage import StoredTensors
+from trainer.checkpoint.tree import pack, unpack
+from trainer.checkpoint.weights import model_tensors, restore_model
+from trainer.checkpoint.writer import CheckpointWriter, Contents, rank_file
+from trainer.data.length import RunLength
+from trainer.distributed.group import Group
+from trainer.errors import CheckpointError
+from trainer.optim.schedules import advance
+from trainer.training.callbacks import Events, RunState
+from trainer.training.output import METRICS, PARAMETERS, continue_output_dir
+from trainer.training.step import Engine
+
+logger = logging.getLogger(__name__)
+
+STATE, OPTIMIZER = "state.json", "optimizer.json"
+MODEL_FILES = "model"  # folder of config and tokenizer in a checkpoint
+OPTIMIZER_SETTINGS = {  # option -> what it sets in the parameter groups
+    "learning_rate": ("lr", "initial_lr"),
+    "weight_decay": ("weight_decay",),
+    "adam_beta1": ("betas",),
+    "adam_beta2": ("betas",),
+    "adam_epsilon": ("eps",),
+}
+SCHEDULE_OPTIONS = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"}
+BATCH_OPTIONS = {"batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"}
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A checkpoint that a run goes on from, and what its change of options means for the length."""
+
+    folder: Path
+    record: RunRecord
+    changes: dict[str, str]
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        args: when and where.
+        engine: model, optimizer and schedule.
+        events: state and callbacks.
+        batches: where global batches come from; a stream's position is asked of them.
+        identify: gives the fingerprints of data and tokenizer.
+    """
+
+    def __init__(
+        self,
+        args: TrainingArguments,
+        engine: Engine,
+        events: Events,
+        batches: Any,
+        identify: Callable[[], dict[str, str | None]],
+    ) -> None:
+        self.args, self.engine, self.events, self.batches = args, engine, events, batches
+        self._identify = functools.cache(identify)
+        self.folder = Path(args.output_dir, manifest.FOLDER)
+        self.is_on = args.save_strategy != "no"
+        self._writer = CheckpointWriter(
+            self.folder, engine.group, is_async=args.async_save, limit=args.save_total_limit
+        )
+        self._files: dict[str, bytes] | None = None
+        self._restored: Restored | None = None
+
+    @property
+    def state(self) -> RunState:
+        """Where the run stands."""
+        return self.events.state
+
+    def save(self) -> None:
+        """Save the state after the present step, if that was not done; a former save is finished first."""
+        state = self.state
+        is_saved, state.saved_step = state.saved_step == state.global_step, state.global_step
+        if state.best_global_step == state.global_step:
+            state.best_model_checkpoint = str(manifest.folder_of(self.folder, state.global_step))
+        self._writer.best_step = state.best_global_step
+        if not is_saved:
+            self.finish()
+            self._tell(self._writer.save(self._contents()))
+
+    def poll(self) -> None:
+        """Publish a save that was written meanwhile.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        self._tell(self._writer.poll())
+
+    def finish(self) -> None:
+        """Wait for a save in flight."""
+        self._tell(self._writer.wait())
+
+    def find(self, asked: bool | str | None) -> Path | None:
+        """Find the checkpoint to go on from; None to start from the beginning.
+
+        Args:
+            asked: "auto" (the newest whole one in output_dir, if there is any), True (the same, but there must be
+                one), a checkpoint's folder, or None.
+
+        Raises:
+            CheckpointError: there is none that is whole.
+        """
+        if asked is None or asked is False:
+            return None
+        group = self.engine.group
+        if asked not in (True, "auto", "true"):
+            folder = Path(str(asked))
+            if manifest.step_of(folder.resolve()) >= 0 or (folder / manifest.MANIFEST).is_file():
+                check(folder, group)
+                return folder
+            found = newest_whole(folder, group)
+            return self._say(found, folder, must_exist=True)
+        return self._say(newest_whole(self.folder, group), self.folder, must_exist=asked != "auto")
+
+    def restore(self, folder: Path, length: RunLength) -> RunLength:
+        """Bring the run to where it was when a checkpoint was written; gives how long it is from there.
+
+        Raises:
+            CheckpointError: the checkpoint is another run's.
+            UsageError: something changed that was not allowed to.
+        """
+        if not manifest.read_manifest(folder).is_resumable:
+            raise CheckpointError(f"{folder} holds weights alone (save_only_model): a run cannot go on from it")
+        record = RunRecord.from_dict(manifest.read_json(folder / STATE), str(folder / STATE))
+        changes = self._changes(folder, record)
+        check_changes(changes, self.args.allow_change, str(folder))
+        self._restored = Restored(folder, record, changes)
+        self._restore_tensors(folder, changes)
+        self._restore_records(record, changes)
+        continue_output_dir(self.args, self.engine.group, record.metrics_bytes, self.state.global_step)
+        return self._length_from_here(length, changes)
+
+    def begin(self) -> None:
+        """Set what the beginning of a run resets: random generators, and what callbacks had asked for."""
+        if self._restored is None:
+            return
+        restored, group = self._restored, self.engine.group
+        self._restored = None
+        self.events.control.should_training_stop |= restored.record.should_stop
+        self.events.control.should_epoch_stop |= restored.record.should_stop_epoch
+        if manifest.read_manifest(restored.folder).world_size == group.world_size:
+            body, _ = manifest.read_sealed(restored.folder / rank_file(group.rank))
+            restore_random_state(body["random"], group.device)
+        else:
+            start_random_state(self.args.seed, self.state.global_step, group.rank)
+
+    def _contents(self) -> Contents:
+        model, optimizer = self.engine.model, self.engine.optimizer
+        records = {PARAMETERS: self.args.to_dict(), STATE: self._record().to_dict()}
+        tensors = {"model": model_tensors(model)}
+        if not self.args.save_only_model:
+            records[OPTIMIZER], tensors["optimizer"] = pack_optimizer(optimizer, model)
+        if self._files is None:
+            self._files = self.model_files()
+        return Contents(
+            self.state.global_step, tensors, records, self._files, is_resumable=not self.args.save_only_model
+        )
+
+    def _record(self) -> RunRecord:
+        control, is_over = self.events.control, 0 < self.state.max_steps <= self.state.global_step
+        return RunRecord(
+            state=_pack_plain(state_fields(self.state), "the state"),
+            should_stop=control.should_training_stop and not is_over and not self.events.is_stopped_by_signal,
+            should_stop_epoch=control.should_epoch_stop,
+            schedule=_pack_plain(self.engine.schedule.state_dict(), "the learning-rate schedule"),
+            callbacks=callback_states(self.events.handler.callbacks),
+            fingerprints=self._identify(),
+            metrics_bytes=_synchronised_size(Path(self.args.output_dir, METRICS)),
+            stream=_pack_plain(self.batches.position(), "the position of train_dataset"),
+        )
+
+    def model_files(self) -> dict[str, bytes]:
+        """Configuration and tokenizer, as they are written for others; read once, for they do not change."""
+        if not self.engine.group.is_lead:
+            return {}
+        with tempfile.TemporaryDirectory() as folder:
+            handler: CallbackHandler = self.events.handler
+            if isinstance(self.engine.model, PreTrainedModel):
+                self.engine.model.config.save_pretrained(folder)
+                generation = getattr(self.engine.model, "generation_config", None)
+                if generation is not None:
+                    generation.to_json_file(Path(folder, "generation_config.json"))
+            if hasattr(handler.processing_class, "save_pretrained"):
+                handler.processing_class.save_pretrained(folder)
+            paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+            return {str(Path(MODEL_FILES, path.relative_to(folder))): path.read_bytes() for path in paths}
+
+    def _say(self, found: Found, folder: Path, *, must_exist: bool) -> Path | None:
+        for name, reason in found.passed_over.items():
+            if self.engine.group.is_lead:
+                logger.warning("passed over %s: %s", name, reason)
+        if found.folder is None and (must_exist or found.passed_over):
+            reasons = "".join(f"; {name}: {reason}" for name, reason in found.passed_over.items())
+            raise CheckpointError(f"there is no checkpoint in {folder} that a run can go on from{reasons}")
+        return found.folder
+
+    def _changes(self, folder: Path, record: RunRecord) -> dict[str, str]:
+        saved = TrainingArguments.from_mapping(manifest.read_json(folder / PARAMETERS)).to_dict()
+        changes = find_changes(saved, self.args.to_dict()) | find_changes(record.fingerprints, self._identify())
+        names = [name for name, _ in record.callbacks]
+        present = [name for name, _ in callback_states(self.events.handler.callbacks)]
+        return changes | find_changes({"callbacks": names}, {"callbacks": present})
+
+    def _restore_tensors(self, folder: Path, changes: dict[str, str]) -> None:
+        group = self.engine.group
+        stored = StoredTensors(folder, group.rank, group.world_size)
+        restore_model(self.engine.model, stored)
+        kept = frozenset(key for name in changes for key in OPTIMIZER_SETTINGS.get(name, ()))
+        form = manifest.read_json(folder / OPTIMIZER)
+        restore_optimizer(self.engine.optimizer, self.engine.model, form, stored, kept)
+
+    def _restore_records(self, record: RunRecord, changes: dict[str, str]) -> None:
+        restore_state(self.state, _unpack_plain(record.state))
+        self.state.resumed_step, self.state.resumed_samples = self.state.global_step, self.state.num_samples_seen
+        restore_callbacks(self.events.handler.callbacks, record.callbacks)
+        self.batches.move_to(_unpack_plain(record.stream))
+        schedule = self.engine.schedule
+        if SCHEDULE_OPTIONS & changes.keys():
+            advance(schedule, self.state.global_step)
+        else:
+            schedule.load_state_dict(_unpack_plain(record.schedule))
+
+    def _length_from_here(self, length: RunLength, changes: dict[str, str]) -> RunLength:
+        """Count on from the steps taken, where the size of a batch changed; the position counts samples."""
+        per_epoch, num_samples = length.steps_per_epoch, self.batches.num_samples
+        is_other_size = bool(BATCH_OPTIONS & changes.keys()) and self.args.max_steps <= 0
+        if not is_other_size or per_epoch is None or num_samples is None:
+            return length
+        left = math.ceil((num_samples - self.state.num_epoch_samples_seen) / self.batches.samples_per_step)
+        would_have_taken = (self.state.num_epochs_done + 1) * per_epoch - left
+        return replace(length, num_steps_more=self.state.global_step - would_have_taken)
+
+    def _tell(self, folder: Path | None) -> None:
+        if folder is not None:
+            is_asked = self.events.control.should_save  # transformers' event takes it back
+            self.events.emit("on_save", checkpoint=folder)
+            self.events.control.should_save |= is_asked
+
+
+def load_best_weights(model: nn.Module, state: RunState, group: Group) -> None:
+    """Give the model the weights of the best checkpoint."""
+    if state.best_model_checkpoint is not None and state.best_global_step != state.global_step:
+        restore_model(model, StoredTensors(Path(state.best_model_checkpoint), group.rank, group.world_size))
+
+
+def _pack_plain(value: Any, name: str) -> Any:
+    tensors: dict[str, Any] = {}
+    form = pack(value, name, tensors)
+    if tensors:
+        raise CheckpointError(f"{name} holds a tensor ({next(iter(tensors))}): a checkpoint keeps it as numbers only")
+    return form
+
+
+def _unpack_plain(form: Any) -> Any:
+    return unpack(form, torch.tensor)  # never called: there are no tensors
+
+
+def _synchronised_size(path: Path) -> int | None:
+    """Put a file on disk and give its size; None where there is none."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return None
+    try:
+        os.fsync(descriptor)
+        return os.fstat(descriptor).st_size
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,125 @@
+"""Runs one recorded step again, rank after rank on one process, and finds where the first non-finite value appears.
+
+Owns the hooks; knows nothing of the run that the step was part of. Invariant: weights, inputs and random draws are
+those of the recorded step; nothing is updated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from trainer.arguments.training import TrainingArguments
+from trainer.checkpoint import manifest
+from trainer.checkpoint.find import find_damage
+from trainer.checkpoint.randomness import set_generator_states
+from trainer.checkpoint.storage import StoredTensors
+from trainer.checkpoint.tree import unpack
+from trainer.checkpoint.writer import rank_file
+from trainer.distributed.group import Group
+from trainer.errors import CheckpointError
+from trainer.model.load import build_on_meta, materialise, prepare_model, read_config
+from trainer.training.checkpoints import MODEL_FILES
+from trainer.training.output import PARAMETERS
+from trainer.training.tokens import TokenObjective
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The first non-finite value of a step."""
+
+    rank: int
+    micro_batch: int  # from 0
+    place: str
+
+
+def replay(folder: Path, group: Group) -> Finding | None:
+    """Run a recorded step of token data again; None if everything is finite this time.
+
+    Raises:
+        CheckpointError: the record is damaged, or of a model that only its own program can build.
+    """
+    if faults := find_damage(folder):
+        raise CheckpointError(f"{folder} is not a whole record of a step: {faults[0]}")
+    if not (folder / MODEL_FILES / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} is of a model that is not built from a config.json: build it yourself, fill it with "
+            "trainer.checkpoint.weights.restore_model, and look at the batch in it"
+        )
+    args = TrainingArguments.from_mapping(manifest.read_json(folder / PARAMETERS))
+    model = build_on_meta(read_config(args, folder / MODEL_FILES), trust_remote_code=args.trust_remote_code)
+    prepare_model(model, args, None, group.device)
+    materialise(model, StoredTensors(folder), group.device)
+    if (name := _first_bad_weight(model)) is not None:
+        return Finding(0, 0, f"weight {name}, before the step")
+    objective = TokenObjective(model, args, group)
+    world_size = manifest.read_manifest(folder).world_size
+    for rank in range(world_size):
+        finding = _replay_rank(model, objective, _read_own(folder, rank, world_size), rank, group)
+        if finding is not None:
+            return finding
+    return None
+
+
+def _read_own(folder: Path, rank: int, world_size: int) -> Any:
+    """Batch and generators of one rank."""
+    body, _ = manifest.read_sealed(folder / rank_file(rank))
+    stored = StoredTensors(folder, rank, world_size)
+    return unpack(body["step"], lambda name: stored.read(name, ()))
+
+
+def _replay_rank(model: nn.Module, objective: TokenObjective, own: Any, rank: int, group: Group) -> Finding | None:
+    set_generator_states(own["random"], group.device)
+    for number, micro_batch in enumerate(own["batch"]):
+        with _watching(model) as seen:
+            (loss,) = objective.backward([micro_batch])
+        bad = [name for name, p in model.named_parameters() if p.grad is not None and not _is_finite(p.grad)]
+        seen += [] if _is_finite(loss) else ["the loss, of finite outputs"]
+        seen += [f"gradient of {name}" for name in bad[:1]]
+        if seen:
+            return Finding(rank, number, seen[0])
+    return None
+
+
+@contextmanager
+def _watching(model: nn.Module) -> Iterator[list[str]]:
+    """Note, in the order in which they come, outputs of modules and their gradients that are not finite."""
+    seen: list[str] = []
+
+    def after(name: str, module: nn.Module) -> Any:
+        def hook(_: Any, inputs: Any, output: Any) -> None:
+            for tensor in tree_leaves(output):
+                if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                    continue
+                if not _is_finite(tensor):
+                    seen.append(f"forward: output of {name or 'the model'} ({type(module).__name__})")
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda gradient: note(gradient, name))
+
+        return hook
+
+    def note(gradient: Tensor, name: str) -> None:
+        if not _is_finite(gradient):
+            seen.append(f"backward: gradient of the output of {name or 'the model'}")
+
+    handles = [module.register_forward_hook(after(name, module)) for name, module in model.named_modules()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first_bad_weight(model: nn.Module) -> str | None:
+    return next((name for name, weight in model.named_parameters() if not _is_finite(weight)), None)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
