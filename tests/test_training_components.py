@@ -10,12 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, get_scheduler
+from transformers import AutoModelForCausalLM
 
 from tests.fixtures.models import tiny_llama
-from tests.fixtures.oracles import linear_schedule
 from tests.fixtures.runs import build_arguments, build_trainer, random_token_samples
-from tests.fixtures.tolerances import CLIPPED_NORM, CLOSED_FORM_FLOAT64, LAYOUT_FLOAT64
+from tests.fixtures.tolerances import CLIPPED_NORM, LAYOUT_FLOAT64
 from trainer.arguments.groups import MachineArguments, OptimizerArguments, ScheduleArguments
 from trainer.data.length import run_length
 from trainer.data.sampler import epoch_order
@@ -125,39 +124,6 @@ class TestOptimizer:
 
 
 class TestSchedule:
-    def rates(self, num_steps: int, **options: Any) -> list[float]:
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-        schedule = build_schedule(optimizer, ScheduleArguments(**options), num_steps)
-        found = []
-        for _ in range(num_steps):
-            found.append(schedule.get_last_lr()[0])
-            optimizer.step()
-            schedule.step()
-        return found
-
-    @given(num_steps=st.integers(1, 40), warmup=st.integers(0, 10))
-    def test_linear_is_the_closed_form(self, num_steps: int, warmup: int) -> None:
-        expected = [linear_schedule(step, 1.0, warmup, num_steps) for step in range(1, num_steps + 1)]
-        assert self.rates(num_steps, warmup_steps=warmup) == pytest.approx(expected, rel=CLOSED_FORM_FLOAT64)
-
-    def test_a_warm_up_below_one_is_a_share(self) -> None:
-        assert self.rates(20, warmup_steps=0.25) == self.rates(20, warmup_steps=5)
-
-    @pytest.mark.parametrize("name", ["cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial"])
-    def test_names_are_those_of_transformers(self, name: str) -> None:
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-        theirs = get_scheduler(name, optimizer, num_warmup_steps=2, num_training_steps=9)
-        ours = build_schedule(optimizer, ScheduleArguments(lr_scheduler_type=name, warmup_steps=2), 9)
-        assert [fn(7) for fn in ours.lr_lambdas] == [fn(7) for fn in theirs.lr_lambdas]
-
-    def test_an_unknown_name_lists_the_known(self) -> None:
-        with pytest.raises(UsageError, match="one of linear, cosine"):
-            self.rates(3, lr_scheduler_type="linar")
-
-    def test_an_unknown_setting_is_refused(self) -> None:
-        with pytest.raises(UsageError, match="lr_scheduler_kwargs"):
-            self.rates(3, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_rl": 0.1})
-
     def test_a_share_of_endless_training_is_refused(self) -> None:
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
         args = ScheduleArguments(lr_scheduler_type="constant_with_warmup", warmup_steps=0.5)

@@ -6,6 +6,9 @@ be refused.
 
 from __future__ import annotations
 
+import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,14 +28,24 @@ from tests.fixtures.optimizers import (
     take_steps,
     through_plain_values,
 )
-from tests.fixtures.runs import weights_of
-from tests.fixtures.tolerances import BY_HAND_FP32, REGROUPED_FP32, REGROUPED_MUON
+from tests.fixtures.oracles import mean_loss
+from tests.fixtures.runs import build_trainer, random_token_samples, step_lines, weights_of
+from tests.fixtures.tolerances import BY_HAND_FP32, LOSS_FP32, NORM_FP32, REGROUPED_FP32, REGROUPED_MUON
+from tests.shape.source import ROOT
 from trainer.arguments.groups import ScheduleArguments
-from trainer.errors import UsageError
+from trainer.errors import NonFiniteError, UsageError
 from trainer.optim.in_backward import last_backward
-from trainer.optim.registry import OPTIMIZERS
+from trainer.optim.registry import GONE, OPTIMIZERS
 from trainer.optim.schedules import build_schedule
 from trainer.optim.spec import is_installed
+
+SAMPLES = random_token_samples([9, 14, 5, 20, 11, 7, 16, 8])
+ALIASES = ("adamw_8bit", "rmsprop_bnb_32bit")  # the very specifications of adamw_bnb_8bit and rmsprop_bnb
+
+
+def is_slow(name: str) -> bool:
+    """Whether it compiles, or is the same code as another on a CPU."""
+    return OPTIMIZERS[name].package == "torchao" or name.startswith("paged") or name in ALIASES
 
 
 def cases(names: Any = OPTIMIZERS) -> list[Any]:
@@ -40,7 +53,7 @@ def cases(names: Any = OPTIMIZERS) -> list[Any]:
     params = []
     for name in names:
         spec, marks = OPTIMIZERS[name], []
-        if spec.package == "torchao":
+        if is_slow(name):
             marks.append(pytest.mark.slow)
         if not is_installed(spec):
             marks.append(pytest.mark.skip(reason=f"{spec.package} is not there: pip install {spec.package}"))
@@ -199,3 +212,66 @@ def test_decays_as_by_hand(name: str) -> None:
     take_steps(model, optimizer, [regression_batch(8)])
     for n, value in expected.items():
         torch.testing.assert_close(weights_of(model)[n].double(), value, rtol=0, atol=BY_HAND_FP32)
+
+
+class TestRuns:
+    """What a whole run does with the optimizers that change its order."""
+
+    @pytest.mark.world_size(1, 2)
+    @pytest.mark.parametrize("max_tokens_per_rank", [24, 128])
+    def test_stepping_in_backward_is_the_ordinary_run(self, max_tokens_per_rank: int, ranks: Any) -> None:
+        """Weights, losses and gradient norms, with one micro-batch and with several."""
+        lines, weights = [], []
+        for name in ("sgd", "lomo"):
+            folder, options = ranks.tmp_path / name, {"max_grad_norm": 0.0, "weight_decay": 0.1, "learning_rate": 0.5}
+            trainer = build_trainer(folder, SAMPLES, optim=name, max_tokens_per_rank=max_tokens_per_rank, **options)
+            trainer.train()
+            ranks.barrier()
+            lines.append(step_lines(folder))
+            weights.append(weights_of(trainer.model))
+        assert len(lines[0]) == 2
+        for ours, theirs in zip(*lines, strict=True):
+            assert ours == pytest.approx(theirs, rel=NORM_FP32)
+        assert all(torch.equal(value, weights[1][n]) for n, value in weights[0].items())
+
+    def test_a_gradient_that_is_not_finite_spoils_what_steps_in_backward(self, tmp_path: Path) -> None:
+        trainer = build_trainer(tmp_path / "run", SAMPLES, optim="lomo", max_grad_norm=0.0)
+        trainer.model.lm_head.weight.data[5, 5] = math.nan
+        with pytest.raises(NonFiniteError, match="the weights are spoilt: go back to a checkpoint"):
+            trainer.train()
+
+    @pytest.mark.skipif(not is_installed(OPTIMIZERS["schedule_free_adamw"]), reason="pip install schedulefree")
+    def test_averaged_weights_are_evaluated_and_exported(self, tmp_path: Path) -> None:
+        options = {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant"}
+        trainer = build_trainer(tmp_path / "run", SAMPLES, eval_samples=SAMPLES, num_train_epochs=3, **options)
+        trainer.train()
+        trained = weights_of(trainer.model)
+        measured = trainer.evaluate()["eval_loss"]
+        exported = type(trainer.model).from_pretrained(trainer.save_model(tmp_path / "export"))
+        assert all(torch.equal(value, trained[n]) for n, value in weights_of(trainer.model).items())
+        assert not torch.equal(exported.lm_head.weight, trained["lm_head.weight"])
+        assert mean_loss(exported, SAMPLES).item() == pytest.approx(measured, rel=LOSS_FP32)
+
+    def test_evaluating_changes_nothing(self, tmp_path: Path) -> None:
+        """Also where evaluation swaps weights."""
+        name = "schedule_free_adamw" if is_installed(OPTIMIZERS["schedule_free_adamw"]) else "adamw_torch"
+        weights = []
+        for strategy in ("no", "steps"):
+            options = {"eval_strategy": strategy, "eval_steps": 1} if strategy == "steps" else {}
+            folder = tmp_path / strategy
+            trainer = build_trainer(
+                folder, SAMPLES, eval_samples=SAMPLES[:2], optim=name, lr_scheduler_type="constant", **options
+            )
+            trainer.train()
+            weights.append(weights_of(trainer.model))
+        assert all(torch.equal(value, weights[1][n]) for n, value in weights[0].items())
+
+
+def test_the_table_has_every_optimizer() -> None:
+    """docs/optimizers.md is written by tests/optimizer_table.py."""
+    text = (ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", text, flags=re.M) == [*OPTIMIZERS]
+    assert re.findall(r"^- `(\w+)`", text, flags=re.M) == [*GONE]
+    for name, spec in OPTIMIZERS.items():
+        line = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+        assert f"| {spec.package or 'torch'} |" in line.replace("transformers", "torch")
