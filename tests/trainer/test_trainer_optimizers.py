@@ -33,7 +33,14 @@ from tests.fixtures.runs import build_trainer, random_token_samples, step_lines,
 from tests.fixtures.tolerances import BY_HAND_FP32, LOSS_FP32, NORM_FP32, REGROUPED_FP32, REGROUPED_MUON
 from tests.shape.source import ROOT
 from trainer.arguments.groups import ScheduleArguments
-from trainer.errors import NonFiniteError, UsageError
+from trainer.arguments.training import TrainingArguments
+from trainer.checkpoint.manifest import read_json
+from trainer.checkpoint.optimizer import pack_optimizer, restore_optimizer
+from trainer.checkpoint.storage import StoredTensors
+from trainer.checkpoint.weights import model_tensors, restore_model
+from trainer.checkpoint.writer import CheckpointWriter, Contents
+from trainer.distributed.group import Group
+from trainer.errors import CheckpointError, NonFiniteError, UsageError
 from trainer.optim.in_backward import last_backward
 from trainer.optim.registry import GONE, OPTIMIZERS
 from trainer.optim.schedules import build_schedule
@@ -68,6 +75,30 @@ def tolerance_for(name: str) -> float:
 
 
 every = pytest.mark.parametrize("name", cases())
+
+
+def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group) -> None:
+    form, tensors = pack_optimizer(optimizer, model)
+    writer = CheckpointWriter(folder, group, is_async=False, limit=None)
+    writer.save(Contents(1, {"model": model_tensors(model), "optimizer": tensors}, {"optimizer.json": form}))
+
+
+def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group) -> None:
+    group.barrier()
+    stored = StoredTensors(folder / "step_1", group.rank, group.world_size)
+    restore_model(model, stored)
+    restore_optimizer(optimizer, model, read_json(stored.folder / "optimizer.json"), stored, frozenset())
+
+
+def save_on_one_process(folder: Path, name: str) -> list[float]:
+    """Take two steps, save, and take two more; gives the losses of these."""
+    model = Regression()
+    optimizer = build_for(model, name)
+    batches = [regression_batch(8, seed=step) for step in range(4)]
+    take_steps(model, optimizer, batches[:2])
+    with Group.join(TrainingArguments(use_cpu=True)) as group:
+        save(folder, model, optimizer, group)
+    return take_steps(model, optimizer, batches[2:])
 
 
 class TestConformance:
@@ -134,7 +165,7 @@ class TestConformance:
     @every
     @pytest.mark.world_size(2)
     def test_resumes_sharded(self, name: str, ranks: Any) -> None:
-        """The same on every rank's shard."""
+        """The same on every rank's shard, through a checkpoint on disk."""
         if OPTIMIZERS[name].not_sharded:
             pytest.skip(OPTIMIZERS[name].not_sharded)
         batches = [regression_batch(8, seed=step) for step in range(4)]
@@ -146,7 +177,9 @@ class TestConformance:
         with torch.no_grad():
             for ours, theirs in zip(models[1].parameters(), models[0].parameters(), strict=True):
                 ours.copy_(theirs)
-        again.load_state_dict(through_plain_values(optimizer.state_dict()))
+        with Group.join(TrainingArguments(use_cpu=True)) as group:
+            save(ranks.tmp_path, models[0], optimizer, group)
+            load(ranks.tmp_path, models[1], again, group)
         assert take_steps(models[0], optimizer, batches[2:]) == take_steps(models[1], again, batches[2:])
 
     @every
@@ -212,6 +245,29 @@ def test_decays_as_by_hand(name: str) -> None:
     take_steps(model, optimizer, [regression_batch(8)])
     for n, value in expected.items():
         torch.testing.assert_close(weights_of(model)[n].double(), value, rtol=0, atol=BY_HAND_FP32)
+
+
+@pytest.mark.parametrize("name", cases(["adamw_torch", "muon", "ademamix", "lion_32bit", "stable_adamw"]))
+def test_more_ranks_take_up_the_state_of_one(name: str, launch: Any, tmp_path: Path) -> None:
+    expected = launch(1, save_on_one_process, tmp_path, name).values[0]
+    assert launch(2, go_on_sharded, tmp_path, name).values[0] == pytest.approx(expected, rel=tolerance_for(name))
+
+
+@pytest.mark.parametrize("name", cases(["adamw_bnb_8bit", "adamw_torch_8bit"]))
+def test_blocks_belong_to_their_world_size(name: str, launch: Any, tmp_path: Path) -> None:
+    assert launch(1, save_on_one_process, tmp_path, name).values
+    for outcome in launch(2, go_on_sharded, tmp_path, name):
+        assert isinstance(outcome.error, CheckpointError)
+        assert "resume at the world size that saved it" in str(outcome.error)
+
+
+def go_on_sharded(folder: Path, name: str) -> list[float]:
+    model = Regression(seed=2)
+    with Group.join(TrainingArguments(use_cpu=True)) as group:
+        fully_shard(model, mesh=group.mesh)
+        optimizer = build_for(model, name)
+        load(folder, model, optimizer, group)
+        return take_steps(model, optimizer, [regression_batch(8, seed=step) for step in (2, 3)])
 
 
 class TestRuns:

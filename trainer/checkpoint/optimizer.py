@@ -17,6 +17,7 @@ from torch.distributed.tensor import empty as empty_dtensor
 from trainer.checkpoint.storage import Entry, StoredTensors, fill
 from trainer.checkpoint.tree import pack, unpack
 from trainer.errors import CheckpointError
+from trainer.optim.mixing import revive
 
 NAME = "optimizer"
 
@@ -69,6 +70,7 @@ def restore_optimizer(
     for name, values in form["state"].items():
         parameter = parameters[name]
         optimizer.state[parameter] = unpack(values, _reader(parameter, settings[name], stored))
+    revive(optimizer)
 
 
 def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
