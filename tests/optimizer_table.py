@@ -1,7 +1,7 @@
 """Writes docs/optimizers.md from the registry and what the conformance suite says of each optimizer on this machine.
 
 `python tests/optimizer_table.py` runs the suite first (install the extra `optimizers` for the whole table);
-`python tests/optimizer_table.py REPORT.xml` takes the JUnit file of a run with RUN_SLOW=1 instead.
+`python tests/optimizer_table.py REPORT.xml ...` takes the JUnit files of runs with RUN_SLOW=1 instead.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CHECKS = {  # column -> tests of the suite
     "moves": ("test_moves",),
     "converges": ("test_converges",),
     "accumulates": ("test_accumulates",),
-    "sharded": ("test_sharded", "test_resumes_sharded"),
+    "2 ranks": ("test_sharded", "test_resumes_sharded"),
     "resumes": ("test_resumes",),
     "unused": ("test_tolerates_unused",),
     "rate": ("test_rate",),
@@ -52,7 +52,7 @@ registry (`trainer/optim/registry.py`) and the results of its suite (`{suite}`);
 | moves | every trained parameter of a tiny Llama moves, and no frozen one |
 | converges | it fits a regression |
 | accumulates | two micro-batches of 4 are one of 8 |
-| sharded | 2 ranks are one process, and each rank resumes its shard |
+| 2 ranks | 2 ranks are one process, and each rank resumes its shard |
 | resumes | a run whose state went through tensors and JSON continues bit for bit |
 | unused | a parameter without a gradient stays as it is, decay or not |
 | rate | the learning rate shown is the one used |
@@ -66,9 +66,10 @@ registry (`trainer/optim/registry.py`) and the results of its suite (`{suite}`);
 
 def main(words: list[str]) -> None:
     """Write the table."""
+    results: dict[tuple[str, str], str] = {}
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(words[0]) if words else run_suite(Path(folder, "report.xml"))
-        results = read_results(report)
+        for report in map(Path, words) if words else [run_suite(Path(folder, "report.xml"))]:
+            results |= read_results(report)
     (ROOT / "docs" / "optimizers.md").write_text(render(results), encoding="utf-8")
 
 
@@ -116,7 +117,7 @@ def row(name: str, spec: Spec, results: dict[tuple[str, str], str]) -> list[str]
 def verdict(name: str, spec: Spec, column: str, results: dict[tuple[str, str], str]) -> str:
     """One sign for the tests of a column."""
     found = {results[test, name] for test in CHECKS[column] if (test, name) in results}
-    if column == "sharded" and spec.not_sharded and "-" not in found:
+    if column == "2 ranks" and spec.not_sharded and "-" not in found:
         return "no"
     return "-" if "-" in found else "+" if "+" in found else "." if found else ""
 
