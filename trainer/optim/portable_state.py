@@ -92,10 +92,11 @@ class ApolloState(GaloreState):
 class TorchaoState(ObjectState):
     """Mixin for torchao: low-bit state of this rank's shard; learning rates, which it wants as tensors, are numbers."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        for group in self.param_groups:
-            group["lr"] = float(group["lr"])
+    def __init__(self, groups: list[dict[str, Any]], lr: float, **options: Any) -> None:
+        rates = [group.get("lr", lr) for group in groups]
+        super().__init__(groups, lr=lr, **options)  # type: ignore[call-arg]
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["lr"] = rate
 
     def step(self, closure: Any = None) -> Any:
         """Step with the learning rates as tensors."""

@@ -140,7 +140,8 @@ _TORCHAO = Spec(
     package="torchao",
     takes=ADAM,
     mixins=(TorchaoState,),
-    note="compiles on its first step; learning rate in float32; resumes at the same world size only",
+    note="compiles on its first step; resumes at the same world size only; torchao 0.18 on torch 2.13: on 2 ranks, "
+    "what compiling leaves behind fails the harness, and two such optimizers in one process fail in inductor",
 )
 _GALORE = Spec(
     "galore_torch:GaLoreAdamW",
