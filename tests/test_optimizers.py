@@ -89,7 +89,7 @@ class TestNames:
         if is_installed(OPTIMIZERS[name]):
             pytest.skip(f"{OPTIMIZERS[name].package} is there")
         options = {"optim_target_modules": "all-linear"} if OPTIMIZERS[name].target_options else {}
-        with pytest.raises(UsageError | MissingPackageError, match="pip install|cannot train on a CPU"):
+        with pytest.raises((UsageError, MissingPackageError), match="pip install|cannot train on a CPU"):
             build_optimizer(Regression(), arguments(optim=name, max_grad_norm=0.0, **options))
 
     def test_a_package_is_told_with_its_licence(self, caplog: pytest.LogCaptureFixture) -> None:
