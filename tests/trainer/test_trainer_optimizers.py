@@ -293,7 +293,7 @@ class TestRuns:
     def test_a_gradient_that_is_not_finite_spoils_what_steps_in_backward(self, tmp_path: Path) -> None:
         trainer = build_trainer(tmp_path / "run", SAMPLES, optim="lomo", max_grad_norm=0.0)
         trainer.model.lm_head.weight.data[5, 5] = math.nan
-        with pytest.raises(NonFiniteError, match="the weights are spoilt: go back to a checkpoint"):
+        with pytest.raises(NonFiniteError, match="the weights are spoilt; go back to a checkpoint"):
             trainer.train()
 
     @pytest.mark.skipif(not is_installed(OPTIMIZERS["schedule_free_adamw"]), reason="pip install schedulefree")
