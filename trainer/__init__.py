@@ -21,6 +21,8 @@ _PUBLIC = {
     "batch_lengths_to_minibatches_lpt": "trainer.data.packing",
     "get_data_loader": "trainer.data.loader",
     "Trainer": "trainer.training.trainer",
+    "Seq2SeqTrainer": "trainer.training.seq2seq",
+    "Seq2SeqTrainingArguments": "trainer.arguments.seq2seq",
 }
 __all__ = sorted(_PUBLIC)
 

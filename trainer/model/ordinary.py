@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import can_return_loss, find_labels
@@ -67,11 +68,10 @@ def read_traits(model: nn.Module, label_names: Sequence[str] | None = None) -> M
     inner = outer.get_base_model() if hasattr(outer, "get_base_model") else outer  # PEFT wraps
     parameters = inspect.signature(inner.forward).parameters
     labels = find_labels(type(inner)) if label_names is None else list(label_names)
-    takes_anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     is_encoder_decoder = getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
     loss = LOSS_MAPPING.get(getattr(inner, "loss_type", None))
     return ModelTraits(
-        accepts_loss_kwargs=getattr(inner, "accepts_loss_kwargs", takes_anything),
+        accepts_loss_kwargs=getattr(inner, "accepts_loss_kwargs", _divides_by_items(type(inner))),
         label_names=labels,
         columns=list(dict.fromkeys([*parameters, "label", "label_ids", *labels])),
         shifts_labels=loss is ForCausalLMLoss and not is_encoder_decoder,
@@ -79,6 +79,21 @@ def read_traits(model: nn.Module, label_names: Sequence[str] | None = None) -> M
         can_return_loss=can_return_loss(type(inner)),
         main_input_name=getattr(inner, "main_input_name", "input_ids"),
     )
+
+
+def _divides_by_items(kind: type[nn.Module]) -> bool:
+    """Whether a model that says nothing about it divides its loss by num_items_in_batch.
+
+    A forward that takes anything is taken to hand it on; of transformers' models only one that names the number, or the
+    `loss_function` that takes it: others, encoder-decoders among them, take anything and ignore this.
+    """
+    parameters = inspect.signature(kind.forward).parameters.values()
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return "num_items_in_batch" in inspect.signature(kind.forward).parameters
+    if not issubclass(kind, PreTrainedModel):
+        return True
+    codes = [inspect.unwrap(vars(base)["forward"]).__code__ for base in kind.__mro__ if "forward" in vars(base)]
+    return any({"loss_function", "num_items_in_batch"} & {*code.co_names, *code.co_consts} for code in codes)
 
 
 def prepare_ordinary_model(

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from trainer.errors import ModelError
@@ -109,7 +110,10 @@ def shard_modules(
     ignored |= {_shard_rows(model, name, mesh) for name in unread}
     blocks = decoder_blocks(model) if isinstance(model, PreTrainedModel) else {}
     for module in (*blocks.values(), model):
+        module.register_forward_hook(_own_outputs)  # runs before FSDP2's own
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
+    if hasattr(model, "generate"):
+        register_fsdp_forward_method(model, "generate")  # it runs an encoder by itself, beside the root's own forward
     setattr(model, _MESH, mesh)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -127,6 +131,16 @@ def _shard_rows(model: nn.Module, name: str, mesh: DeviceMesh) -> nn.Parameter:
     sharded = nn.Parameter(rows, requires_grad=parameter.requires_grad)
     model.get_submodule(place).register_parameter(own_name, sharded)
     return sharded
+
+
+def _own_outputs(module: nn.Module, inputs: object, outputs: Any) -> Any:
+    """Copy outputs that are views, as T5's position bias is: written to in place, they would lose FSDP2's gathering."""
+
+    def owned(output: Any) -> Any:
+        is_view = isinstance(output, Tensor) and output.requires_grad and output._base is not None
+        return output.clone() if is_view else output
+
+    return tree_map(owned, outputs) if torch.is_grad_enabled() else outputs
 
 
 @contextmanager
