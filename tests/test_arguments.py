@@ -57,7 +57,7 @@ def test_python_yaml_and_command_line_agree(names: set[str], tmp_path_factory: p
     expected = TrainingArguments(**options)
     assert TrainingArguments.from_yaml(file) == expected
     assert from_words(as_words(options)) == expected
-    assert TrainingArguments.from_mapping(json.loads(expected.to_json())) == expected
+    assert TrainingArguments.from_mapping(json.loads(expected.to_json_string())) == expected
 
 
 def test_flags_override_the_file(tmp_path: Path) -> None:

@@ -193,6 +193,9 @@ class EvaluationArguments:
     eval_delay: float = option(0, "Steps, or epochs with eval_strategy=epoch, before the first evaluation.", minimum=0)
     eval_at_end: bool = option(False, "Evaluate after the last step.")
     metric_for_best_model: str = option("loss", "Evaluation metric that tells the best model.")
+    metric_improvement_threshold: float = option(
+        0.0, "By how much that metric must be better than the best so far to be the best.", minimum=0, below=inf
+    )
     greater_is_better: bool | None = option(None, "Whether more of that metric is better; by default not for a loss.")
     eval_exact_match: bool = option(False, "Answer held-out chats greedily and count exact answers at each evaluation.")
     num_generation_samples: int = option(0, "Held-out chats whose answers are shown before and after.", minimum=0)
@@ -250,6 +253,15 @@ class LoggingArguments:
     include_num_input_tokens_seen: Literal["no", "all", "non_padding"] = option(
         "no", "Add to each line the number of input tokens so far, with or without padding."
     )
+    report_to: str | list[str] = option(
+        "none", "Experiment trackers: tensorboard, wandb, mlflow or another that transformers knows; all; none."
+    )
+    run_name: str | None = option(None, "Name of the run in the trackers.")
+    project: str = option("huggingface", "Project of the run, for trackio.")
+    trackio_space_id: str | None = option(None, "Space that shows the run, for trackio.")
+    trackio_bucket_id: str | None = option(None, "Bucket of that space, for trackio.")
+    trackio_static_space_id: str | bool | None = option(None, "Static copy of that space, for trackio; false: none.")
+    hub_private_repo: bool | None = option(None, "Whether that space is private, for trackio.")
     disable_tqdm: bool = option(False, "Plain lines instead of a progress bar.")
 
 

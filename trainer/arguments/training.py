@@ -29,6 +29,7 @@ from trainer.arguments.groups import (
     PredictionArguments,
     ScheduleArguments,
 )
+from trainer.arguments.huggingface import check_foreign
 from trainer.arguments.options import check_options, unknown_option
 from trainer.errors import UsageError
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 ALIASES = {
     "max_tokens_per_gpu": "max_tokens_per_rank",
     "activation_checkpointing": "gradient_checkpointing",  # names that transformers 5 is moving to
+    "use_liger_kernel": "use_liger_kernels",
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
 IDENTITIES = ("data", "eval_data", "tokenizer", "callbacks")  # what else of a run may change when it is resumed
@@ -62,6 +64,8 @@ def _known_options(cls: type[Any], options: Mapping[str, Any]) -> dict[str, Any]
     for given, value in options.items():
         name = ALIASES.get(given, given)
         if name not in names:
+            if check_foreign(given, value):
+                continue
             raise unknown_option(given, names)
         if name in known:
             alias = next(alias for alias, meant in ALIASES.items() if meant == name)
@@ -144,6 +148,15 @@ class TrainingArguments(  # the last base's options come first
                 "logging_strategy=steps",
             ),
             *self._checkpoint_contradictions(),
+            (
+                self._tells_trackio and not {"trackio", "all"} & set(_as_list(self.report_to)),
+                "project, trackio_space_id, trackio_bucket_id, trackio_static_space_id and hub_private_repo have no "
+                "effect without report_to=trackio; other trackers read their own environment variables",
+            ),
+            (
+                self.run_name is not None and _as_list(self.report_to) in ([], ["none"]),
+                "run_name has no effect with report_to=none: name a tracker",
+            ),
             (self.max_steps == 0, "max_steps = 0 would train nothing: give a positive number, or -1 for no limit"),
         ]
 
@@ -164,6 +177,11 @@ class TrainingArguments(  # the last base's options come first
             (
                 self.eval_delay > 0 and self.eval_strategy == "no",
                 "eval_delay has no effect with eval_strategy=no: say steps or epoch",
+            ),
+            (
+                self.metric_improvement_threshold > 0 and not self.does_evaluate,
+                "metric_improvement_threshold has no effect without evaluations: set eval_strategy or "
+                "min_samples_per_evaluation",
             ),
             (
                 self.export_best and not self.does_evaluate,
@@ -247,6 +265,11 @@ class TrainingArguments(  # the last base's options come first
         ]
 
     @property
+    def _tells_trackio(self) -> bool:
+        settings = (self.trackio_space_id, self.trackio_bucket_id, self.trackio_static_space_id, self.hub_private_repo)
+        return self.project != LoggingArguments.project or any(setting is not None for setting in settings)
+
+    @property
     def does_evaluate(self) -> bool:
         """Whether some option asks for evaluation during or after training."""
         return (
@@ -305,9 +328,16 @@ class TrainingArguments(  # the last base's options come first
         is_derived = self.greater_is_better == self._usually_greater
         return self.to_dict() | ({"greater_is_better": None} if is_derived else {})
 
-    def to_json(self) -> str:
+    def to_json_string(self) -> str:
         """Give every option as readable JSON; `from_mapping(json.loads(...))` is its inverse."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def to_sanitized_dict(self) -> dict[str, Any]:
+        """Give every option as a number, a truth value or text, which is what trackers take."""
+        return {
+            name: value if isinstance(value, bool | int | float) else str(value)
+            for name, value in self.to_dict().items()
+        }
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> Self:
@@ -319,6 +349,10 @@ class TrainingArguments(  # the last base's options come first
     def from_yaml(cls, path: str | Path) -> Self:
         """Build from a YAML file."""
         return cls.from_mapping(read_yaml(path))
+
+
+def _as_list(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,18 +12,14 @@ import tyro
 
 from trainer.arguments.options import option, parse_json
 from trainer.arguments.training import TrainingArguments
-from trainer.errors import UsageError
+from trainer.errors import MissingPackageError, UsageError
 
 _LATER = "not part of this version yet; leave it out"
-_TRACKERS = "experiment trackers are " + _LATER
 _FULL_STATE = "full-state checkpoints are " + _LATER
 NOT_HERE = {
     "serialized_callbacks": "pickled callbacks are never executed; give Trainer(callbacks=[...]) from Python",
-    "val_loss_improvement_threshold": "every improvement counts; leave it out",
     "on_demand_checkpointing": _FULL_STATE,
     "resume_from_full_state_checkpoint": _FULL_STATE,
-    **dict.fromkeys(("wandb_project", "wandb_run_name", "wandb_entity"), _TRACKERS),
-    **dict.fromkeys(("mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name"), _TRACKERS),
 }
 
 
@@ -68,10 +65,18 @@ class MiniTrainerFlags:
     save_best_val_loss: bool = False
     trust_remote_code: bool = False
     block_size: int | None = None
+    val_loss_improvement_threshold: float = 0.0
+    wandb_project: str | None = None
+    wandb_run_name: str | None = None
+    wandb_entity: str | None = None
+    mlflow_tracking_uri: str | None = None
+    mlflow_experiment_name: str | None = None
+    mlflow_run_name: str | None = None
 
     def to_arguments(self) -> TrainingArguments:
         """Say the same in our options."""
-        return TrainingArguments(**self._renamed(), **self._length(), **self._validation(), **self._osft())
+        parts = (self._renamed(), self._length(), self._validation(), self._osft(), self._reporting())
+        return TrainingArguments(**{name: value for part in parts for name, value in part.items()})
 
     def _renamed(self) -> dict[str, Any]:
         same: tuple[str, ...] = (
@@ -115,6 +120,7 @@ class MiniTrainerFlags:
             "eval_steps": self.validation_frequency,
             "min_samples_per_evaluation": self.min_samples_per_validation,
             "eval_at_end": self.validate_at_final,
+            "metric_improvement_threshold": self.val_loss_improvement_threshold,
         }
 
     def _osft(self) -> dict[str, Any]:
@@ -129,6 +135,16 @@ class MiniTrainerFlags:
             "osft_svd_dtype": self.osft_upcast_dtype,
         }
 
+    def _reporting(self) -> dict[str, Any]:
+        return {"report_to": self.trackers or "none", "run_name": self.mlflow_run_name or self.wandb_run_name}
+
+    @property
+    def trackers(self) -> list[str]:
+        """Trackers of which some flag is given."""
+        wandb = (self.wandb_project, self.wandb_run_name, self.wandb_entity)
+        mlflow = (self.mlflow_tracking_uri, self.mlflow_experiment_name, self.mlflow_run_name)
+        return ["wandb"] * any(wandb) + ["mlflow"] * any(mlflow)
+
 
 def run(words: Sequence[str]) -> int:
     """Parse mini_trainer's flags and train; give the exit code."""
@@ -136,7 +152,37 @@ def run(words: Sequence[str]) -> int:
 
     refuse(words)
     flags = tyro.cli(MiniTrainerFlags, args=list(words), prog="trainer.train", description="Train one run.")
-    return train(flags.to_arguments())
+    args = flags.to_arguments()
+    open_trackers(flags)
+    return train(args)
+
+
+def open_trackers(flags: MiniTrainerFlags) -> None:
+    """Tell the trackers, on the lead rank, what their flags say; transformers' callbacks take up what is open.
+
+    Raises:
+        MissingPackageError: a tracker is not installed.
+    """
+    from trainer.distributed.topology import Topology
+
+    if not Topology.from_environment().is_lead:
+        return
+    for name in flags.trackers:
+        try:
+            tracker = importlib.import_module(name)
+        except ImportError as error:
+            raise MissingPackageError(f"--{name}_...: {error}; pip install {name}") from error
+        if name == "wandb":
+            tracker.init(project=flags.wandb_project, entity=flags.wandb_entity, name=flags.wandb_run_name)
+        else:
+            _open_mlflow(tracker, flags)
+
+
+def _open_mlflow(mlflow: Any, flags: MiniTrainerFlags) -> None:
+    if flags.mlflow_tracking_uri is not None:
+        mlflow.set_tracking_uri(flags.mlflow_tracking_uri)
+    if flags.mlflow_experiment_name is not None:
+        mlflow.set_experiment(flags.mlflow_experiment_name)
 
 
 def refuse(words: Sequence[str]) -> None:

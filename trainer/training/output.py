@@ -73,7 +73,7 @@ def _continue(folder: Path, args: TrainingArguments, metrics_bytes: int, step: i
                 "it back, or move it away to begin a new one"
             )
         os.truncate(metrics, metrics_bytes)
-    (folder / PARAMETERS).write_text(args.to_json(), encoding="utf-8")
+    (folder / PARAMETERS).write_text(args.to_json_string(), encoding="utf-8")
 
 
 def _open(folder: Path, args: TrainingArguments, keeps_older: bool) -> str | None:
@@ -91,7 +91,7 @@ def _open(folder: Path, args: TrainingArguments, keeps_older: bool) -> str | Non
                 _remove_run(folder)
         folder.mkdir(parents=True, exist_ok=True)
         manifest.remove_leftovers(folder / manifest.FOLDER)
-        (folder / PARAMETERS).write_text(args.to_json(), encoding="utf-8")
+        (folder / PARAMETERS).write_text(args.to_json_string(), encoding="utf-8")
     except OSError as error:
         return f"output_dir = {args.output_dir!r} cannot be written: {error}"
     return None

@@ -303,9 +303,11 @@ class Found:
         self.has_labels |= rows["label_ids"] is not None
         if loss is not None:
             self._has_loss = True
-            weight = batch.num_samples[0] if batch.own_num_items is None else batch.own_num_items
-            self._losses.accumulate(loss=loss.double() * weight if weight else 0.0)
-            self._loss_weight += batch.batch_num_samples if batch.batch_num_items is None else batch.batch_num_items
+            own, total = batch.own_num_items, batch.batch_num_items
+            if total is None:  # labels cannot be counted
+                own, total = batch.num_samples[0], batch.batch_num_samples
+            self._losses.accumulate(loss=loss.double() * own if own else 0.0)
+            self._loss_weight += total
         for name, collected in self.rows.items():
             if rows[name] is not None:
                 collected.add(rows[name])

@@ -38,6 +38,7 @@ from trainer.training.ordinary import OrdinaryRoad
 from trainer.training.osft import start
 from trainer.training.output import METRICS, open_output_dir
 from trainer.training.parts import TrainerParts
+from trainer.training.reporting import reporters
 from trainer.training.step import Engine
 from trainer.training.tokens import TokenRoad
 
@@ -187,7 +188,9 @@ class Trainer(TrainerParts):
     def _start_callbacks(self, callbacks: Sequence[TrainerCallback | type[TrainerCallback]]) -> None:
         metrics_file = MetricsFile(Path(self.args.output_dir, METRICS))
         own = [FlowCallback(), metrics_file, ExportCallback(self.save_model), *self._display()]
-        self.callback_handler = CallbackHandler([*own, *callbacks], self.model, self.processing_class, None, None)
+        self.callback_handler = CallbackHandler(
+            [*own, *reporters(self.args.report_to), *callbacks], self.model, self.processing_class, None, None
+        )
         self.events = Events(self.args, self._new_state(), self.callback_handler)
         self.events.emit("on_init_end")
 

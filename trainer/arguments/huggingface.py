@@ -1,0 +1,122 @@
+"""transformers' TrainingArguments beside ours: which of its fields differ here or are missing, and what to use instead.
+
+Plain text, no transformers imported. A test holds it against the installed transformers and docs/from-huggingface.md,
+so that no field is forgotten: what stands in neither table is the same here as there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.errors import UsageError
+
+_NEVER = object()  # no value of the field says what happens here
+_ENGINE = "weights are always sharded over all ranks by FSDP2; start one process per GPU with torchrun and leave it out"
+_SCRIPT = "a flag of example scripts that their Trainer never reads: keep it in your script's own options"
+_HUB = "nothing is pushed: save_model, then `hf upload NAME FOLDER`"
+_LOGS = "logging is yours to set up: logging.getLogger('trainer').setLevel(...)"
+
+
+@dataclass(frozen=True)
+class NotHere:
+    """A field that our TrainingArguments lacks: the one value that may still be given, and what to use instead."""
+
+    default: Any  # transformers' own, where that is what happens here
+    instead: str
+    also: tuple[Any, ...] = ()  # other values that may be given, since they make no difference
+
+    @property
+    def is_granted(self) -> bool:
+        """Whether transformers' default says what happens here anyway, so that scripts may say it."""
+        return self.default is not _NEVER
+
+    def grants(self, value: object) -> bool:
+        """Whether the value asks for nothing but that."""
+        granted = (self.default, *self.also) if self.is_granted else ()
+        return any(type(value) is type(one) and value == one for one in granted)
+
+
+NOT_HERE: dict[str, NotHere] = {
+    "accelerator_config": NotHere(None, "there is no accelerate underneath"),
+    "data_seed": NotHere(None, "seed decides the order of the data too"),
+    "dataloader_in_order": NotHere(True, "batches always come in order: a run can be repeated"),
+    "dataloader_multiprocessing_context": NotHere(None, "torch's default start method is used"),
+    "ddp_backend": NotHere(None, "gloo on the CPU, nccl on GPUs"),
+    "ddp_broadcast_buffers": NotHere(None, _ENGINE),
+    "ddp_bucket_cap_mb": NotHere(None, _ENGINE),
+    "ddp_find_unused_parameters": NotHere(None, "parameters without a gradient are always allowed; leave it out"),
+    "ddp_static_graph": NotHere(None, _ENGINE),
+    "debug": NotHere("", "a non-finite loss or gradient always ends the run, with the step's number"),
+    "deepspeed": NotHere(None, _ENGINE),
+    "do_eval": NotHere(False, _SCRIPT),
+    "do_predict": NotHere(False, _SCRIPT),
+    "do_train": NotHere(False, _SCRIPT),
+    "eval_use_gather_object": NotHere(False, "predictions of any nesting are gathered as tensors", also=(True,)),
+    "enable_jit_checkpoint": NotHere(_NEVER, "a signal always ends the run in order, after the running step"),
+    "fsdp": NotHere(None, _ENGINE),
+    "fsdp_config": NotHere(None, _ENGINE),
+    "hub_always_push": NotHere(False, _HUB),
+    "hub_model_id": NotHere(None, _HUB),
+    "hub_revision": NotHere(None, _HUB),
+    "hub_strategy": NotHere("every_save", _HUB),
+    "hub_token": NotHere(None, _HUB),
+    "ignore_data_skip": NotHere(
+        False, "a resumed run always goes on where it stopped, without reading what came before"
+    ),
+    "liger_kernel_config": NotHere(None, "use_liger_kernels takes the kernels that fit the model"),
+    "load_best_model_at_end": NotHere(False, "export_best keeps the best weights"),
+    "local_rank": NotHere(-1, "ranks come from torchrun's environment"),
+    "log_level": NotHere("passive", _LOGS),
+    "log_level_replica": NotHere("warning", _LOGS),
+    "log_on_each_node": NotHere(_NEVER, "only the lead rank writes and reports"),
+    "logging_nan_inf_filter": NotHere(_NEVER, "a non-finite loss ends the run: it is never hidden from the log"),
+    "parallelism_config": NotHere(None, _ENGINE),
+    "push_to_hub": NotHere(False, _HUB),
+    "restore_callback_states_from_checkpoint": NotHere(_NEVER, "callbacks with a state always go on with it"),
+    "resume_from_checkpoint": NotHere(None, "give it to train()"),
+    "save_on_each_node": NotHere(False, "checkpoints go to one folder that all nodes see"),
+    "save_only_model": NotHere(False, "min_samples_per_checkpoint exports weights alone"),
+    "save_steps": NotHere(_NEVER, "min_samples_per_checkpoint exports weights each time so many samples were trained"),
+    "save_strategy": NotHere(_NEVER, "say min_samples_per_checkpoint, export_at_epoch, export_best or export_final"),
+    "save_total_limit": NotHere(None, "exports are never removed"),
+    "sortish_sampler": NotHere(False, "evaluation keeps the order of the data set, training shuffles all of it"),
+    "torch_empty_cache_steps": NotHere(None, "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True instead"),
+    "use_cache": NotHere(False, "training never keeps keys and values"),
+}
+
+DIFFERENT: dict[str, str] = {
+    "bf16_full_eval": "the weights come back as they were after each evaluation; also while training; on one rank only",
+    "eval_steps": "where left out, logging_steps, as there; evaluations fall on whole steps",
+    "fp16_full_eval": "the weights come back as they were after each evaluation; also while training; on one rank only",
+    "hub_private_repo": "for trackio alone: nothing is pushed",
+    "include_for_metrics": "with batch_eval_metrics, inputs are the main input of all ranks, as without",
+    "logging_steps": "10 by default; metrics.jsonl has every step",
+    "metric_for_best_model": "loss by default; a metric that is not measured is an error at the first evaluation",
+    "output_dir": "outputs by default",
+}
+
+SEQ2SEQ = ("predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config")
+FORMER_NAMES = {  # of transformers before 5, which scripts still have
+    "evaluation_strategy": "eval_strategy",
+    "group_by_length": "train_sampling_strategy",
+    "no_cuda": "use_cpu",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "warmup_ratio": "warmup_steps, below 1",
+}
+
+
+def check_foreign(name: str, value: object) -> bool:
+    """Whether a name is one of transformers' that we lack, given the value that says what happens here anyway.
+
+    Raises:
+        UsageError: it is given another value, or is a name that transformers no longer has.
+    """
+    if name in FORMER_NAMES:
+        raise UsageError(f"{name} is a former name in transformers: say {FORMER_NAMES[name]}")
+    if name in SEQ2SEQ:
+        raise UsageError(f"{name} is an option of Seq2SeqTrainingArguments: give those to Seq2SeqTrainer")
+    if name in NOT_HERE and not NOT_HERE[name].grants(value):
+        raise UsageError(f"{name}: this option of transformers is not supported; {NOT_HERE[name].instead}")
+    return name in NOT_HERE
