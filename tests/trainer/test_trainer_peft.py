@@ -1,0 +1,30 @@
+"""Adapters of PEFT: they are trained, and what they adapt stays as it was, to the bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.fixtures.models import random_samples, tiny_llama
+from trainer.arguments.training import TrainingArguments
+from trainer.training.trainer import Trainer
+
+peft = pytest.importorskip("peft", reason="peft is not installed")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # asked by PEFT
+
+
+def test_only_adapters_are_trained(tmp_path: Path) -> None:
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=2)
+    model = peft.get_peft_model(tiny_llama(), config)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    samples = [{"input_ids": ids, "labels": ids} for ids in random_samples([6] * 8)]
+    args = TrainingArguments(str(tmp_path), max_steps=2, learning_rate=1e-2, export_final=False)
+    trainer = Trainer(model, args, train_dataset=samples, eval_dataset=samples)
+    first = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < first
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    adapters = {name for name in before if "lora_" in name}
+    assert changed == adapters
