@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.fixtures.models import build_pack, packed_model
+from tests.fixtures.models import build_pack, packed_model, tiny_llama
 from tests.fixtures.ranks.faults import disk_full
-from tests.fixtures.runs import whole_tensors
+from tests.fixtures.runs import build_trainer, random_token_samples, weights_of, whole_tensors
 from trainer.arguments.training import TrainingArguments
 from trainer.checkpoint import manifest
 from trainer.checkpoint.find import check, find_damage, newest_whole
@@ -19,6 +19,7 @@ from trainer.checkpoint.optimizer import pack_optimizer, restore_optimizer
 from trainer.checkpoint.storage import StoredTensors
 from trainer.checkpoint.weights import model_tensors, restore_model
 from trainer.checkpoint.writer import CheckpointWriter, Contents
+from trainer.cli.main import main
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError
 from trainer.model.load import prepare_model
@@ -313,3 +314,16 @@ def test_a_full_disk_at_any_point_leaves_the_last_checkpoint(
         assert f"step_{newest}" in names
         assert not any(name.endswith(".writing") for name in names)
     assert not any(find_damage(folder) for folder in manifest.list_checkpoints(tmp_path))
+
+
+def test_a_checkpoint_is_exported_bit_for_bit(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    samples = random_token_samples([6] * 8)
+    trainer = build_trainer(tmp_path, samples, tiny_llama(), save_strategy="steps", save_steps=2, export_final=True)
+    trainer.train()
+    assert main(["export", str(tmp_path / "checkpoints" / "step_2"), str(tmp_path / "exported")]) == 0
+    exported, expected = load_file(tmp_path / "exported" / "model.safetensors"), weights_of(trainer.model)
+    assert exported.keys() == expected.keys()
+    assert all(torch.equal(exported[name], expected[name]) for name in expected)
+    assert main(["export", str(tmp_path / "checkpoints"), str(tmp_path / "again")]) == 2

@@ -173,7 +173,7 @@ def test_a_rank_says_nothing_where_its_peer_says_why(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("flag", ["--on_demand_checkpointing", "--serialized-callbacks=x"])
+@pytest.mark.parametrize("flag", ["--serialized-callbacks=x"])
 def test_a_flag_of_mini_trainer_that_is_left_out_says_why(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert report_errors(run_mini_trainer, [flag]) == 2
     assert (

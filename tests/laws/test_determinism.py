@@ -82,6 +82,7 @@ def test_the_flags_of_mini_trainer_do_the_same_run() -> None:
         validation_split=0.1,
         validation_frequency=5,
         checkpoint_at_epoch=True,
+        on_demand_checkpointing=True,
     )
     assert flags.to_arguments() == TrainingArguments(
         **alike,
@@ -92,6 +93,7 @@ def test_the_flags_of_mini_trainer_do_the_same_run() -> None:
         validation_split=0.1,
         eval_strategy="steps",
         eval_steps=5,
+        save_strategy="signal",
         export_at_epoch=True,
         export_final=False,
     )

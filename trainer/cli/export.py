@@ -19,7 +19,9 @@ class ExportOptions:
     """Write Hugging Face weights."""
 
     source: Annotated[
-        Path, tyro.conf.Positional, tyro.conf.arg(help="A run's output folder, or a Hugging Face folder.")
+        Path,
+        tyro.conf.Positional,
+        tyro.conf.arg(help="A run's output folder, one of its checkpoints, or a Hugging Face folder."),
     ]
     target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="The folder to write.")]
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = option(
@@ -33,10 +35,11 @@ def run(words: Sequence[str]) -> int:
     options = tyro.cli(
         ExportOptions, args=list(words), prog="trainer export", description="Write Hugging Face weights."
     )
-    folder = newest_weights(options.source)
+    is_checkpoint = (options.source / "manifest.json").is_file()
+    folder = options.source if is_checkpoint else newest_weights(options.source)
     if options.target.resolve() == folder.resolve():
         raise UsageError(f"source and target are the same folder: {folder}")
-    export(folder, options)
+    export_checkpoint(folder, options) if is_checkpoint else export(folder, options)
     print(f"{folder} -> {options.target}")
     return 0
 
@@ -66,5 +69,26 @@ def export(folder: Path, options: ExportOptions) -> None:
     except ModelError:
         tokenizer = None  # weights alone can be exported too
     model = load_model(args, tokenizer, seed=0)
+    dtype = getattr(torch, options.save_dtype) if options.save_dtype else None
+    export_model(model, tokenizer, options.target, dtype, options.max_shard_size)
+
+
+def export_checkpoint(folder: Path, options: ExportOptions) -> None:
+    """Load the weights of a checkpoint, whatever number of ranks wrote it, on one process and write."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from trainer.checkpoint.find import find_damage
+    from trainer.checkpoint.storage import StoredTensors
+    from trainer.errors import CheckpointError
+    from trainer.model.export import export_model
+    from trainer.training.checkpoints import MODEL_FILES
+    from trainer.training.replay import build_recorded_model
+
+    if faults := find_damage(folder):
+        raise CheckpointError(f"{folder} is not a whole checkpoint: {faults[0]}")
+    model = build_recorded_model(folder, StoredTensors(folder), torch.device("cpu"))
+    has_tokenizer = (folder / MODEL_FILES / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(folder / MODEL_FILES) if has_tokenizer else None
     dtype = getattr(torch, options.save_dtype) if options.save_dtype else None
     export_model(model, tokenizer, options.target, dtype, options.max_shard_size)

@@ -14,12 +14,8 @@ from trainer.arguments.options import option, parse_json
 from trainer.arguments.training import TrainingArguments
 from trainer.errors import MissingPackageError, UsageError
 
-_LATER = "not part of this version yet; leave it out"
-_FULL_STATE = "full-state checkpoints are " + _LATER
 NOT_HERE = {
     "serialized_callbacks": "pickled callbacks are never executed; give Trainer(callbacks=[...]) from Python",
-    "on_demand_checkpointing": _FULL_STATE,
-    "resume_from_full_state_checkpoint": _FULL_STATE,
 }
 
 
@@ -54,6 +50,8 @@ class MiniTrainerFlags:
     max_tokens: int = option(0, "Loss tokens, in mode token.")
     checkpoint_at_epoch: bool = False
     save_final_checkpoint: bool = False
+    on_demand_checkpointing: bool = option(False, "Save the full state on SIGTERM, SIGUSR1 and Ctrl-C.")
+    resume_from_full_state_checkpoint: str | None = option(None, "A checkpoint to go on from, or auto.")
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     train_dtype: Literal["float32", "bfloat16"] = option("float32", "Compute type; master weights are float32.")
     validation_split: float = 0.0
@@ -97,6 +95,8 @@ class MiniTrainerFlags:
             "adam_beta2": self.beta2,
             "adam_epsilon": self.eps,
             "bf16": self.train_dtype == "bfloat16",
+            "save_strategy": "signal" if self.on_demand_checkpointing else "no",
+            "resume_from_checkpoint": self.resume_from_full_state_checkpoint,
             "export_at_epoch": self.checkpoint_at_epoch,
             "export_final": self.save_final_checkpoint,
             "export_best": self.save_best_val_loss,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -69,6 +70,13 @@ class ProgressDisplay(TrainerCallback):
             shown = [(name, metrics[f"eval_{name}"]) for name in _SHOWN_EVALUATION if f"eval_{name}" in metrics]
             text = "  ".join(f"{name} {value:.4f}" for name, value in shown)
             console.print(f"evaluation after step {state.global_step}: {text}", soft_wrap=True)
+
+    def on_save(
+        self, args: TrainingArguments, state: RunState, control: TrainerControl, checkpoint: Path, **_: Any
+    ) -> None:
+        """Write where a checkpoint lies."""
+        if state.is_world_process_zero:
+            console.print(f"saved {checkpoint}", soft_wrap=True)
 
     def on_train_end(self, args: TrainingArguments, state: RunState, control: TrainerControl, **_: Any) -> None:
         """Close the bar."""

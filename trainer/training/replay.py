@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from transformers import GenerationConfig, PreTrainedModel
 
 from trainer.arguments.training import TrainingArguments
 from trainer.checkpoint import manifest
@@ -26,6 +27,7 @@ from trainer.checkpoint.writer import rank_file
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError
 from trainer.model.load import build_on_meta, materialise, prepare_model, read_config
+from trainer.model.osft_targets import apply_osft
 from trainer.training.checkpoints import MODEL_FILES
 from trainer.training.output import PARAMETERS
 from trainer.training.tokens import TokenObjective
@@ -48,15 +50,8 @@ def replay(folder: Path, group: Group) -> Finding | None:
     """
     if faults := find_damage(folder):
         raise CheckpointError(f"{folder} is not a whole record of a step: {faults[0]}")
-    if not (folder / MODEL_FILES / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder} is of a model that is not built from a config.json: build it yourself, fill it with "
-            "trainer.checkpoint.weights.restore_model, and look at the batch in it"
-        )
+    model = build_recorded_model(folder, StoredTensors(folder), group.device)
     args = TrainingArguments.from_mapping(manifest.read_json(folder / PARAMETERS))
-    model = build_on_meta(read_config(args, folder / MODEL_FILES), trust_remote_code=args.trust_remote_code)
-    prepare_model(model, args, None, group.device)
-    materialise(model, StoredTensors(folder), group.device)
     if (name := _first_bad_weight(model)) is not None:
         return Finding(0, 0, f"weight {name}, before the step")
     objective = TokenObjective(model, args, group)
@@ -66,6 +61,30 @@ def replay(folder: Path, group: Group) -> Finding | None:
         if finding is not None:
             return finding
     return None
+
+
+def build_recorded_model(folder: Path, stored: StoredTensors, device: torch.device) -> PreTrainedModel:
+    """Build the language model that a checkpoint or a recorded step is of, with its weights.
+
+    Raises:
+        CheckpointError: only its own program can build it.
+    """
+    if not (folder / MODEL_FILES / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} is of a model that is not built from a config.json: build it yourself, and fill it with "
+            "trainer.checkpoint.weights.restore_model"
+        )
+    args = TrainingArguments.from_mapping(manifest.read_json(folder / PARAMETERS))
+    if args.osft_adaptive_samples is not None:
+        raise CheckpointError(f"{folder}: with osft_adaptive_samples the ranks of the split are not recorded yet")
+    model = build_on_meta(read_config(args, folder / MODEL_FILES), trust_remote_code=args.trust_remote_code)
+    if (folder / MODEL_FILES / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder / MODEL_FILES)
+    if args.osft:
+        apply_osft(model, args)
+    prepare_model(model, args, None, device)
+    materialise(model, stored, device)
+    return model
 
 
 def _read_own(folder: Path, rank: int, world_size: int) -> Any:
