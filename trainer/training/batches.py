@@ -36,14 +36,21 @@ class OrdinaryBatch:
 
     micro_batches: list[Inputs]  # equally many on every rank
     num_samples: list[int]  # in each of them; 0: a placeholder for a rank without work
+    num_items: list[int]  # labels in each of them
     batch_num_samples: int
     batch_num_items: int | None  # labels over all ranks, where there are any
-    own_num_items: int
     batch_num_tokens: int  # of the input over all ranks, where they are counted
 
     @property
+    def own_num_items(self) -> int:
+        """Labels of this rank's share."""
+        return sum(self.num_items)
+
+    @property
     def shares(self) -> list[float]:
-        """What part of the samples of the global batch each micro-batch holds."""
+        """What part of the global batch each micro-batch holds: of its labels, or of its samples if there are none."""
+        if self.batch_num_items:
+            return [count / self.batch_num_items for count in self.num_items]
         return [count / self.batch_num_samples for count in self.num_samples]
 
 
@@ -101,9 +108,9 @@ class OrdinaryBatches:
         own = list(islice(iterator, self.dealing.accumulation))
         sizes = self._sizes(own, position)
         counts = [self.count(micro_batch) for micro_batch in own]
-        own_items = sum(count.num_items or 0 for count in counts)
+        items = [count.num_items or 0 for count in counts]
         has_items = any(count.num_items is not None for count in counts)
-        own_totals = [sum(sizes), own_items, has_items, sum(count.num_tokens for count in counts)]
+        own_totals = [sum(sizes), sum(items), has_items, sum(count.num_tokens for count in counts)]
         is_present = [float(number < len(own)) for number in range(self.dealing.accumulation)]
         total, total_items, any_items, tokens, *present = self.group.sum([*own_totals, *is_present])
         missing = sum(count > 0 for count in present) - len(own)
@@ -112,7 +119,8 @@ class OrdinaryBatches:
         own += [self._fill(own)] * missing
         self._filler = own[-1] if self.group.world_size > 1 else None
         all_items = int(total_items) if any_items else None
-        return OrdinaryBatch(own, sizes + [0] * missing, int(total), all_items, own_items, int(tokens))
+        fillers = [0] * missing
+        return OrdinaryBatch(own, sizes + fillers, items + fillers, int(total), all_items, int(tokens))
 
     def _sizes(self, own: list[Inputs], position: int) -> list[int]:
         """Samples of each micro-batch: as they were dealt, or as its tensors say where we did not deal."""

@@ -1,8 +1,8 @@
 """Ordinary data and models in the loop: loader, length, and whatever the model calls its loss.
 
 A loss is either divided by the labels of the whole global batch already (`num_items_in_batch`), then the micro-batches
-only add up; or it is a mean over its micro-batch, which then weighs as many samples as it has. Either way the step does
-not depend on how samples were dealt to micro-batches and ranks, as far as the model's own mean allows.
+only add up; or it is a mean over its micro-batch, which then weighs as many labels as it has, or samples if there are
+none. So the step does not depend on how samples were dealt to micro-batches and ranks.
 """
 
 from __future__ import annotations
