@@ -31,7 +31,8 @@ def build(tmp_path: Path, name: str = "t5", backwards: bool = True, **options: A
     """A trainer that says sequences backwards; `options` go to its arguments, `model` and metrics to itself."""
     given = {key: options.pop(key) for key in ("model", "compute_metrics", "processing_class") if key in options}
     train, held_out = sequence_task(backwards)
-    defaults = {"predict_with_generate": True, "generation_max_length": LONGEST, "export_final": False}
+    writes_nothing = {"save_strategy": "no", "export_final": False}
+    defaults = {"predict_with_generate": True, "generation_max_length": LONGEST, **writes_nothing}
     args = Seq2SeqTrainingArguments(str(tmp_path), **{**defaults, **options})
     model = given.pop("model", None) or build_seq2seq_model(name, vocab_size=VOCABULARY, **SMALL[name])
     return Seq2SeqTrainer(model, args, pad_sequences, train, held_out, **{"compute_metrics": exact_match, **given})
