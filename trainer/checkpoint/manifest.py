@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainer.data.store import synchronise
 from trainer.errors import CheckpointError
 
 FORMAT_VERSION = 1
@@ -113,9 +114,9 @@ def publish(hidden: Path, target: Path, manifest: Manifest) -> None:
     body = {**vars(manifest), "files": {name: vars(fact) for name, fact in sorted(manifest.files.items())}}
     write_sealed(hidden / MANIFEST, body)
     for folder in {hidden, *((hidden / name).parent for name in manifest.files)}:
-        _synchronise(folder)
+        synchronise(folder)
     hidden.rename(target)
-    _synchronise(target.parent)
+    synchronise(target.parent)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -205,11 +206,3 @@ def remove_leftovers(checkpoints: Path) -> None:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _synchronise(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

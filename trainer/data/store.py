@@ -240,7 +240,7 @@ class StoreWriter:
         }
         _write_metadata(self._temporary, {**self.metadata, **facts})
         for path in [*self._temporary.iterdir(), self._temporary]:
-            _synchronise(path)
+            synchronise(path)
         try:
             self._temporary.rename(self.directory)
         except OSError as error:
@@ -367,7 +367,8 @@ def _check_sample(sample: Sample) -> None:
         raise DataError("found a negative token id", f"ids must be at least 0, labels too or {IGNORED}")
 
 
-def _synchronise(path: Path) -> None:
+def synchronise(path: Path) -> None:
+    """Put a file, or the names in a folder, on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
