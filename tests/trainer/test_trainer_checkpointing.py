@@ -266,8 +266,8 @@ class TestWhatMayChange:
         assert trainer.state.epoch == 2
 
     def test_what_cannot_be_allowed_is_named(self) -> None:
-        with pytest.raises(UsageError, match="allow_change names wether: give names of options, or data"):
-            regression(Path("x"), allow_change=["wether"])
+        with pytest.raises(UsageError, match="allow_change names moon: give names of options, or data"):
+            regression(Path("x"), allow_change=["moon"])
 
 
 class Numbers(IterableDataset):
