@@ -12,7 +12,7 @@ from transformers.trainer_callback import TrainerCallback
 from tests.fixtures.models import tiny_llama
 from tests.fixtures.runs import build_trainer, random_token_samples, read_metrics, weights_of
 from tests.fixtures.tolerances import CLOSED_FORM_FLOAT64
-from trainer.cli.main import main
+from trainer.cli.main import EXIT_USAGE, main
 from trainer.errors import NonFiniteError
 from trainer.model.shard import local_part
 from trainer.training.trainer import Trainer
@@ -95,6 +95,8 @@ def test_the_command_line_says_what_it_was(tmp_path: Path, capsys: pytest.Captur
     )
     (folder / "model_0.safetensors").unlink()
     assert main(["replay", str(folder), "--use-cpu"]) == 1
+    assert main(["replay", str(tmp_path), "--use-cpu"]) == EXIT_USAGE
+    assert "name crash/step_N of a run" in capsys.readouterr().err
 
 
 def test_a_weight_that_was_bad_before_is_found(tmp_path: Path) -> None:

@@ -26,9 +26,12 @@ def run(words: Sequence[str]) -> int:
     from trainer.arguments.training import TrainingArguments
     from trainer.checkpoint import manifest
     from trainer.distributed.group import Group
+    from trainer.errors import UsageError
     from trainer.training.crash import CRASH
     from trainer.training.replay import replay
 
+    if not (options.folder / CRASH).is_file():
+        raise UsageError(f"{options.folder}: holds no record of a step; name crash/step_N of a run")
     about = manifest.read_json(options.folder / CRASH)
     print(about["what"])
     print(
