@@ -40,8 +40,16 @@ class Result:
     verdict: str
 
 
+OPTIONAL = (  # tests that most machines skip: of packages that are extras
+    "tests/test_optimizers.py",
+    "tests/test_schedules.py",
+    "tests/trainer/test_trainer_optimizers.py",
+    "tests/trainer/test_trainer_peft.py",
+    "tests/trainer/test_trainer_reporting.py",
+)
 LANES = {
     "default": Lane(("-n", "2", "--dist", "worksteal", "tests"), at_least=300),
+    "extras": Lane(("-n", "2", "--dist", "worksteal", *OPTIONAL), at_least=400),
     "gloo2": Lane(("--ranks", "2", "--backends", "gloo", "-m", "world_size", "tests"), at_least=20),
     "gloo4": Lane(("--ranks", "4", "--backends", "gloo", "-m", "world_size", "tests"), at_least=5),
     **{

@@ -77,7 +77,7 @@ def test_a_lane_without_its_gpus_fails(monkeypatch: pytest.MonkeyPatch, capfd: p
 
 def test_an_unknown_lane_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_tests.main(["gpu3"]) == 2
-    assert "unknown lane 'gpu3'; one of: default, gloo2" in capsys.readouterr().err
+    assert "unknown lane 'gpu3'; one of: default, extras" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("lanes")

@@ -21,7 +21,7 @@ from trainer.training.trainer import Trainer
 SAMPLES = random_token_samples([4 + i * 5 % 11 for i in range(24)])
 NUM_STEPS = 30  # 2.5 epochs of 12
 CLOCK = ("runtime", "_per_second")
-LOOK_AHEAD = 2  # steps after a resume that are compared; what they leave is again where a resume starts
+LOOK_AHEAD = 1  # steps after a resume that are compared; what they leave is where the next resume starts
 
 
 class StopAfter(TrainerCallback):

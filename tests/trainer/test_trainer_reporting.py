@@ -159,6 +159,7 @@ def test_the_lead_rank_reports_alone(ranks: Any, tmp_path: Path) -> None:
 
 def test_all_means_what_is_installed_and_none_nothing() -> None:
     assert reporters("none") == reporters(["none"]) == reporters([]) == []
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (extra: tracking)")
     assert all(isinstance(callback, TrainerCallback) for callback in reporters("tensorboard"))
 
 
