@@ -12,9 +12,11 @@ import pytest
 import torch
 from transformers.trainer_callback import TrainerCallback
 
+from tests.fixtures.corpora import write_jsonl
 from tests.fixtures.models import tiny_llama
-from tests.fixtures.runs import build_trainer, random_token_samples, read_metrics, weights_of
+from tests.fixtures.runs import build_trainer, chat_job, random_token_samples, read_metrics, weights_of
 from tests.fixtures.tolerances import LAYOUT_TRAJECTORY_FLOAT64
+from trainer.arguments.training import TrainingArguments
 from trainer.checkpoint import manifest
 from trainer.training.trainer import Trainer
 
@@ -131,6 +133,23 @@ def test_every_optimizer_goes_on_bit_for_bit(tmp_path: Path, optim: str) -> None
     resumed.train(resume_from_checkpoint=str(at(tmp_path / "straight", 3)))
     weights, expected = weights_of(resumed.model), weights_of(straight.model)
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_pretraining_blocks_go_on_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    text = write_jsonl(tmp_path / "text.jsonl", [{"text": f"line {i} " * (i % 5 + 1)} for i in range(30)])
+    saves = {"save_strategy": "steps", "save_steps": 1, "export_final": False, "num_train_epochs": 2}
+    job = chat_job(tmp_path) | saves | {"data_path": str(text), "block_size": 16}
+    straight, resumed = (
+        Trainer(args=TrainingArguments(str(tmp_path / name), **job)) for name in ("straight", "resumed")
+    )
+    straight.train()
+    middle = straight.state.global_step // 4  # of the first epoch
+    resumed.train(resume_from_checkpoint=str(at(tmp_path / "straight", middle)))
+    weights, expected = weights_of(resumed.model), weights_of(straight.model)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    lines = [line for line in read_metrics(tmp_path / "straight") if line["step"] > middle]
+    assert lines
+    assert read_metrics(tmp_path / "resumed")[-len(lines) :] == lines
 
 
 def test_saving_changes_nothing(tmp_path: Path) -> None:
