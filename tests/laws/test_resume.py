@@ -69,8 +69,7 @@ def record(checkpoint: Path) -> Any:
         state.setdefault("history", []).append({name: line[name] for name in line if not name.endswith(CLOCK)})
     for changing in ("metrics_bytes", "should_stop"):
         state.pop(changing)
-    for changing in ("best_model_checkpoint", "resumed_step", "resumed_samples"):
-        state["state"].pop(changing)
+    state["state"].pop("best_model_checkpoint")
     return state
 
 

@@ -407,6 +407,44 @@ class TestModels:
         with pytest.raises(AttributeError, match=r"accelerator\.autocast: this Trainer works without accelerate"):
             by_hand.accelerator.autocast  # noqa: B018
 
+    @pytest.mark.world_size(1, 2)
+    def test_an_own_step_is_averaged_over_ranks(self, ranks) -> None:
+        class ByHand(Trainer):
+            def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+                loss = model(**inputs)[0]
+                self.accelerator.backward(loss)
+                return loss.detach()
+
+        options = {"per_device_train_batch_size": 8 // ranks.world_size, "logging_steps": 1, "num_train_epochs": 1}
+        trainer = get_regression_trainer(output_dir=ranks.tmp_path / "run", trainer_class=ByHand, **options, **PLAIN)
+        trainer.train()
+        losses, line = line_by_hand(points_of_steps(64, 8, 1), learning_rate=0.1)
+        assert logged(trainer) == pytest.approx(losses, rel=REGRESSION_FP32)
+        assert line_of(trainer) == pytest.approx(line, rel=REGRESSION_FP32)
+
+    def test_own_makers_of_optimizer_and_schedule_are_used(self, tmp_path: Path) -> None:
+        class Own(Trainer):
+            def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+                self.optimizer = self.optimizer or torch.optim.SGD(self.model.parameters(), lr=1.0)
+                return self.optimizer
+
+            def create_scheduler(self, num_training_steps: int | None, optimizer: Any = None) -> Any:
+                self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.create_optimizer(), lambda step: 0.1)
+                self.planned = num_training_steps
+                return self.lr_scheduler
+
+        own = get_regression_trainer(output_dir=tmp_path / "own", trainer_class=Own, max_grad_norm=0.0)
+        named = get_regression_trainer(output_dir=tmp_path / "named", **PLAIN)
+        own.train()
+        named.train()
+        assert own.planned == 24
+        assert line_of(own) == pytest.approx(line_of(named), rel=REGRESSION_FP32)
+
+    def test_keys_and_values_are_not_kept(self, tmp_path: Path) -> None:
+        trainer = Trainer(tiny_llama(), TrainingArguments(str(tmp_path)), eval_dataset=labelled_rows(2))
+        predictions = trainer.predict(labelled_rows(2), ignore_keys=[]).predictions
+        assert predictions.shape[0] == 2
+
     def test_optimizer_and_schedule_may_be_given(self, tmp_path: Path) -> None:
         model = RegressionModel()
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -599,6 +637,8 @@ class TestOptions:
         trainer = get_regression_trainer(output_dir=tmp_path / "on", skip_memory_metrics=False, max_steps=1)
         metrics = trainer.train().metrics
         assert {"init_mem_cpu_alloc_delta", "train_mem_cpu_alloc_delta", "train_mem_cpu_peaked_delta"} <= metrics.keys()
+        assert "eval_mem_cpu_alloc_delta" in trainer.evaluate()
+        assert "test_mem_cpu_alloc_delta" in trainer.predict(trainer.eval_dataset).metrics
         skipped = get_regression_trainer(output_dir=tmp_path / "off", max_steps=1).train().metrics
         assert not any("mem" in name for name in skipped)
 

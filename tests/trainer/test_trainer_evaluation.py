@@ -300,8 +300,8 @@ def evaluated_at(trainer: Trainer) -> list[int]:
 @pytest.mark.parametrize(
     ("options", "steps"),
     [
-        ({"eval_strategy": "steps", "eval_steps": 3, "eval_on_start": True}, [0, 3, 6]),
-        ({"eval_strategy": "steps", "eval_steps": 3, "eval_delay": 4}, [6]),
+        ({"eval_strategy": "steps", "eval_steps": 3, "eval_on_start": True}, [0, 3, 6, 8]),
+        ({"eval_strategy": "steps", "eval_steps": 3, "eval_delay": 4}, [6, 8]),
         ({"eval_strategy": "steps", "logging_steps": 4}, [4, 8]),
         ({"eval_strategy": "steps", "eval_steps": 0.5}, [4, 8]),
         ({"eval_strategy": "epoch", "eval_delay": 2}, [8]),

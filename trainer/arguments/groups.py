@@ -191,7 +191,7 @@ class EvaluationArguments:
     min_samples_per_evaluation: int | None = option(None, "Evaluate each time so many samples were trained.", above=0)
     eval_on_start: bool = option(False, "Evaluate before the first step.")
     eval_delay: float = option(0, "Steps, or epochs with eval_strategy=epoch, before the first evaluation.", minimum=0)
-    eval_at_end: bool = option(False, "Evaluate after the last step.")
+    eval_at_end: bool = option(False, "Evaluate after the last step; with eval_strategy=steps that is always done.")
     metric_for_best_model: str = option("loss", "Evaluation metric that tells the best model.")
     metric_improvement_threshold: float = option(
         0.0, "By how much that metric must be better than the best so far to be the best.", minimum=0, below=inf
@@ -226,13 +226,17 @@ class CheckpointArguments:
     save_strategy: Literal["no", "steps", "epoch", "best", "signal"] = option(
         "steps", "When to save the full state: every save_steps and at the end, ...; on signals too, unless no."
     )
-    save_steps: int = option(500, "Steps between checkpoints, with save_strategy=steps.", above=0)
+    save_steps: float = option(
+        500, "Steps between checkpoints, with save_strategy=steps; below 1 a share of all steps.", above=0
+    )
     min_samples_per_full_checkpoint: int | None = option(
         None, "Save the full state each time so many samples were trained, too.", above=0
     )
     save_total_limit: int | None = option(None, "Keep so many checkpoints, the newest; the best one stays.", above=0)
     save_only_model: bool = option(False, "Save weights without what a resumed run needs.")
-    async_save: bool = option(True, "Write checkpoints beside the training, which waits only for a copy in memory.")
+    async_save: bool | None = option(
+        None, "Write checkpoints beside training, which waits only for a copy in memory; by default with token data."
+    )
     load_best_model_at_end: bool = option(False, "Save the best model, and end with its weights.")
     resume_from_checkpoint: str | None = option(
         None, "A checkpoint to go on from; auto: the newest whole one in output_dir, or from the start if none."
@@ -248,8 +252,13 @@ class LoggingArguments:
     """Logging and progress."""
 
     logging_strategy: Literal["no", "steps", "epoch"] = option("steps", "When callbacks and log history get a line.")
-    logging_steps: int = option(10, "Steps between two such lines; metrics.jsonl has every step.", above=0)
+    logging_steps: float = option(
+        10, "Steps between two such lines; below 1 a share of all steps; metrics.jsonl has every step.", above=0
+    )
     logging_first_step: bool = option(False, "Log the first step too.")
+    logging_nan_inf_filter: bool = option(
+        True, "Leave the losses of steps that non_finite=skip left out out of the logged mean; else they show in it."
+    )
     include_num_input_tokens_seen: Literal["no", "all", "non_padding"] = option(
         "no", "Add to each line the number of input tokens so far, with or without padding."
     )
@@ -270,10 +279,22 @@ class MachineArguments:
     """Seeds and machine."""
 
     seed: int = option(42, "Seed of weights, data order and dropout.", minimum=0, maximum=LARGEST_SEED)
+    data_seed: int | None = option(
+        None, "Seed of the data order alone; by default seed.", minimum=0, maximum=LARGEST_SEED
+    )
     full_determinism: bool = option(False, "Refuse operations that are not reproducible on the GPU; slower.")
     skip_memory_metrics: bool = option(True, "Leave out the memory used by each stage, which costs time to watch.")
     use_cpu: bool = option(False, "Stay on the CPU although a GPU is there.")
     ddp_timeout: int = option(1800, "Seconds a rank waits for the others before the job ends.", above=0, maximum=INT32)
+
+
+@dataclass
+class ScriptArguments:
+    """What scripts ask their options for; the Trainer itself reads none of it."""
+
+    do_train: bool = option(False, "For scripts: whether to train.")
+    do_eval: bool = option(False, "For scripts: whether to evaluate.")
+    do_predict: bool = option(False, "For scripts: whether to predict.")
 
 
 GROUPS = (
@@ -290,4 +311,5 @@ GROUPS = (
     PredictionArguments,
     LoggingArguments,
     MachineArguments,
+    ScriptArguments,
 )

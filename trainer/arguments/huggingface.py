@@ -13,7 +13,6 @@ from trainer.errors import UsageError
 
 _NEVER = object()  # no value of the field says what happens here
 _ENGINE = "weights are always sharded over all ranks by FSDP2; start one process per GPU with torchrun and leave it out"
-_SCRIPT = "a flag of example scripts that their Trainer never reads: keep it in your script's own options"
 _HUB = "nothing is pushed: save_model, then `hf upload NAME FOLDER`"
 _LOGS = "logging is yours to set up: logging.getLogger('trainer').setLevel(...)"
 
@@ -33,13 +32,12 @@ class NotHere:
 
     def grants(self, value: object) -> bool:
         """Whether the value asks for nothing but that."""
-        granted = (self.default, *self.also) if self.is_granted else ()
+        granted = (self.default, *self.also) if self.is_granted else self.also
         return any(type(value) is type(one) and value == one for one in granted)
 
 
 NOT_HERE: dict[str, NotHere] = {
     "accelerator_config": NotHere(None, "there is no accelerate underneath"),
-    "data_seed": NotHere(None, "seed decides the order of the data too"),
     "dataloader_in_order": NotHere(True, "batches always come in order: a run can be repeated"),
     "dataloader_multiprocessing_context": NotHere(None, "torch's default start method is used"),
     "ddp_backend": NotHere(None, "gloo on the CPU, nccl on GPUs"),
@@ -49,9 +47,6 @@ NOT_HERE: dict[str, NotHere] = {
     "ddp_static_graph": NotHere(None, _ENGINE),
     "debug": NotHere("", "a non-finite loss or gradient always ends the run, with the step's number"),
     "deepspeed": NotHere(None, _ENGINE),
-    "do_eval": NotHere(False, _SCRIPT),
-    "do_predict": NotHere(False, _SCRIPT),
-    "do_train": NotHere(False, _SCRIPT),
     "eval_use_gather_object": NotHere(False, "predictions of any nesting are gathered as tensors", also=(True,)),
     "enable_jit_checkpoint": NotHere(_NEVER, "a signal always ends the run in order, after the running step"),
     "fsdp": NotHere(None, _ENGINE),
@@ -69,10 +64,11 @@ NOT_HERE: dict[str, NotHere] = {
     "log_level": NotHere("passive", _LOGS),
     "log_level_replica": NotHere("warning", _LOGS),
     "log_on_each_node": NotHere(_NEVER, "only the lead rank writes and reports"),
-    "logging_nan_inf_filter": NotHere(_NEVER, "a non-finite loss ends the run: it is never hidden from the log"),
     "parallelism_config": NotHere(None, _ENGINE),
     "push_to_hub": NotHere(False, _HUB),
-    "restore_callback_states_from_checkpoint": NotHere(_NEVER, "callbacks with a state always go on with it"),
+    "restore_callback_states_from_checkpoint": NotHere(
+        _NEVER, "callbacks with a state always go on with it", also=(True,)
+    ),
     "save_on_each_node": NotHere(False, "checkpoints go to one folder that all nodes see"),
     "sortish_sampler": NotHere(False, "evaluation keeps the order of the data set, training shuffles all of it"),
     "torch_empty_cache_steps": NotHere(None, "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True instead"),
@@ -85,6 +81,7 @@ DIFFERENT: dict[str, str] = {
     "fp16_full_eval": "the weights come back as they were after each evaluation; also while training; on one rank only",
     "hub_private_repo": "for trackio alone: nothing is pushed",
     "include_for_metrics": "with batch_eval_metrics, inputs are the main input of all ranks, as without",
+    "logging_nan_inf_filter": "with non_finite=skip alone: a loss that is not finite ends the run otherwise",
     "logging_steps": "10 by default; metrics.jsonl has every step",
     "metric_for_best_model": "loss by default; a metric that is not measured is an error at the first evaluation",
     "output_dir": "outputs by default",
@@ -114,3 +111,14 @@ def check_foreign(name: str, value: object) -> bool:
     if name in NOT_HERE and not NOT_HERE[name].grants(value):
         raise UsageError(f"{name}: this option of transformers is not supported; {NOT_HERE[name].instead}")
     return name in NOT_HERE
+
+
+def foreign_value(name: str) -> Any:
+    """Give the value that transformers' option of this name has where it is not here: scripts ask for it.
+
+    Raises:
+        AttributeError: there is no such option, or no value of it says what happens here.
+    """
+    if name in NOT_HERE and NOT_HERE[name].is_granted:
+        return NOT_HERE[name].default
+    raise AttributeError(f"TrainingArguments has no {name}")

@@ -46,6 +46,7 @@ _FOREIGN: dict[Road, dict[str, str]] = {
         **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), "bf16 evaluates in bfloat16 too"),
         **dict.fromkeys(("remove_unused_columns", "label_names", "length_column_name"), _COLUMNS),
         "train_sampling_strategy": "the order is random, and packing wastes nothing on padding",
+        **dict.fromkeys(("do_train", "do_eval", "do_predict"), "scripts read it, not the Trainer"),
         "auto_find_batch_size": "lower max_tokens_per_rank where memory runs out; the step stays the same",
         "fp16": "give bf16",
         "neftune_noise_alpha": "its noise would depend on what a sample is packed with",

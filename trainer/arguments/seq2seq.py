@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.arguments.options import option
-from trainer.arguments.training import TrainingArguments, refuse_unknown_options
+from trainer.arguments.training import TrainingArguments
 
 
 @dataclass
@@ -21,7 +21,6 @@ class GenerationArguments:
     generation_config: Any = option(None, "A GenerationConfig, or folder, file or hub name of one, for the model.")
 
 
-@refuse_unknown_options
 @dataclass
 class Seq2SeqTrainingArguments(GenerationArguments, TrainingArguments):  # the last base's options come first
     """Every option of a run of Seq2SeqTrainer.

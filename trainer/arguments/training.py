@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Self, get_args, get_type_hints
 
 from trainer.arguments.groups import (
     SCHEDULES_BY_METRIC,
@@ -28,8 +28,9 @@ from trainer.arguments.groups import (
     OsftArguments,
     PredictionArguments,
     ScheduleArguments,
+    ScriptArguments,
 )
-from trainer.arguments.huggingface import check_foreign
+from trainer.arguments.huggingface import check_foreign, foreign_value
 from trainer.arguments.options import check_options, unknown_option
 from trainer.errors import UsageError
 
@@ -43,19 +44,13 @@ ALIASES = {
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
 IDENTITIES = ("data", "eval_data", "tokenizer", "callbacks")  # what else of a run may change when it is resumed
-T = TypeVar("T")
 
 
-def refuse_unknown_options(cls: type[T]) -> type[T]:
-    """Make the dataclass's constructor answer an unknown name with the nearest valid one, and understand ALIASES."""
-    build: Callable[..., None] = cls.__init__
+class _Options(type):
+    """Makes constructors, of subclasses too, understand ALIASES and answer an unknown name with the nearest one."""
 
-    def __init__(self: T, *args: Any, **options: Any) -> None:
-        build(self, *args, **_known_options(cls, options))
-
-    __init__.__doc__ = build.__doc__
-    cls.__init__ = __init__  # type: ignore[assignment]
-    return cls
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        return super().__call__(*args, **_known_options(cls, options))
 
 
 def _known_options(cls: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,9 +69,9 @@ def _known_options(cls: type[Any], options: Mapping[str, Any]) -> dict[str, Any]
     return known
 
 
-@refuse_unknown_options
 @dataclasses.dataclass
 class TrainingArguments(  # the last base's options come first
+    ScriptArguments,
     MachineArguments,
     LoggingArguments,
     PredictionArguments,
@@ -90,6 +85,7 @@ class TrainingArguments(  # the last base's options come first
     OsftArguments,
     ModelArguments,
     ExportArguments,
+    metaclass=_Options,
 ):
     """Every option of a run.
 
@@ -113,6 +109,14 @@ class TrainingArguments(  # the last base's options come first
 
     def _contradictions(self) -> list[tuple[bool, str]]:
         return [
+            *(
+                (
+                    interval >= 1 and interval != int(interval),
+                    f"{name} = {interval}: expected a whole number, or a share of all steps below 1",
+                )
+                for name in ("logging_steps", "eval_steps", "save_steps")
+                if (interval := getattr(self, name)) is not None
+            ),
             *self._evaluation_contradictions(),
             (
                 bool(self.model_name_or_path and self.model_config),
@@ -162,10 +166,6 @@ class TrainingArguments(  # the last base's options come first
 
     def _evaluation_contradictions(self) -> list[tuple[bool, str]]:
         return [
-            (
-                self.eval_steps is not None and self.eval_steps >= 1 and self.eval_steps != int(self.eval_steps),
-                f"eval_steps = {self.eval_steps}: expected a whole number, or a share of all steps below 1",
-            ),
             (
                 self.eval_steps is not None and self.eval_strategy != "steps",
                 f"eval_steps has no effect with eval_strategy={self.eval_strategy}: say eval_strategy=steps",
@@ -279,12 +279,21 @@ class TrainingArguments(  # the last base's options come first
             or self.eval_at_end
         )
 
-    def eval_interval(self, max_steps: int) -> int:
-        """Steps between evaluations of a run of `max_steps` (-1: as many as there are), with eval_strategy=steps."""
-        interval = self.logging_steps if self.eval_steps is None else self.eval_steps
+    def in_steps(self, name: str, max_steps: int) -> int:
+        """Give logging_steps, eval_steps or save_steps as steps of a run of `max_steps` (-1: as many as there are)."""
+        interval = self.logging_steps if (given := getattr(self, name)) is None else given
         if interval < 1 and max_steps <= 0:
-            raise UsageError(f"eval_steps = {interval} is a share of all steps, which are not known: give max_steps")
+            raise UsageError(f"{name} = {interval} is a share of all steps, which are not known: give max_steps")
         return math.ceil(interval * max_steps) if interval < 1 else int(interval)
+
+    @property
+    def order_seed(self) -> int:
+        """What the order of the training samples is drawn from."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    def __getattr__(self, name: str) -> Any:
+        """Read an option of transformers that is not here, say push_to_hub, as what may be given for it."""
+        return foreign_value(name)
 
     @property
     def _usually_greater(self) -> bool:

@@ -20,6 +20,7 @@ HARMLESS = frozenset(
     + ("resume_from_checkpoint", "allow_change", "load_best_model_at_end")
     + ("min_samples_per_checkpoint", "export_at_epoch", "export_best", "export_final", "save_dtype")
     + ("logging_strategy", "logging_steps", "logging_first_step", "disable_tqdm", "report_to", "run_name")
+    + ("logging_nan_inf_filter", "do_train", "do_eval", "do_predict")
     # how ranks and memory are used: the same samples in every step, numbers up to the order of a sum
     + ("max_tokens_per_rank", "packing_cost", "gradient_checkpointing", "torch_compile", "use_cpu", "ddp_timeout")
     + ("per_device_eval_batch_size", "eval_accumulation_steps", "non_finite")

@@ -25,7 +25,7 @@ def show_plan(args: TrainingArguments, path: str, world_sizes: list[int]) -> Non
     store = open_store(path, args)
     if args.validation_split:
         store, _ = split_validation(store, args.validation_split, args.seed)
-    length = run_length(store.num_loss_tokens, args.batch_size, args.seed, args)
+    length = run_length(store.num_loss_tokens, args.batch_size, args.order_seed, args)
     steps = "without end" if length.num_steps is None else f"{length.num_steps:,} steps"
     per_epoch = f"batch_size {args.batch_size}: {length.steps_per_epoch:,} steps an epoch"
     console.print(f"{len(store):,} samples, {per_epoch}, {steps}", soft_wrap=True)
@@ -36,7 +36,7 @@ def show_plan(args: TrainingArguments, path: str, world_sizes: list[int]) -> Non
 def first_epoch(args: TrainingArguments, store: TokenStore, world_size: int, cost: CostModel) -> EpochForecast:
     """Plan the first epoch on so many ranks."""
     layout = Layout(args.batch_size, args.max_tokens_per_rank, world_size, cost)
-    return forecast(store.lengths, store.num_loss_tokens, layout, args.seed).epochs[0]
+    return forecast(store.lengths, store.num_loss_tokens, layout, args.order_seed).epochs[0]
 
 
 def planned_cost(args: TrainingArguments) -> CostModel:

@@ -57,7 +57,7 @@ class ProgressDisplay(TrainerCallback):
         """Move the bar, or write a line when one is due."""
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step, news=_news(report))
-        elif state.is_world_process_zero and (report.step == 1 or report.step % args.logging_steps == 0):
+        elif state.is_world_process_zero and (report.step == 1 or report.step % state.logging_steps == 0):
             console.print(
                 f"step {report.step}/{_end(state)}  epoch {report.epoch:.2f}  {_news(report)}", soft_wrap=True
             )

@@ -133,6 +133,8 @@ def find_loss(
     given = {name: value for name, value in inputs.items() if labels is None or name != "labels"}
     if rule.accepts_loss_kwargs and num_items is not None:
         given["num_items_in_batch"] = num_items
+    if "use_cache" in rule.traits.columns:
+        given.setdefault("use_cache", False)  # keys and values are for generating
     outputs = model(**given)
     if rule.function is not None:
         return rule.function(outputs, labels, num_items_in_batch=num_items), outputs

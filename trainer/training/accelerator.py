@@ -19,9 +19,11 @@ class AcceleratorWords:
 
     def __init__(self, group: Group, backward: Callable[[Tensor], None]) -> None:
         self._group, self._backward = group, backward
+        self.has_averaged = False  # since it was last set: the Trainer asks, to know what a loss is a mean over
 
     def backward(self, loss: Tensor, **_: Any) -> None:
         """Add the gradient of a loss that is a mean over this rank's samples; over ranks they are averaged."""
+        self.has_averaged = True
         self._backward(loss / self._group.world_size)
 
     def unwrap_model(self, model: nn.Module, **_: Any) -> nn.Module:

@@ -6,18 +6,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_callback import (
-    CallbackHandler,
-    DefaultFlowCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-)
+from transformers import trainer_callback
+from transformers.trainer_callback import CallbackHandler, TrainerCallback, TrainerControl, TrainerState
 
 from trainer.arguments.training import TrainingArguments
 from trainer.errors import OutputError
@@ -47,9 +42,12 @@ class RunState(TrainerState):
     epoch_end_is_due: bool = False  # the end of an epoch was not told yet
     evaluated_step: int | None = None  # the last step after which there was an evaluation
     saved_step: int | None = None  # the last step whose state was saved
-    resumed_step: int = 0  # from which this process went on
-    resumed_samples: int = 0
     num_skipped_steps: int = 0  # not taken because of a non-finite loss or gradient
+
+    def __post_init__(self) -> None:
+        """Start in this process."""
+        super().__post_init__()
+        self.resumed_step = self.resumed_samples = 0  # from which it went on: no part of the run's state
 
     def advance(self, num_samples: int, num_loss_tokens: int) -> None:
         """Move past a finished step."""
@@ -86,19 +84,29 @@ class RunState(TrainerState):
 
 
 class Events:
-    """Tells callbacks what happens, and keeps state and control, which they may change."""
+    """Tells callbacks what happens, and keeps state and control, which they may change.
 
-    def __init__(self, args: TrainingArguments, state: RunState, handler: CallbackHandler) -> None:
-        self.args, self.state, self.handler = args, state, handler
+    Args:
+        args, state: what every callback is given.
+        handler: the callbacks that users add to and take from.
+        own: the Trainer's own, which are called first and stay.
+    """
+
+    def __init__(
+        self, args: TrainingArguments, state: RunState, handler: CallbackHandler, own: Sequence[TrainerCallback]
+    ) -> None:
+        self.args, self.state, self.handler, self._own = args, state, handler, own
         self.control = TrainerControl()
         self.is_stopped_by_signal = False
 
     def emit(self, event: str, **more: Any) -> None:
         """Call an event of transformers' protocol on every callback."""
+        for callback in self._own:
+            getattr(callback, event)(self.args, self.state, self.control, **more)
         self.control = getattr(self.handler, event)(self.args, self.state, self.control, **more)
 
 
-class FlowCallback(DefaultFlowCallback):
+class DefaultFlowCallback(trainer_callback.DefaultFlowCallback):
     """Sets the control flags from the options: log, evaluate, save, stop."""
 
     def __init__(self) -> None:
@@ -107,23 +115,25 @@ class FlowCallback(DefaultFlowCallback):
     def on_train_begin(self, args: TrainingArguments, state: RunState, control: TrainerControl, **_: Any) -> None:
         """Start counting samples from where the run stands."""
         self._evaluations = Every(args.min_samples_per_evaluation, state.num_samples_seen)
-        state.eval_steps = args.eval_interval(state.max_steps)
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            setattr(state, name, args.in_steps(name, state.max_steps))
         self._saves = Every(args.min_samples_per_full_checkpoint, state.num_samples_seen)
 
     def on_step_end(self, args: TrainingArguments, state: RunState, control: TrainerControl, **_: Any) -> None:
         """Decide after a step."""
         step = state.global_step
-        if args.logging_strategy == "steps" and (step % args.logging_steps == 0 or step == args.logging_first_step):
+        is_last = 0 < state.max_steps <= step
+        if args.logging_strategy == "steps" and (step % state.logging_steps == 0 or step == args.logging_first_step):
             control.should_log = True
-        if args.eval_strategy == "steps" and step % state.eval_steps == 0 and step >= args.eval_delay:
+        if args.eval_strategy == "steps" and (step % state.eval_steps == 0 or is_last) and step >= args.eval_delay:
             control.should_evaluate = True
         if self._evaluations.is_due(state.num_samples_seen):
             control.should_evaluate = True
         if self._saves.is_due(state.num_samples_seen) or (
-            args.save_strategy == "steps" and step % args.save_steps == 0
+            args.save_strategy == "steps" and (step % state.save_steps == 0 or is_last)
         ):
             control.should_save = True
-        if 0 < state.max_steps <= step:
+        if is_last:
             control.should_training_stop = True
 
     def on_epoch_end(self, args: TrainingArguments, state: RunState, control: TrainerControl, **_: Any) -> None:

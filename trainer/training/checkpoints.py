@@ -73,6 +73,7 @@ class Checkpoints:
         events: state and callbacks.
         batches: where global batches come from; a stream's position is asked of them.
         identify: gives the fingerprints of data and tokenizer.
+        is_async: whether training goes on while one is written.
     """
 
     def __init__(
@@ -82,14 +83,14 @@ class Checkpoints:
         events: Events,
         batches: Any,
         identify: Callable[[], dict[str, str | None]],
+        *,
+        is_async: bool,
     ) -> None:
         self.args, self.engine, self.events, self.batches = args, engine, events, batches
         self._identify = functools.cache(identify)
         self.folder = Path(args.output_dir, manifest.FOLDER)
         self.is_on = args.save_strategy != "no"
-        self._writer = CheckpointWriter(
-            self.folder, engine.group, is_async=args.async_save, limit=args.save_total_limit
-        )
+        self._writer = CheckpointWriter(self.folder, engine.group, is_async=is_async, limit=args.save_total_limit)
         self._files: dict[str, bytes] | None = None
         self._restored: Restored | None = None
 
@@ -135,7 +136,7 @@ class Checkpoints:
             return None
         group = self.engine.group
         if asked not in (True, "auto", "true"):
-            folder = Path(str(asked))
+            folder = _by_either_name(Path(str(asked)))
             if manifest.step_of(folder.resolve()) >= 0 or (folder / manifest.MANIFEST).is_file():
                 check(folder, group)
                 return folder
@@ -226,7 +227,7 @@ class Checkpoints:
         return found.folder
 
     def _changes(self, folder: Path, record: RunRecord) -> dict[str, str]:
-        saved = TrainingArguments.from_mapping(manifest.read_json(folder / PARAMETERS)).to_dict()
+        saved = type(self.args).from_mapping(manifest.read_json(folder / PARAMETERS)).to_dict()
         changes = find_changes(saved, self.args.to_dict()) | find_changes(record.fingerprints, self._identify())
         names = [name for name, _ in record.callbacks]
         present = [name for name, _ in callback_states(self.events.handler.callbacks)]
@@ -272,6 +273,15 @@ def load_best_weights(model: nn.Module, state: RunState, group: Group) -> None:
     """Give the model the weights of the best checkpoint."""
     if state.best_model_checkpoint is not None and state.best_global_step != state.global_step:
         restore_model(model, StoredTensors(Path(state.best_model_checkpoint), group.rank, group.world_size))
+
+
+def _by_either_name(folder: Path) -> Path:
+    """Take `checkpoint-N` of an output folder, as transformers names it, for our checkpoint of step N."""
+    name, _, step = folder.name.partition("-")
+    if folder.exists() or name != "checkpoint" or not step.isdigit():
+        return folder
+    ours = manifest.folder_of(folder.parent / manifest.FOLDER, int(step))
+    return ours if ours.exists() else folder
 
 
 def _pack_plain(value: Any, name: str) -> Any:

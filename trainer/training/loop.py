@@ -122,13 +122,13 @@ def end(run: Run) -> None:
 def train_epoch(run: Run, stop: StopRequest) -> None:
     """Train what is left of one epoch; a signal leaves it open."""
     epoch, start = run.state.num_epochs_done, run.state.num_epoch_samples_seen
-    window = LossWindow(run.state)
+    window = log_window(run)
     run.state.epoch_end_is_due = True
     run.events.emit("on_epoch_begin")
     for batch in run.batches.epoch(epoch, start):
         window.add(train_batch(run, batch, stop))
         act(run)
-        if run.control.should_training_stop or run.control.should_epoch_stop:
+        if run.control.should_training_stop or run.control.should_epoch_stop or run.is_over:
             break
     else:
         end_of_data(run, epoch, start)
@@ -207,28 +207,33 @@ def report_step(run: Run, result: StepResult, counts: dict[str, Any], seconds: f
 
 
 class LossWindow:
-    """Steps since the last log line: their mean loss; of the newest gradient norm, learning rate and what is more."""
+    """Steps since the last log line: their mean loss; of the newest gradient norm, learning rate and what is more.
 
-    def __init__(self, state: RunState) -> None:
-        self._state = state
+    Args:
+        state: what keeps it, so that a resumed run goes on with it.
+        is_filtered: whether the loss of a skipped step is left out; that there was one is always told.
+    """
+
+    def __init__(self, state: RunState, *, is_filtered: bool) -> None:
+        self._state, self._is_filtered = state, is_filtered
 
     def add(self, report: StepReport) -> None:
-        """Take in one more step; one that was skipped has no loss."""
+        """Take in one more step."""
+        window = dict(self._state.log_window)
+        if not (report.is_skipped and self._is_filtered):
+            window["loss_sum"] = window.get("loss_sum", 0.0) + report.loss * report.weight
+            window["weight"] = window.get("weight", 0) + report.weight
         if report.is_skipped:
-            return
-        window = self._state.log_window
-        self._state.log_window = {
-            "loss_sum": window.get("loss_sum", 0.0) + report.loss * report.weight,
-            "weight": window.get("weight", 0) + report.weight,
-            "grad_norm": report.grad_norm,
-            "learning_rate": report.learning_rate,
-            **report.more,
-        }
+            window["num_skipped_steps"] = window.get("num_skipped_steps", 0) + 1
+        else:
+            window |= {"grad_norm": report.grad_norm, "learning_rate": report.learning_rate, **report.more}
+        self._state.log_window = window
 
     def take(self) -> dict[str, float]:
-        """Give the log line and start the next window."""
+        """Give the log line and start the next window; without a loss where every step was skipped."""
         window, self._state.log_window = self._state.log_window, {}
-        return {"loss": window.pop("loss_sum") / window.pop("weight"), **window}
+        loss_sum, weight = window.pop("loss_sum", 0.0), window.pop("weight", 0)
+        return {"loss": loss_sum / weight, **window} if weight else window
 
     @property
     def has_steps(self) -> bool:
@@ -236,10 +241,15 @@ class LossWindow:
         return bool(self._state.log_window)
 
 
+def log_window(run: Run) -> LossWindow:
+    """Give the steps that the next log line is about."""
+    return LossWindow(run.state, is_filtered=run.args.logging_nan_inf_filter)
+
+
 def act(run: Run) -> None:
     """Do what the callbacks asked for."""
     run.checkpoints.poll()
-    window = LossWindow(run.state)
+    window = log_window(run)
     if run.control.should_log and window.has_steps:
         run.log(window.take())
     run.control.should_log = False

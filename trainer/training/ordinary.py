@@ -70,6 +70,7 @@ class OrdinaryRoad:
     """What a Trainer does with data sets and models of the user's own."""
 
     osft = None  # no matrices of theirs are split
+    saves_beside = False  # callbacks expect that on_save comes in the step that is saved
 
     def __init__(
         self,
@@ -83,6 +84,7 @@ class OrdinaryRoad:
         self.collate = collate or default_collator(processing_class)
         self.per_device_train_batch_size = args.per_device_train_batch_size
         self.train_dataset, self.eval_dataset = datasets
+        self._eval_loaders: dict[int, tuple[Any, OrdinaryLoader]] = {}  # those whose processes stay
         if is_token_data(self.eval_dataset):
             raise UsageError("eval_dataset is token data and train_dataset is not: give two of one kind")
         for name, dataset in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
@@ -117,8 +119,13 @@ class OrdinaryRoad:
 
     def eval_loader(self, dataset: Any) -> OrdinaryLoader:
         """Build the loader of this rank's evaluation batches, in the order of the data set."""
-        sampler = None if is_stream(dataset) else OrderedSampler(len(dataset))
-        return self._loader(dataset, sampler, self.eval_dealing)
+        kept, loader = self._eval_loaders.get(id(dataset), (None, None))
+        if loader is None or kept is not dataset:
+            sampler = None if is_stream(dataset) else OrderedSampler(len(dataset))
+            loader = self._loader(dataset, sampler, self.eval_dealing)
+        if self.args.dataloader_persistent_workers:
+            self._eval_loaders[id(dataset)] = dataset, loader
+        return loader
 
     @property
     def dealing(self) -> Dealing:
@@ -162,7 +169,7 @@ class OrdinaryRoad:
         return OrdinaryBatches(loader, dealing, self.group, self._count)
 
     def _sampler(self, dataset: Any) -> EpochSampler:
-        strategy, seed = self.args.train_sampling_strategy, self.args.seed
+        strategy, seed = self.args.train_sampling_strategy, self.args.order_seed
         if strategy == "group_by_length":
             input_name = getattr(self.processing_class, "model_input_names", ["input_ids"])[0]
             lengths = sample_lengths(dataset, self.args.length_column_name, input_name)

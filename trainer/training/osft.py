@@ -80,6 +80,6 @@ def _first_packs(args: TrainingArguments, store: TokenStore, group: Group) -> li
         max_tokens_per_rank=args.max_tokens_per_rank,
         rank=0,
         world_size=1,
-        sampler=EpochSampler(len(store), args.seed),
+        sampler=EpochSampler(len(store), args.order_seed),
     )
     return [to_device(pack, group.device) for pack in next(iter(loader))]

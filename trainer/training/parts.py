@@ -19,6 +19,7 @@ from trainer.optim.groups import parameter_groups
 from trainer.optim.optimizers import build_optimizer
 from trainer.optim.scaling import LossScale
 from trainer.optim.schedules import build_schedule
+from trainer.training.accelerator import AcceleratorWords
 from trainer.training.evaluation import more_is_better
 from trainer.training.prediction import TrainerPrediction
 from trainer.training.step import to_device
@@ -36,6 +37,7 @@ class TrainerParts(TrainerPrediction):
     optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None
     compute_loss_func: LossFunction | None
     model_accepts_loss_kwargs: bool
+    accelerator: AcceleratorWords
     _scale: LossScale
     _made_optimizer = _made_schedule = False  # by us, not given
 
@@ -81,6 +83,12 @@ class TrainerParts(TrainerPrediction):
         loss = self.road.objective.weigh(loss, is_divided=is_divided)
         self.backward(loss)
         return loss.detach()
+
+    def _micro_batch(self, *given: Any) -> Tensor:
+        """Give this rank's share of the loss; what went through the accelerator is a mean over this rank alone."""
+        self.accelerator.has_averaged = False
+        loss = self.training_step(*given)
+        return loss / self.group.world_size if self.accelerator.has_averaged else loss
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a micro-batch's share of the loss; what overrides `training_step` calls this."""

@@ -41,6 +41,7 @@ class TrainerPrediction(TrainerSurface):
     eval_dataset: Any
     label_names: list[str]
     model_accepts_loss_kwargs: bool
+    _memory: Any  # TrainerMemoryTracker
     compute_loss: Callable[..., Any]
     log: Callable[..., None]
     compute_loss_func: Callable[..., Tensor] | None
@@ -67,6 +68,7 @@ class TrainerPrediction(TrainerSurface):
         if isinstance(given, Mapping):
             names = {name: name if eval_dataset is None else dataset for name, dataset in given.items()}
             return self._evaluate_each(names, ignore_keys, metric_key_prefix)
+        self._memory.start()
         started = now()
         loader = self.get_eval_dataloader(eval_dataset)
         if isinstance(self.road, OrdinaryRoad):
@@ -77,6 +79,7 @@ class TrainerPrediction(TrainerSurface):
         metrics = output.metrics | self._speed(output.num_samples, now() - started, metric_key_prefix)
         self.log(metrics)
         self.events.emit("on_evaluate", metrics=metrics)
+        self._memory.stop_and_update_metrics(metrics)
         return metrics
 
     def predict(
@@ -93,11 +96,13 @@ class TrainerPrediction(TrainerSurface):
                 "predict needs a data set of your own, such as a list of {'input_ids': ..., 'labels': ...}: give one "
                 "as eval_dataset to another Trainer; token data is packed, without a row of logits for each sample"
             )
+        self._memory.start()
         started = now()
         loader = self.get_test_dataloader(test_dataset)
         output = self.evaluation_loop(loader, "Prediction", None, ignore_keys, metric_key_prefix)
         metrics = output.metrics | self._speed(output.num_samples, now() - started, metric_key_prefix)
         self.events.emit("on_predict", metrics=metrics)
+        self._memory.stop_and_update_metrics(metrics)
         return PredictionOutput(output.predictions, output.label_ids, metrics)
 
     def evaluation_loop(

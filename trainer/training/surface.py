@@ -69,6 +69,11 @@ class TrainerSurface:
         """Take a callback out, the first of its class where a class is given."""
         self.callback_handler.remove_callback(callback)
 
+    @property
+    def _train_batch_size(self) -> int:
+        """Samples of one rank in one micro-batch, as found where auto_find_batch_size looked for it."""
+        return self.state.train_batch_size
+
     def is_world_process_zero(self) -> bool:
         """Whether this rank writes and prints for all."""
         return self.group.is_lead

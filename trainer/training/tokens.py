@@ -85,6 +85,8 @@ class TokenBatches:
 class TokenRoad:
     """What a Trainer does with token data. Whatever is None is built from the options."""
 
+    saves_beside = True
+
     def __init__(
         self,
         args: TrainingArguments,
@@ -114,7 +116,7 @@ class TokenRoad:
 
     def train_loader(self, dataset: TokenData) -> DataLoader[list[MicroBatch]]:
         """Build the loader of this rank's share of every global batch; its sampler is an EpochSampler."""
-        return self._loader(dataset, self.args.seed)
+        return self._loader(dataset, self.args.order_seed)
 
     def eval_loader(self, dataset: TokenData) -> DataLoader[list[MicroBatch]]:
         """Build the loader of this rank's share of held-out samples."""
@@ -129,7 +131,7 @@ class TokenRoad:
         if self.args.does_evaluate and self.eval_dataset is not None:
             self._questions(self.eval_dataset)
         store = self.train_dataset
-        return run_length(store.num_loss_tokens, self.args.batch_size, self.args.seed, self.args)
+        return run_length(store.num_loss_tokens, self.args.batch_size, self.args.order_seed, self.args)
 
     def evaluate(self, dataset: TokenData, loader: Any, step: int) -> dict[str, float]:
         """Measure the loss, and exact answers where asked for, on held-out samples."""

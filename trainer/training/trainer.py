@@ -26,7 +26,7 @@ from trainer.optim.averaging import averaged_weights
 from trainer.optim.scaling import LossScale
 from trainer.training.accelerator import AcceleratorWords
 from trainer.training.build import check_optimizer, start_machine
-from trainer.training.callbacks import Events, ExportCallback, FlowCallback, MetricsFile, RunState
+from trainer.training.callbacks import DefaultFlowCallback, Events, ExportCallback, MetricsFile, RunState
 from trainer.training.checkpoints import Checkpoints, load_best_weights
 from trainer.training.crash import CrashRecorder
 from trainer.training.fingerprints import data_fingerprint, tokenizer_fingerprint
@@ -180,18 +180,16 @@ class Trainer(TrainerParts):
             )
 
     def _use_model(self, model: nn.Module | None) -> None:
-        self.road.use_model(model, lambda *given: self.training_step(*given))
+        self.road.use_model(model, self._micro_batch)
         self.model = model
         self.model_accepts_loss_kwargs = self.road.traits.accepts_loss_kwargs
         self.label_names = self.road.traits.label_names
 
     def _start_callbacks(self, callbacks: Sequence[TrainerCallback | type[TrainerCallback]]) -> None:
-        metrics_file = MetricsFile(Path(self.args.output_dir, METRICS))
-        own = [FlowCallback(), metrics_file, ExportCallback(self.save_model), *self._display()]
-        self.callback_handler = CallbackHandler(
-            [*own, *reporters(self.args.report_to), *callbacks], self.model, self.processing_class, None, None
-        )
-        self.events = Events(self.args, self._new_state(), self.callback_handler)
+        own = [MetricsFile(Path(self.args.output_dir, METRICS)), ExportCallback(self.save_model)]
+        usual = [DefaultFlowCallback(), *self._display(), *reporters(self.args.report_to)]
+        self.callback_handler = CallbackHandler([*usual, *callbacks], self.model, self.processing_class, None, None)
+        self.events = Events(self.args, self._new_state(), self.callback_handler, own)
         self.events.emit("on_init_end")
 
     def _display(self) -> list[TrainerCallback]:
@@ -206,7 +204,6 @@ class Trainer(TrainerParts):
             is_world_process_zero=self.group.is_lead,
             is_local_process_zero=self.group.topology.is_local_lead,
             train_batch_size=self.road.per_device_train_batch_size if is_ordinary else self.args.batch_size,
-            logging_steps=self.args.logging_steps,
         )
 
     def _train_once(self, before: Snapshot | None, asked: bool | str | None) -> bool:
@@ -280,11 +277,15 @@ class Trainer(TrainerParts):
             length=length,
             events=self.events,
             evaluate=self._evaluate_and_compare,
-            checkpoints=(checkpoints := Checkpoints(self.args, engine, self.events, batches, self._identify)),
+            checkpoints=(checkpoints := self._checkpoints(engine, batches)),
             crash=CrashRecorder(self.args, engine, self.state, checkpoints),
             log=self.log,
             finish=self._finish_run,
         )
+
+    def _checkpoints(self, engine: Engine, batches: Any) -> Checkpoints:
+        is_async = self.road.saves_beside if self.args.async_save is None else self.args.async_save
+        return Checkpoints(self.args, engine, self.events, batches, self._identify, is_async=is_async)
 
     def _identify(self) -> dict[str, str | None]:
         return {
