@@ -74,7 +74,7 @@ class CrashRecorder:
             "epoch": self.state.num_epochs_done,
             "first_sample": self.state.num_epoch_samples_seen,
             "num_samples": self.engine.objective.counts(batch)["num_samples"],
-            "seed": self.args.seed,
+            "seed": self.args.order_seed,
         }
         contents = Contents(
             step,
