@@ -175,3 +175,26 @@ def test_arbitrary_bytes_never_give_a_traceback(tmp_path_factory: pytest.TempPat
     file.write_bytes(content)
     with contextlib.suppress(UsageError):  # any other error is a failure
         assert isinstance(TrainingArguments.from_yaml(file), TrainingArguments)
+
+
+@dataclasses.dataclass
+class OwnArguments(TrainingArguments):
+    """Options of a script of one's own."""
+
+    flavour: str = "plain"
+
+
+def test_a_subclass_understands_as_much() -> None:
+    args = OwnArguments("out", flavour="sour", activation_checkpointing=True, push_to_hub=False)
+    assert (args.output_dir, args.flavour, args.gradient_checkpointing) == ("out", "sour", True)
+    assert OwnArguments.from_mapping(args.to_dict()) == args
+    with pytest.raises(UsageError, match="unknown option 'flavor': did you mean 'flavour'"):
+        OwnArguments(flavor="sour")
+
+
+def test_scripts_may_ask_for_options_that_are_not_here() -> None:
+    args = TrainingArguments(do_train=True)
+    assert (args.do_train, args.push_to_hub, args.local_rank, args.log_level) == (True, False, -1, "passive")
+    for name in ("log_on_each_node", "no_such_option"):
+        with pytest.raises(AttributeError, match=f"TrainingArguments has no {name}"):
+            getattr(args, name)

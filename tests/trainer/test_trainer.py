@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -540,6 +541,23 @@ class TestOptions:
     def test_what_has_no_effect_is_refused(self, tmp_path: Path, options: dict[str, Any], message: str) -> None:
         with pytest.raises((UsageError, ModelError), match=message):
             get_regression_trainer(output_dir=tmp_path, **options).train()
+
+    def test_full_determinism_holds_for_the_process(self, tmp_path: Path) -> None:
+        cudnn, environment = torch.backends.cudnn, dict(os.environ)
+        kept = cudnn.deterministic, cudnn.benchmark
+        try:
+            lines = []
+            for name in ("one", "other"):
+                trainer = get_regression_trainer(output_dir=tmp_path / name, full_determinism=True, max_steps=2)
+                assert torch.are_deterministic_algorithms_enabled()
+                trainer.train()
+                lines.append(line_of(trainer))
+            assert lines[0] == lines[1]
+        finally:
+            torch.use_deterministic_algorithms(False)
+            cudnn.deterministic, cudnn.benchmark = kept
+            os.environ.clear()
+            os.environ.update(environment)
 
     def test_recomputing_changes_nothing(self, tmp_path: Path) -> None:
         def run(name: str, **more: Any) -> dict[str, torch.Tensor]:

@@ -135,6 +135,14 @@ class TestOrders:
         sampler.set_epoch(epoch, start=len(lengths) // 2)
         assert list(sampler) == order[len(lengths) // 2 :]
 
+    def test_a_seed_of_its_own_leaves_the_rest_alone(self, tmp_path: Path) -> None:
+        def order(**options: int) -> list[float]:
+            trainer = get_regression_trainer(output_dir=tmp_path, **options)
+            return [x for batch in trainer.get_train_dataloader() for x in batch["input_x"].tolist()]
+
+        assert order(seed=1, data_seed=7) == order(seed=2, data_seed=7) == order(seed=7)
+        assert order(seed=7, data_seed=1) == order(seed=1) != order(seed=7)
+
     def test_grouping_by_length_saves_padding(self) -> None:
         lengths = [1 + (37 * i) % 64 for i in range(512)]
 
@@ -200,6 +208,15 @@ class TestLoaders:
             trainer.train()
             lines.append(line_of(trainer))
         assert lines[0] == lines[1]
+
+    def test_processes_that_stay_serve_every_evaluation(self, tmp_path: Path) -> None:
+        stay = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+        for options, is_same in ((stay, True), ({}, False)):
+            data = {name: RegressionDataset(length=4) for name in ("one", "other")}
+            trainer = get_regression_trainer(output_dir=tmp_path, eval_dataset=data, **options)
+            loader, other = trainer.get_eval_dataloader("one"), trainer.get_eval_dataloader("other")
+            assert (loader.dataset, other.dataset) == (data["one"], data["other"])
+            assert (trainer.get_eval_dataloader(data["one"]) is loader) == is_same
 
     def test_an_own_collator_is_used(self, tmp_path: Path) -> None:
         def halved(samples: list[Any]) -> dict[str, torch.Tensor]:
