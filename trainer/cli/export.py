@@ -83,12 +83,15 @@ def export_checkpoint(folder: Path, options: ExportOptions) -> None:
     from trainer.errors import CheckpointError
     from trainer.model.export import export_model
     from trainer.training.checkpoints import MODEL_FILES
-    from trainer.training.replay import build_recorded_model
+    from trainer.optim.averaging import averaged_weights
+    from trainer.training.replay import build_recorded_model, build_recorded_optimizer
 
     if faults := find_damage(folder):
         raise CheckpointError(f"{folder} is not a whole checkpoint: {faults[0]}")
-    model = build_recorded_model(folder, StoredTensors(folder), torch.device("cpu"))
+    stored = StoredTensors(folder)
+    model = build_recorded_model(folder, stored, torch.device("cpu"))
     has_tokenizer = (folder / MODEL_FILES / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(folder / MODEL_FILES) if has_tokenizer else None
     dtype = getattr(torch, options.save_dtype) if options.save_dtype else None
-    export_model(model, tokenizer, options.target, dtype, options.max_shard_size)
+    with averaged_weights(build_recorded_optimizer(folder, stored, model)):
+        export_model(model, tokenizer, options.target, dtype, options.max_shard_size)

@@ -20,6 +20,7 @@ from trainer.model.parameters import matching_names
 from trainer.model.shard import decoder_blocks
 
 SPLITTABLE = (nn.Linear, Conv1D)
+_IMPORTANCE = "_trainer_osft_importance"  # of a model that was split by it
 ROUNDING = 1e-9  # of a ratio times a rank: 0.7 of 10 directions are 7, not 8
 
 
@@ -45,8 +46,15 @@ def apply_osft(model: PreTrainedModel, args: OsftArguments, importance: Mapping[
             layer.weight.requires_grad_(True)
         elif num_free:
             model.set_submodule(name, OsftLinear(layer, num_free))
+    setattr(model, _IMPORTANCE, importance)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ModelError("osft: every ratio is 0 and osft_train_patterns is empty, so nothing trains; raise a ratio")
+
+
+def split_importance(model: nn.Module) -> Mapping[str, float] | None:
+    """The importance of each block by which a model was split; None where all blocks share one ratio."""
+    importance: Mapping[str, float] | None = getattr(model, _IMPORTANCE, None)
+    return importance
 
 
 def num_free_directions(rank: int, ratio: float) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from transformers.trainer_callback import CallbackHandler
 
@@ -34,7 +35,9 @@ from trainer.checkpoint.weights import model_tensors, restore_model
 from trainer.checkpoint.writer import CheckpointWriter, Contents, rank_file
 from trainer.data.length import RunLength
 from trainer.distributed.group import Group
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, UsageError
+from trainer.model.osft_targets import split_importance
+from trainer.optim.averaging import is_averaging
 from trainer.optim.schedules import advance
 from trainer.training.callbacks import Events, RunState
 from trainer.training.output import METRICS, PARAMETERS, continue_output_dir
@@ -44,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 STATE, OPTIMIZER = "state.json", "optimizer.json"
 MODEL_FILES = "model"  # folder of config and tokenizer in a checkpoint
+IMPORTANCE = "osft_importance.json"  # among them, where `osft_adaptive_samples` gave each block a ratio of its own
 OPTIMIZER_SETTINGS = {  # option -> what it sets in the parameter groups
     "learning_rate": ("lr", "initial_lr"),
     "weight_decay": ("weight_decay",),
@@ -90,6 +94,11 @@ class Checkpoints:
         self._identify = functools.cache(identify)
         self.folder = Path(args.output_dir, manifest.FOLDER)
         self.is_on = args.save_strategy != "no"
+        if args.save_only_model and is_averaging(engine.optimizer):
+            raise UsageError(
+                "save_only_model leaves out the state from which the optimizer computes the averaged weights that are "
+                "evaluated and exported: leave it off, or choose another optim"
+            )
         self._writer = CheckpointWriter(self.folder, engine.group, is_async=is_async, limit=args.save_total_limit)
         self._files: dict[str, bytes] | None = None
         self._restored: Restored | None = None
@@ -156,6 +165,11 @@ class Checkpoints:
         record = RunRecord.from_dict(manifest.read_json(folder / STATE), str(folder / STATE))
         changes = self._changes(folder, record)
         check_changes(changes, self.args.allow_change, str(folder))
+        if read_importance(folder) != split_importance(self.engine.model):
+            raise UsageError(
+                f"{folder} records another importance of the blocks than was measured now (osft_adaptive_samples): name "
+                "it in the option resume_from_checkpoint, so that it is known when the model is built"
+            )
         self._restored = Restored(folder, record, changes)
         self._restore_tensors(folder, changes)
         self._restore_records(record, changes)
@@ -212,6 +226,8 @@ class Checkpoints:
                 generation = getattr(self.engine.model, "generation_config", None)
                 if generation is not None:
                     generation.to_json_file(Path(folder, "generation_config.json"))
+            if (importance := split_importance(self.engine.model)) is not None:
+                manifest.write_json(Path(folder, IMPORTANCE), importance)
             if hasattr(handler.processing_class, "save_pretrained"):
                 handler.processing_class.save_pretrained(folder)
             paths = [path for path in Path(folder).rglob("*") if path.is_file()]
@@ -269,10 +285,25 @@ class Checkpoints:
             self.events.control.should_save |= is_asked
 
 
-def load_best_weights(model: nn.Module, state: RunState, group: Group) -> None:
-    """Give the model the weights of the best checkpoint."""
-    if state.best_model_checkpoint is not None and state.best_global_step != state.global_step:
-        restore_model(model, StoredTensors(Path(state.best_model_checkpoint), group.rank, group.world_size))
+def load_best_weights(model: nn.Module, optimizer: Optimizer, state: RunState, group: Group) -> None:
+    """Give the model the weights of the best checkpoint; an optimizer that averages weights goes back with it."""
+    if state.best_model_checkpoint is None or state.best_global_step == state.global_step:
+        return
+    folder = Path(state.best_model_checkpoint)
+    stored = StoredTensors(folder, group.rank, group.world_size)
+    restore_model(model, stored)
+    if is_averaging(optimizer):
+        restore_optimizer(optimizer, model, manifest.read_json(folder / OPTIMIZER), stored, frozenset())
+
+
+def read_importance(folder: Path) -> dict[str, float] | None:
+    """Read by which importance of its blocks the model of a checkpoint was split; None where one ratio holds for all.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = folder / MODEL_FILES / IMPORTANCE
+    return dict(manifest.read_json(path)) if path.is_file() else None
 
 
 def _by_either_name(folder: Path) -> Path:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.arguments.training import TrainingArguments
+from trainer.checkpoint import manifest
 from trainer.data.loader import get_data_loader
 from trainer.data.sampler import EpochSampler
 from trainer.data.store import TokenStore
@@ -22,6 +24,7 @@ from trainer.model.osft_importance import block_importance
 from trainer.model.osft_targets import apply_osft
 from trainer.training.build import build_model
 from trainer.training.callbacks import Events
+from trainer.training.checkpoints import read_importance
 from trainer.training.metrics import now, peak_memory_bytes
 from trainer.training.step import to_device
 
@@ -40,9 +43,11 @@ def build_split_model(
         return build_model(model, args, tokenizer, group)
     importance = None
     if args.osft_adaptive_samples is not None:
-        measured = build_model(copy.deepcopy(model), _as_loaded(args), tokenizer, group)
-        importance = block_importance(measured, _first_packs(args, store, group))
-        del measured
+        importance = _recorded_importance(args, group)
+        if importance is None:
+            measured = build_model(copy.deepcopy(model), _as_loaded(args), tokenizer, group)
+            importance = block_importance(measured, _first_packs(args, store, group))
+            del measured
     return build_model(model, args, tokenizer, group, partial(apply_osft, args=args, importance=importance))
 
 
@@ -62,6 +67,19 @@ def start(osft: Osft, events: Events, group: Group) -> dict[str, float]:
         "osft/peak_memory_bytes": peak_memory_bytes(group.device),
         "osft/reconstruction_error": osft.reconstruction_error,
     }
+
+
+def _recorded_importance(args: TrainingArguments, group: Group) -> dict[str, float] | None:
+    """What the checkpoint that the options say to go on from was split by; all checkpoints of a run agree."""
+    asked = args.resume_from_checkpoint
+    if asked is None:
+        return None
+    folder = Path(args.output_dir, manifest.FOLDER) if asked in ("auto", "true") else Path(asked)
+    if (folder / manifest.MANIFEST).is_file():
+        return read_importance(folder)
+    holding = [each for each in manifest.list_checkpoints(folder) if read_importance(each) is not None]
+    steps = group.from_lead([manifest.step_of(each) for each in holding[:1]])
+    return read_importance(manifest.folder_of(folder, steps[0])) if steps else None
 
 
 def _as_loaded(args: TrainingArguments) -> TrainingArguments:

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from transformers import GenerationConfig, PreTrainedModel
 
 from trainer.arguments.training import TrainingArguments
 from trainer.checkpoint import manifest
 from trainer.checkpoint.find import find_damage
+from trainer.checkpoint.optimizer import restore_optimizer
 from trainer.checkpoint.randomness import set_generator_states
 from trainer.checkpoint.storage import StoredTensors
 from trainer.checkpoint.tree import unpack
@@ -28,7 +30,9 @@ from trainer.distributed.group import Group
 from trainer.errors import CheckpointError
 from trainer.model.load import build_on_meta, materialise, prepare_model, read_config
 from trainer.model.osft_targets import apply_osft
-from trainer.training.checkpoints import MODEL_FILES
+from trainer.optim.optimizers import build_optimizer
+from trainer.optim.registry import OPTIMIZERS
+from trainer.training.checkpoints import MODEL_FILES, OPTIMIZER, read_importance
 from trainer.training.output import PARAMETERS
 from trainer.training.tokens import TokenObjective
 
@@ -75,16 +79,24 @@ def build_recorded_model(folder: Path, stored: StoredTensors, device: torch.devi
             "trainer.checkpoint.weights.restore_model"
         )
     args = TrainingArguments.from_mapping(manifest.read_json(folder / PARAMETERS))
-    if args.osft_adaptive_samples is not None:
-        raise CheckpointError(f"{folder}: with osft_adaptive_samples the ranks of the split are not recorded yet")
     model = build_on_meta(read_config(args, folder / MODEL_FILES), trust_remote_code=args.trust_remote_code)
     if (folder / MODEL_FILES / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder / MODEL_FILES)
     if args.osft:
-        apply_osft(model, args)
+        apply_osft(model, args, read_importance(folder))
     prepare_model(model, args, None, device)
     materialise(model, stored, device)
     return model
+
+
+def build_recorded_optimizer(folder: Path, stored: StoredTensors, model: PreTrainedModel) -> Optimizer | None:
+    """Build the optimizer of a checkpoint with its state, where it averages the weights to export; else None."""
+    args = TrainingArguments.from_mapping(manifest.read_json(folder / PARAMETERS))
+    if args.optim not in OPTIMIZERS or not OPTIMIZERS[args.optim].averages_weights:
+        return None
+    optimizer = build_optimizer(model, args)
+    restore_optimizer(optimizer, model, manifest.read_json(folder / OPTIMIZER), stored, frozenset())
+    return optimizer
 
 
 def _read_own(folder: Path, rank: int, world_size: int) -> Any:

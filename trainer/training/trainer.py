@@ -143,9 +143,9 @@ class Trainer(TrainerParts):
         directory = Path(output_dir or Path(self.args.output_dir, folder))
         save_dtype = getattr(torch, self.args.save_dtype) if self.args.save_dtype else None
         if self._exports.get(directory) != self.state.global_step:
+            is_shared = directory.resolve() == Path(self.args.output_dir).resolve()  # with all that the run writes
             with averaged_weights(self.optimizer):
-                is_shared = directory.resolve() == Path(self.args.output_dir).resolve()  # with all that the run writes
-            export_model(self.model, self.processing_class, directory, save_dtype, is_shared=is_shared)
+                export_model(self.model, self.processing_class, directory, save_dtype, is_shared=is_shared)
             self._exports[directory] = self.state.global_step
         return directory
 
@@ -214,10 +214,10 @@ class Trainer(TrainerParts):
         if source is None:
             keeps_older = isinstance(self.road, OrdinaryRoad) or asked == "auto"
             open_output_dir(self.args, self.group, keeps_older=keeps_older)
+        else:
+            run.length = run.checkpoints.restore(source, run.length)
         if self.road.osft is not None:
             self.log(start(self.road.osft, self.events, self.group))
-        if source is not None:
-            run.length = run.checkpoints.restore(source, run.length)
         self._run_started, self.is_in_train, self._has_trained = now(), True, True
         try:
             with embedding_noise(self.model, self.args.neftune_noise_alpha):
@@ -297,6 +297,7 @@ class Trainer(TrainerParts):
     def _finish_run(self) -> None:
         """Log what the whole run did, and load the best weights if that was asked for."""
         if self.args.load_best_model_at_end:
-            load_best_weights(self.model, self.state, self.group)
+            load_best_weights(self.model, self.create_optimizer(), self.state, self.group)
+            self._exports.clear()
         self._train_metrics = self.state.train_metrics(now() - self._run_started)
         self.log(self._train_metrics)
