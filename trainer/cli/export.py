@@ -82,8 +82,8 @@ def export_checkpoint(folder: Path, options: ExportOptions) -> None:
     from trainer.checkpoint.storage import StoredTensors
     from trainer.errors import CheckpointError
     from trainer.model.export import export_model
-    from trainer.training.checkpoints import MODEL_FILES
     from trainer.optim.averaging import averaged_weights
+    from trainer.training.checkpoints import MODEL_FILES
     from trainer.training.replay import build_recorded_model, build_recorded_optimizer
 
     if faults := find_damage(folder):

@@ -8,7 +8,7 @@ tensor of the whole model; the weights are those of a plain load, bit for bit; n
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def load_model(
     if adapt is not None:
         adapt(model)
     prepare_model(model, args, mesh, device)
-    materialise(model, weights, device)
+    materialise(model, weights, device, zeros=set(filter(is_osft_parameter, model.state_dict())))
     check_isolation(model)
     return model
 
@@ -195,14 +195,23 @@ def prepare_model(
     model.train()
 
 
-def materialise(model: PreTrainedModel, weights: Weights, device: torch.device | str) -> None:
-    """Give a model on the meta device its memory on `device` and its weights; a sharded rank reads its shards only."""
+def materialise(
+    model: PreTrainedModel, weights: Weights, device: torch.device | str, zeros: Collection[str] = ()
+) -> None:
+    """Give a model on the meta device its memory on `device` and its weights; a sharded rank reads its shards only.
+
+    Args:
+        model: Sharded or not.
+        weights: Where they are read from.
+        device: This rank's device.
+        zeros: Names of parameters that `weights` does not hold, and that begin as 0.
+    """
     _allocate(model, torch.device(device))
     persistent = set(model.state_dict())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in persistent:
             local, region = local_part(tensor)
-            if is_osft_parameter(name):
+            if name in zeros:
                 local.zero_()
             elif local.numel():
                 local.copy_(weights.read(name, region))

@@ -167,8 +167,8 @@ class Checkpoints:
         check_changes(changes, self.args.allow_change, str(folder))
         if read_importance(folder) != split_importance(self.engine.model):
             raise UsageError(
-                f"{folder} records another importance of the blocks than was measured now (osft_adaptive_samples): name "
-                "it in the option resume_from_checkpoint, so that it is known when the model is built"
+                f"{folder} records another importance of the blocks than was measured now (osft_adaptive_samples): "
+                "name it in the option resume_from_checkpoint, so that it is known when the model is built"
             )
         self._restored = Restored(folder, record, changes)
         self._restore_tensors(folder, changes)
