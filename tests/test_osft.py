@@ -364,6 +364,20 @@ def test_recomputed_blocks_train_alike(tmp_path):
     assert largest_difference(weights, expected) < OSFT_MERGED_FP32
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own tracing asks
+def test_a_whole_block_trains_as_torch_compiles_it():
+    """As it traces it; inductor's C++ takes a minute (docs/osft.md)."""
+    expected, _ = trained_weights(*split_model(), num_steps=2)
+    model, osft = split_model()
+    model.model.layers[0].compile(backend="eager")
+    torch._dynamo.reset()
+    try:
+        weights, _ = trained_weights(model, osft, num_steps=2)
+    finally:
+        torch._dynamo.reset()
+    assert largest_difference(weights, expected) < OSFT_MERGED_FP32
+
+
 def test_blocks_compile_as_one_graph():
     model, osft = split_model()
     block = model.model.layers[0].mlp

@@ -18,6 +18,7 @@ from tests.fixtures.tolerances import (
     CLOSED_FORM_FLOAT64,
     FORGETTING_LEARNED,
     FORGETTING_RETAINED,
+    LOSS_BF16,
     OSFT_LEAK,
     OSFT_LOGITS_FP32,
     OSFT_NORM_FP32,
@@ -147,6 +148,25 @@ def by_hand() -> tuple[list[float], dict[str, torch.Tensor]]:
                 layer.osft_update -= layer.osft_protected @ (layer.osft_protected.T @ layer.osft_update)
         losses.append(loss.item())
     return losses, {name: merged_weight(layer) for name, layer in osft_layers(model).items()}
+
+
+@pytest.mark.world_size(2)
+def test_shards_train_in_bf16(ranks: Any, tmp_path: Path) -> None:
+    """With several packs in each step."""
+    found = []
+    for is_bf16 in (False, True):
+        trainer = osft_trainer(
+            tmp_path / str(is_bf16), bf16=is_bf16, batch_size=6, max_tokens_per_rank=32, logging_steps=1
+        )
+        trainer.train()
+        found.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+        assert {layer.osft_update.dtype for layer in osft_layers(trainer.model).values()} == {torch.float32}
+        leaks = [line["osft/leak"] for line in trainer.state.log_history if "osft/leak" in line]
+        assert max(leaks) < OSFT_LEAK[torch.float32]
+        if ranks.is_lead:
+            assert max(line["num_micro_batches"] for line in step_lines(tmp_path / str(is_bf16))) > 1
+    assert found[1] == pytest.approx(found[0], rel=LOSS_BF16)
+    assert found[1] != found[0]
 
 
 def test_important_blocks_get_a_smaller_ratio(tmp_path: Path) -> None:

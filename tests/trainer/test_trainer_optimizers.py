@@ -39,6 +39,7 @@ from trainer.checkpoint.optimizer import pack_optimizer, restore_optimizer
 from trainer.checkpoint.storage import StoredTensors
 from trainer.checkpoint.weights import model_tensors, restore_model
 from trainer.checkpoint.writer import CheckpointWriter, Contents
+from trainer.cli.main import main
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError, NonFiniteError, UsageError
 from trainer.optim.in_backward import last_backward
@@ -307,6 +308,30 @@ class TestRuns:
         assert all(torch.equal(value, trained[n]) for n, value in weights_of(trainer.model).items())
         assert not torch.equal(exported.lm_head.weight, trained["lm_head.weight"])
         assert mean_loss(exported, SAMPLES).item() == pytest.approx(measured, rel=LOSS_FP32)
+
+    @pytest.mark.skipif(not is_installed(OPTIMIZERS["schedule_free_adamw"]), reason="pip install schedulefree")
+    def test_the_best_averaged_weights_come_back_at_the_end(self, tmp_path: Path) -> None:
+        options = {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant", "greater_is_better": True}
+        options |= {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+        trainer = build_trainer(
+            tmp_path / "run", SAMPLES, eval_samples=SAMPLES, load_best_model_at_end=True, num_train_epochs=3, **options
+        )
+        trainer.train()
+        state = trainer.state
+        assert state.best_global_step < state.global_step
+        assert trainer.evaluate()["eval_loss"] == state.best_metric
+        exported = type(trainer.model).from_pretrained(trainer.save_model(tmp_path / "export"))
+        assert mean_loss(exported, SAMPLES).item() == pytest.approx(state.best_metric, rel=LOSS_FP32)
+        assert main(["export", state.best_model_checkpoint, str(tmp_path / "best")]) == 0
+        best = weights_of(type(trainer.model).from_pretrained(tmp_path / "best"))
+        assert all(torch.equal(value, best[name]) for name, value in weights_of(exported).items())
+
+    @pytest.mark.skipif(not is_installed(OPTIMIZERS["schedule_free_adamw"]), reason="pip install schedulefree")
+    def test_averages_cannot_be_had_from_weights_alone(self, tmp_path: Path) -> None:
+        options = {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant", "save_strategy": "epoch"}
+        trainer = build_trainer(tmp_path, SAMPLES, save_only_model=True, **options)
+        with pytest.raises(UsageError, match="save_only_model leaves out the state .* averaged weights"):
+            trainer.train()
 
     def test_evaluating_changes_nothing(self, tmp_path: Path) -> None:
         """Also where evaluation swaps weights."""
