@@ -132,7 +132,7 @@ def test_a_step_of_a_split_model_is_replayed(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.world_size(1, 2)
 def test_the_best_split_weights_come_back_at_the_end(ranks) -> None:
     options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "greater_is_better": True}
-    trainer = build_split(ranks.tmp_path / "run", **options)
+    trainer = build_split(ranks.tmp_path / "run", warmup_steps=0, **options)
     trainer.train()
     assert trainer.state.best_global_step < NUM_STEPS
     assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric
