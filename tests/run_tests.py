@@ -8,6 +8,7 @@ python tests/run_tests.py gloo2 --reports DIR keep DIR/gloo2.xml, from which tes
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -57,6 +58,7 @@ LANES = {
         for count in (1, 2, 4, 8)
     },
 }
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # workers and ranks share the cores; more threads would spin against each other
 COMPARISON = (sys.executable, "tests/test_batch_lengths_to_minibatches.py")
 
 
@@ -96,9 +98,8 @@ def run_lane(
         report = Path(reports or folder, f"{name}.xml").absolute()
         report.unlink(missing_ok=True)
         started = time.monotonic()
-        code = subprocess.run(
-            [sys.executable, "-m", "pytest", *words, *extra, f"--junitxml={report}"], cwd=root
-        ).returncode
+        command = [sys.executable, "-m", "pytest", *words, *extra, f"--junitxml={report}"]
+        code = subprocess.run(command, cwd=root, env=ONE_THREAD | os.environ).returncode
         counts = count(report)
     ran = counts["tests"] - counts["skipped"]
     return Result(

@@ -16,6 +16,7 @@ from tests.fixtures.ranks.launch import Outcomes
 from tests.fixtures.runs import build_trainer, random_token_samples, read_metrics, weights_of
 from trainer.checkpoint import manifest
 from trainer.checkpoint.find import find_damage
+from trainer.distributed import blame
 from trainer.errors import CheckpointError, NonFiniteError, RankError
 
 SAMPLES = random_token_samples([3 + i * 5 % 8 for i in range(20)])
@@ -38,6 +39,7 @@ class Slowly(TrainerCallback):
 def job(folder: Path, options: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Train from wherever the run stands to its end, saving after every second step; gives the weights."""
     model = tiny_llama(num_hidden_layers=1, attention_dropout=0.1)
+    blame.SECONDS_TO_SPEAK = options.pop("seconds_to_speak", blame.SECONDS_TO_SPEAK)
     defaults = {"num_train_epochs": NUM_STEPS / 5, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
     trainer = build_trainer(folder, SAMPLES, model, callbacks=[Slowly()], use_cpu=True, **{**defaults, **options})
     try:
@@ -77,7 +79,7 @@ def straight(launch: Any, folder: Path, world_size: int) -> dict[str, torch.Tens
 def kill_until_done(launch: Any, folder: Path, seed: int) -> None:
     source = random.Random(seed)
     world_size = 1 + seed % 2
-    options = {"async_save": bool(seed % 4 < 2)}
+    options = {"async_save": bool(seed % 4 < 2), "seconds_to_speak": 1.0}  # who is dead stays silent for long enough
     for _ in range(KILLS_PER_RUN):
         outcomes = launch(world_size, job, folder / "killed", options, faults=draw_faults(source, world_size))
         check_what_is_there(folder / "killed")
