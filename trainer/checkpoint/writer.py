@@ -46,8 +46,6 @@ class _Pending:
     target: Path
     thread: threading.Thread | None = None
     error: Exception | None = None
-    num_bytes: int = 0  # of this rank's share
-    num_written: int = 0
 
 
 class CheckpointWriter:

@@ -39,7 +39,7 @@ class TrainerParts(TrainerPrediction):
     model_accepts_loss_kwargs: bool
     accelerator: AcceleratorWords
     _scale: LossScale
-    _made_optimizer = _made_schedule = False  # by us, not given
+    _made_schedule = False  # by us, not given
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Build the loader of training data: of this rank's micro-batches, for token data of its global batches."""
