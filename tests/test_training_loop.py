@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from tests.fixtures.models import tiny_llama
 from tests.fixtures.oracles import count_loss_tokens
-from tests.fixtures.runs import build_trainer, random_token_samples, read_metrics, step_lines, weights_of
+from tests.fixtures.runs import Calls, build_trainer, random_token_samples, read_metrics, step_lines, weights_of
 from tests.fixtures.tolerances import LAYOUT_FLOAT64
 from trainer.data.sampler import epoch_order
 from trainer.errors import DataError, NonFiniteError, UsageError
@@ -22,21 +22,6 @@ LENGTHS = (9, 3, 17, 5, 30, 2, 11, 7, 24, 4)
 SAMPLES = random_token_samples(LENGTHS)
 HELD_OUT = random_token_samples((8, 13, 5), seed=9)
 STEPS_PER_EPOCH = 3  # 10 samples, 4 a step
-
-
-class Calls(TrainerCallback):
-    """Writes down which events came, and at which step."""
-
-    def __init__(self) -> None:
-        self.events: list[tuple[str, int]] = []
-
-    def __getattribute__(self, name: str) -> Any:
-        if name.startswith("on_"):
-            return lambda args, state, control, **_: self.events.append((name, state.global_step))
-        return super().__getattribute__(name)
-
-    def steps_of(self, event: str) -> list[int]:
-        return [step for name, step in self.events if name == event]
 
 
 class SignalAt(TrainerCallback):
@@ -94,7 +79,7 @@ class TestEvents:
     def test_come_in_the_order_of_the_protocol(self, tmp_path: Path) -> None:
         calls = Calls()
         build_trainer(tmp_path, SAMPLES[:4], eval_samples=HELD_OUT, eval_strategy="epoch", callbacks=[calls]).train()
-        assert [name for name, _ in calls.events] == [
+        assert calls.names == [
             "on_init_end",
             "on_train_begin",
             "on_epoch_begin",

@@ -18,7 +18,7 @@ from torch import nn
 
 from tests.fixtures.models import tiny_llama
 from tests.fixtures.oracles import relative_difference
-from tests.fixtures.runs import step_lines, weights_of
+from tests.fixtures.runs import Calls, step_lines, weights_of
 from tests.fixtures.tolerances import (
     COMPUTE_FP16,
     LAYOUT_FLOAT64,
@@ -75,18 +75,6 @@ def line_of(trainer: Trainer) -> tuple[float, float]:
 
 def logged(trainer: Any, name: str = "loss") -> list[float]:
     return [line[name] for line in trainer.state.log_history if "loss" in line]
-
-
-class Calls(transformers.TrainerCallback):
-    """Writes down which events came, `on_` left out."""
-
-    def __init__(self) -> None:
-        self.events: list[str] = []
-
-    def __getattribute__(self, name: str) -> Any:
-        if name.startswith("on_"):
-            return lambda args, state, control, **_: self.events.append(name.removeprefix("on_"))
-        return super().__getattribute__(name)
 
 
 class TestNumbers:
@@ -225,11 +213,11 @@ class TestSteps:
         calls = Calls()
         trainer.add_callback(calls)
         trainer.train()
-        assert trainer.state.global_step == expected == calls.events.count("step_end")
+        assert trainer.state.global_step == expected == len(calls.steps_of("on_step_end"))
         whole_epochs, rest = divmod(expected, per_epoch)
-        assert calls.events.count("epoch_end") == whole_epochs + (rest > 0)
+        assert len(calls.steps_of("on_epoch_end")) == whole_epochs + (rest > 0)
         num_micro_batches = whole_epochs * micro_batches + min(rest * accumulation, micro_batches)
-        assert calls.events.count("substep_end") == num_micro_batches - expected
+        assert len(calls.steps_of("on_substep_end")) == num_micro_batches - expected
 
     def test_a_run_stops_at_the_first_step_that_reaches_max_samples(self, tmp_path: Path) -> None:
         trainer = get_regression_trainer(output_dir=tmp_path, max_samples=65)
@@ -282,13 +270,14 @@ class TestEvents:
         given = {"callbacks": [calls], "num_train_epochs": 1, "eval_len": 16, **options}
         trainer = get_regression_trainer(output_dir=tmp_path, **given)
         trainer.train()
-        assert calls.events == self.expected(trainer.args, num_steps=8)
+        assert calls.names == [f"on_{event}" for event in self.expected(trainer.args, num_steps=8)]
 
     def test_micro_batches_but_the_last_end_a_substep(self, tmp_path: Path) -> None:
         calls = Calls()
         options = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 3, "num_train_epochs": 1}
         get_regression_trainer(output_dir=tmp_path, callbacks=[calls], **options).train()
-        in_steps = [event for event in calls.events if event in (*self.LOOP, "substep_end")]
+        events = [name.removeprefix("on_") for name in calls.names]
+        in_steps = [event for event in events if event in (*self.LOOP, "substep_end")]
         begin, *rest = self.LOOP
         assert in_steps == [begin, *["substep_end"] * 2, *rest] * 2 + [begin, "substep_end", *rest]
 

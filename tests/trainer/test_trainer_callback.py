@@ -13,7 +13,7 @@ import transformers
 from transformers.trainer_callback import EarlyStoppingCallback, ExportableState, TrainerCallback
 
 from tests.fixtures.oracles import relative_difference
-from tests.fixtures.runs import step_lines, weights_of
+from tests.fixtures.runs import Calls, step_lines, weights_of
 from tests.fixtures.tolerances import SAME_LOSS
 from tests.trainer.trainer_test_utils import (
     RegressionDataset,
@@ -25,18 +25,6 @@ from trainer.arguments.training import TrainingArguments
 from trainer.checkpoint import manifest
 from trainer.errors import UsageError
 from trainer.training.trainer import Trainer
-
-
-class Diary(TrainerCallback):
-    """Writes down which events came, and at which step."""
-
-    def __init__(self) -> None:
-        self.events: list[tuple[str, int]] = []
-
-    def __getattribute__(self, name: str) -> Any:
-        if name.startswith("on_"):
-            return lambda args, state, control, **_: self.events.append((name, state.global_step))
-        return super().__getattribute__(name)
 
 
 def run_both(folder: Path, callback: TrainerCallback, **options: Any) -> tuple[Any, Any, list[TrainerCallback]]:
@@ -75,7 +63,7 @@ def run_both(folder: Path, callback: TrainerCallback, **options: Any) -> tuple[A
     ids=str,
 )
 def test_events_come_in_their_order(tmp_path: Path, options: dict[str, Any]) -> None:
-    _, ours, (expected, found) = run_both(tmp_path, Diary(), **{"num_train_epochs": 2, **options})
+    _, ours, (expected, found) = run_both(tmp_path, Calls(), **{"num_train_epochs": 2, **options})
     assert found.events == expected.events
     assert ours.state.global_step == found.events[-1][1]
 
