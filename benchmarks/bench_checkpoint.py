@@ -64,19 +64,22 @@ def rows(count: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
+def options(folder: Path, num_saves: int) -> dict[str, Any]:
+    """What both trainers are told."""
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 1,
+        "max_steps": SAVE_STEPS * num_saves + 2,
+        "save_steps": SAVE_STEPS,
+        "use_cpu": True,
+    }
+
+
 def ours(folder: Path, model: LlamaForCausalLM, num_saves: int, *, is_async: bool) -> float:
     from trainer import Trainer, TrainingArguments
 
     gaps = Gaps()
-    args = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=1,
-        max_steps=SAVE_STEPS * num_saves + 2,
-        save_steps=SAVE_STEPS,
-        async_save=is_async,
-        export_final=False,
-        use_cpu=True,
-    )
+    args = TrainingArguments(**options(folder, num_saves), async_save=is_async, export_final=False)
     Trainer(model, args, train_dataset=rows(64), callbacks=[gaps]).train()
     return gaps.stall()
 
@@ -85,15 +88,7 @@ def transformers_own(folder: Path, model: LlamaForCausalLM, num_saves: int) -> f
     from transformers import Trainer, TrainingArguments
 
     gaps = Gaps()
-    args = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=1,
-        max_steps=SAVE_STEPS * num_saves + 2,
-        save_steps=SAVE_STEPS,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-    )
+    args = TrainingArguments(**options(folder, num_saves), report_to=[], disable_tqdm=True)
     Trainer(model, args, train_dataset=rows(64), callbacks=[gaps]).train()
     return gaps.stall()
 
@@ -103,18 +98,18 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--saves", type=int, default=5)
-    options = parser.parse_args()
-    size = sum(p.numel() for p in build_model(options.hidden, options.layers).parameters())
+    chosen = parser.parse_args()
+    size = sum(p.numel() for p in build_model(chosen.hidden, chosen.layers).parameters())
     print(f"{size / 1e6:.0f} M parameters, {12 * size / 1e6:.0f} MB with AdamW's state; median stall of a save:")
     kinds = {
-        "ours, in the loop": lambda folder, model: ours(folder, model, options.saves, is_async=False),
-        "ours, beside the training": lambda folder, model: ours(folder, model, options.saves, is_async=True),
-        "transformers": lambda folder, model: transformers_own(folder, model, options.saves),
+        "ours, in the loop": lambda folder, model: ours(folder, model, chosen.saves, is_async=False),
+        "ours, beside the training": lambda folder, model: ours(folder, model, chosen.saves, is_async=True),
+        "transformers": lambda folder, model: transformers_own(folder, model, chosen.saves),
     }
     for name, run in kinds.items():
         with tempfile.TemporaryDirectory() as folder:
             try:
-                stall = run(Path(folder), build_model(options.hidden, options.layers))
+                stall = run(Path(folder), build_model(chosen.hidden, chosen.layers))
             except ImportError as error:
                 print(f"{name:<28} left out: {str(error).splitlines()[0]}")
             else:

@@ -1,6 +1,6 @@
 """Training steps beside the peers': `python benchmarks/bench_step.py --model small --dtype float32 --rounds 5`.
 
-Peers that are not installed are left out; `tox -e bench-peers` installs them.
+Peers that are not installed are reported and left out: `pip install --no-deps trl rhai-innovation-mini-trainer`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ import argparse
 from pathlib import Path
 
 from compare import compare, table, versions
-
-NAMES = ("ours", "transformers-grouped", "trl-packing", "transformers-padded", "mini-trainer")
+from step_contenders import CONTENDERS
 
 
 def main() -> None:
@@ -18,12 +17,13 @@ def main() -> None:
     parser.add_argument("--model", choices=["small", "wide"], default="small")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="*", choices=NAMES, default=NAMES)
+    parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
     options = parser.parse_args()
     script = str(Path(__file__).with_name("step_contenders.py"))
     commands = {name: [script, name, "--model", options.model, "--dtype", options.dtype] for name in options.only}
     results = compare(commands, options.rounds)
-    print(f"model {options.model}, {options.dtype}, {options.rounds} rounds; {versions('trl', 'mini-trainer')}\n")
+    packages = versions("trl", "rhai-innovation-mini-trainer")
+    print(f"model {options.model}, {options.dtype}, {options.rounds} rounds; {packages}\n")
     print(table(results, "tokens_per_second", ("peak_rss_mb", "gemm_share_percent")))
 
 

@@ -16,12 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import workload
 from transformers import TrainerCallback
-
-try:
-    from benchmarks import workload
-except ImportError:
-    import workload  # type: ignore[no-redef]
 
 NUM_STEPS = workload.WARM_UP_STEPS + workload.TIMED_STEPS
 
@@ -54,7 +50,7 @@ class Stopwatch(TrainerCallback):
         return counted
 
 
-def ours(model: Any, model_name: str, dtype: str, folder: Path, watch: Stopwatch) -> None:
+def ours(model: Any, dtype: str, folder: Path, watch: Stopwatch) -> None:
     from trainer import Trainer, TrainingArguments
     from trainer.data.store import TokenStore
 
@@ -103,9 +99,7 @@ def pad(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
-def transformers_padded(
-    model: Any, model_name: str, dtype: str, folder: Path, watch: Stopwatch, order: str = "random"
-) -> None:
+def transformers_padded(model: Any, dtype: str, folder: Path, watch: Stopwatch, order: str = "random") -> None:
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
 
@@ -114,11 +108,11 @@ def transformers_padded(
     Trainer(model, args, data_collator=watch.counting(pad), train_dataset=data, callbacks=[watch]).train()
 
 
-def transformers_grouped(model: Any, model_name: str, dtype: str, folder: Path, watch: Stopwatch) -> None:
-    transformers_padded(model, model_name, dtype, folder, watch, order="group_by_length")
+def transformers_grouped(model: Any, dtype: str, folder: Path, watch: Stopwatch) -> None:
+    transformers_padded(model, dtype, folder, watch, order="group_by_length")
 
 
-def trl_packing(model: Any, model_name: str, dtype: str, folder: Path, watch: Stopwatch) -> None:
+def trl_packing(model: Any, dtype: str, folder: Path, watch: Stopwatch) -> None:
     from datasets import Dataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -135,7 +129,7 @@ def trl_packing(model: Any, model_name: str, dtype: str, folder: Path, watch: St
     trainer.train()
 
 
-def mini_trainer(model: Any, model_name: str, dtype: str, folder: Path, watch: Stopwatch) -> None:
+def mini_trainer(model: Any, dtype: str, folder: Path, watch: Stopwatch) -> None:
     """Its loader, collator, loss patch and step; its loop itself needs CUDA."""
     from mini_trainer.none_reduction_losses import hf_fixed_cross_entropy_none_reduction
     from mini_trainer.sampler import get_data_loader
@@ -195,12 +189,10 @@ def main() -> None:
     watch = Stopwatch()
     with tempfile.TemporaryDirectory() as folder:
         model = workload.build_model(options.model)
-        CONTENDERS[options.name](model, options.model, options.dtype, Path(folder), watch)
+        CONTENDERS[options.name](model, options.dtype, Path(folder), watch)
     seconds, num_tokens = watch.measured
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    loss_share = 0.5
-    flops = workload.matmul_flops_per_token(options.model)
-    flops += int(loss_share * workload.head_flops_per_loss_token(options.model))
+    flops = workload.flops_per_token(options.model)
     share = flops * num_tokens / seconds / gemm_flops_per_second(options.model, options.dtype)
     measured = {"tokens_per_second": num_tokens / seconds, "peak_rss_mb": peak, "gemm_share_percent": 100 * share}
     print(json.dumps({name: round(value, 1) for name, value in measured.items()}))

@@ -67,14 +67,13 @@ def build_model(name: str) -> Any:
     return LlamaForCausalLM(LlamaConfig(**MODELS[name], max_position_embeddings=2048, tie_word_embeddings=False))
 
 
-def matmul_flops_per_token(name: str) -> int:
-    """Forward and backward through the layers, without attention's own products: 6 for each weight of a matrix."""
+def flops_per_token(name: str) -> float:
+    """Forward and backward, without attention's own products: 6 for each weight of a matrix.
+
+    The head counts for half: only trained tokens, half of all, need it.
+    """
     shape = MODELS[name]
     hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
     attention = hidden * hidden * 2 + 2 * hidden * (hidden // heads) * shape["num_key_value_heads"]
-    return int(6 * shape["num_hidden_layers"] * (attention + 3 * hidden * shape["intermediate_size"]))
-
-
-def head_flops_per_loss_token(name: str) -> int:
-    """The same for the head, which only trained tokens need."""
-    return int(6 * MODELS[name]["hidden_size"] * MODELS[name]["vocab_size"])
+    layers = shape["num_hidden_layers"] * (attention + 3 * hidden * shape["intermediate_size"])
+    return float(6 * layers + 6 * hidden * shape["vocab_size"] / 2)

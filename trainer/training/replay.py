@@ -14,26 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
-from transformers import GenerationConfig, PreTrainedModel
 
 from trainer.arguments.training import TrainingArguments
 from trainer.checkpoint import manifest
 from trainer.checkpoint.find import find_damage
-from trainer.checkpoint.optimizer import restore_optimizer
 from trainer.checkpoint.randomness import set_generator_states
 from trainer.checkpoint.storage import StoredTensors
 from trainer.checkpoint.tree import unpack
 from trainer.checkpoint.writer import rank_file
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError
-from trainer.model.load import build_on_meta, materialise, prepare_model, read_config
-from trainer.model.osft_targets import apply_osft
-from trainer.optim.optimizers import build_optimizer
-from trainer.optim.registry import OPTIMIZERS
-from trainer.training.checkpoints import MODEL_FILES, OPTIMIZER, read_importance
 from trainer.training.output import PARAMETERS
+from trainer.training.recorded import recorded_model
 from trainer.training.tokens import TokenObjective
 
 
@@ -54,7 +47,7 @@ def replay(folder: Path, group: Group) -> Finding | None:
     """
     if faults := find_damage(folder):
         raise CheckpointError(f"{folder} is not a whole record of a step: {faults[0]}")
-    model = build_recorded_model(folder, StoredTensors(folder), group.device)
+    model = recorded_model(folder, StoredTensors(folder), group.device)
     args = TrainingArguments.from_mapping(manifest.read_json(folder / PARAMETERS))
     if (name := _first_bad_weight(model)) is not None:
         return Finding(0, 0, f"weight {name}, before the step")
@@ -65,38 +58,6 @@ def replay(folder: Path, group: Group) -> Finding | None:
         if finding is not None:
             return finding
     return None
-
-
-def build_recorded_model(folder: Path, stored: StoredTensors, device: torch.device) -> PreTrainedModel:
-    """Build the language model that a checkpoint or a recorded step is of, with its weights.
-
-    Raises:
-        CheckpointError: only its own program can build it.
-    """
-    if not (folder / MODEL_FILES / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder} is of a model that is not built from a config.json: build it yourself, and fill it with "
-            "trainer.checkpoint.weights.restore_model"
-        )
-    args = TrainingArguments.from_mapping(manifest.read_json(folder / PARAMETERS))
-    model = build_on_meta(read_config(args, folder / MODEL_FILES), trust_remote_code=args.trust_remote_code)
-    if (folder / MODEL_FILES / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder / MODEL_FILES)
-    if args.osft:
-        apply_osft(model, args, read_importance(folder))
-    prepare_model(model, args, None, device)
-    materialise(model, stored, device)
-    return model
-
-
-def build_recorded_optimizer(folder: Path, stored: StoredTensors, model: PreTrainedModel) -> Optimizer | None:
-    """Build the optimizer of a checkpoint with its state, where it averages the weights to export; else None."""
-    args = TrainingArguments.from_mapping(manifest.read_json(folder / PARAMETERS))
-    if args.optim not in OPTIMIZERS or not OPTIMIZERS[args.optim].averages_weights:
-        return None
-    optimizer = build_optimizer(model, args)
-    restore_optimizer(optimizer, model, manifest.read_json(folder / OPTIMIZER), stored, frozenset())
-    return optimizer
 
 
 def _read_own(folder: Path, rank: int, world_size: int) -> Any:
