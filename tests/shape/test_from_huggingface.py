@@ -12,7 +12,7 @@ import pytest
 import transformers
 from packaging.version import Version
 
-from tests.shape.source import ROOT
+from tests.shape.source import ROOT, of_each
 from trainer.arguments.huggingface import DIFFERENT, FORMER_NAMES, NOT_HERE
 from trainer.arguments.seq2seq import Seq2SeqTrainingArguments
 from trainer.arguments.training import ALIASES, TrainingArguments
@@ -64,14 +64,14 @@ def row(name: str) -> str:
     return f"| `{name}` | different | {DIFFERENT[name]} |" if name in DIFFERENT else f"| `{name}` | same | |"
 
 
-@pytest.mark.parametrize("name", sorted(THEIRS))
+@of_each(sorted(THEIRS))
 def test_a_field_is_either_an_option_or_refused(name: str) -> None:
     assert (name in OURS) != (name in NOT_HERE), (
         f"{name}: say in NOT_HERE (trainer/arguments/huggingface.py) what to use instead; options are not in it"
     )
 
 
-@pytest.mark.parametrize("name", sorted(THEIRS))
+@of_each(sorted(THEIRS))
 def test_the_document_has_a_row_for_the_field(name: str) -> None:
     advice = f"`python -m {__name__}` writes it into {DOCUMENT.name}"
     assert rows().get(name) == row(name), advice
@@ -85,26 +85,26 @@ def test_the_tables_name_only_fields_of_transformers() -> None:
 
 
 @OF_DOCUMENTED
-@pytest.mark.parametrize("name", sorted(set(THEIRS) & set(OURS)))
+@of_each(sorted(set(THEIRS) & set(OURS)))
 def test_another_default_is_a_difference(name: str) -> None:
     assert name in DIFFERENT or OURS[name] == THEIRS[name], f"say in DIFFERENT that {name} is {OURS[name]!r} here"
 
 
 @OF_DOCUMENTED
-@pytest.mark.parametrize("name", sorted(name for name in NOT_HERE if NOT_HERE[name].is_granted))
+@of_each(sorted(name for name in NOT_HERE if NOT_HERE[name].is_granted))
 def test_what_transformers_has_by_default_may_be_said(name: str) -> None:
     assert plain(NOT_HERE[name].default) == THEIRS[name]
     assert TrainingArguments(**{name: NOT_HERE[name].default}) == TrainingArguments()
 
 
-@pytest.mark.parametrize("name", sorted(NOT_HERE))
+@of_each(sorted(NOT_HERE))
 def test_what_is_not_supported_is_refused_with_what_to_use(name: str) -> None:
     with pytest.raises(UsageError, match=f"{name}: this option of transformers is not supported; ") as raised:
         TrainingArguments(**{name: "something else"})
     assert NOT_HERE[name].instead in str(raised.value)
 
 
-@pytest.mark.parametrize("name", sorted(FORMER_NAMES))
+@of_each(sorted(FORMER_NAMES))
 def test_a_former_name_leads_to_the_one_of_today(name: str) -> None:
     with pytest.raises(UsageError, match=f"{name} is a former name in transformers: say {FORMER_NAMES[name]}"):
         TrainingArguments(**{name: 1})

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.shape.source import imports, modules, name_of
+from tests.shape.source import imports, modules, name_of, of_each, tree
 
 # A room may import rooms of a lower number, and its own modules.
 FLOORS = {
@@ -41,7 +41,7 @@ def own(names: set[str]) -> set[str]:
     return {name for name in names if name.startswith("trainer.")}
 
 
-@pytest.mark.parametrize("module", modules(), ids=str)
+@of_each(modules())
 def test_imports_run_one_way(module: Path) -> None:
     room = room_of(name_of(module))
     for imported in own(imports(module)):
@@ -64,20 +64,20 @@ def test_no_module_imports_itself_in_a_circle() -> None:
         visit(name, ())
 
 
-@pytest.mark.parametrize("module", [m for m in modules() if m.parts[1] == "data"], ids=str)
+@of_each([m for m in modules() if m.parts[1] == "data"])
 def test_data_up_to_packing_needs_no_torch(module: Path) -> None:
     if str(module) not in NEEDS_TORCH:
         assert not any(name.split(".")[0] == "torch" for name in imports(module))
 
 
-@pytest.mark.parametrize("module", modules(), ids=str)
+@of_each(modules())
 def test_collectives_stay_behind_their_border(module: Path) -> None:
     if str(module) not in MAY_USE_TORCH_DISTRIBUTED:
         used = {name for name in imports(module) if name.startswith("torch.distributed")}
         assert all(name.startswith(NAMES_A_DTENSOR) for name in used), used
 
 
-@pytest.mark.parametrize("module", modules(), ids=str)
+@of_each(modules())
 def test_the_package_knows_no_tests(module: Path) -> None:
     assert not any(name.split(".")[0] in ("tests", "pytest", "hypothesis") for name in imports(module))
 
@@ -96,8 +96,6 @@ def test_importing_loads_no_torch(statement: str) -> None:
     assert not {"torch", "transformers"} & loaded_by(statement)
 
 
-@pytest.mark.parametrize("module", [m for m in modules() if m.name == "__init__.py" and len(m.parts) > 2], ids=str)
+@of_each([m for m in modules() if m.name == "__init__.py" and len(m.parts) > 2])
 def test_a_room_holds_its_docstring_and_nothing_else(module: Path) -> None:
-    from tests.shape.source import tree
-
     assert len(tree(module).body) == 1

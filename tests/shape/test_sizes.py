@@ -4,9 +4,7 @@ import ast
 import statistics
 from pathlib import Path
 
-import pytest
-
-from tests.shape.source import ROOT, functions, modules, tree
+from tests.shape.source import ROOT, functions, modules, of_each, tree
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
@@ -32,12 +30,12 @@ def named_functions(module: Path) -> list[tuple[str, ast.FunctionDef]]:
     return found
 
 
-@pytest.mark.parametrize("module", modules(), ids=str)
+@of_each(modules())
 def test_a_file_fits_in_the_head(module: Path) -> None:
     assert len((ROOT / module).read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
 
 
-@pytest.mark.parametrize("module", modules(), ids=str)
+@of_each(modules())
 def test_a_function_fits_on_a_screen(module: Path) -> None:
     assert {node.name: lines_of(node) for node in functions(module) if lines_of(node) > MAX_FUNCTION_LINES} == {}
 
@@ -49,7 +47,7 @@ def test_the_usual_function_is_short() -> None:
     assert sum(length for length in lengths if length > LONG_FUNCTION_LINES) / total < MAX_LONG_SHARE
 
 
-@pytest.mark.parametrize("module", modules(), ids=str)
+@of_each(modules())
 def test_a_function_takes_few_parameters(module: Path) -> None:
     exempt = {name.split(".")[-1] for name in FIXED_BY_THE_MISSION if "." not in name}
     for name, node in named_functions(module):
@@ -59,12 +57,12 @@ def test_a_function_takes_few_parameters(module: Path) -> None:
             assert count <= MAX_PARAMETERS, f"{module}: {name} takes {count}"
 
 
-@pytest.mark.parametrize("module", modules(), ids=str)
+@of_each(modules())
 def test_a_module_says_what_it_owns(module: Path) -> None:
     assert ast.get_docstring(tree(module))
 
 
-@pytest.mark.parametrize("module", modules(), ids=str)
+@of_each(modules())
 def test_nothing_is_put_off_or_named_after_nothing(module: Path) -> None:
     text = (ROOT / module).read_text(encoding="utf-8")
     assert not any(word in text for word in ("TODO", "FIXME", "XXX"))

@@ -4,9 +4,7 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
-from tests.shape.source import ROOT, functions, imports, tree
+from tests.shape.source import ROOT, functions, imports, of_each, tree
 
 MODULES = sorted(path.relative_to(ROOT) for path in (ROOT / "tests").rglob("*.py"))
 TEST_MODULES = [module for module in MODULES if module.name.startswith("test_")]
@@ -22,7 +20,7 @@ def calls(node: ast.AST) -> Iterator[tuple[str, ast.Call]]:
             yield ast.unparse(found.func).rsplit(".", 1)[-1], found
 
 
-@pytest.mark.parametrize("module", TEST_MODULES, ids=str)
+@of_each(TEST_MODULES)
 def test_a_tolerance_has_a_name(module: Path) -> None:
     for name, call in calls(tree(module)):
         given = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg in TOLERANCES}
@@ -31,14 +29,14 @@ def test_a_tolerance_has_a_name(module: Path) -> None:
         assert name != "approx" or given, f"{module}:{call.lineno}: approx has a tolerance of its own: name one"
 
 
-@pytest.mark.parametrize("module", MODULES, ids=str)
+@of_each(MODULES)
 def test_a_fixture_is_short(module: Path) -> None:
     fixtures = [node for node in functions(module) if any("fixture" in ast.unparse(d) for d in node.decorator_list)]
     lengths = {node.name: node.end_lineno - node.lineno + 1 for node in fixtures if node.end_lineno is not None}
     assert {name: n for name, n in lengths.items() if n > MAX_FIXTURE_LINES} == {}, "a builder is missing"
 
 
-@pytest.mark.parametrize("module", TEST_MODULES, ids=str)
+@of_each(TEST_MODULES)
 def test_a_test_can_fail(module: Path) -> None:
     tests = [node for node in functions(module) if node.name.startswith("test_")]
     toothless = [
@@ -50,7 +48,7 @@ def test_a_test_can_fail(module: Path) -> None:
     assert toothless == []
 
 
-@pytest.mark.parametrize("module", MODULES, ids=str)
+@of_each(MODULES)
 def test_nothing_is_mocked(module: Path) -> None:
     assert not any(name.startswith(("unittest", "mock", "pytest_mock")) for name in imports(module))
     assert not any("mocker" in [a.arg for a in node.args.args] for node in functions(module))
