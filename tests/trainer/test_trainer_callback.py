@@ -168,3 +168,92 @@ def test_a_skipped_step_is_counted_in_the_log_and_shows_where_asked(tmp_path: Pa
     every_step = run("each", logging_steps=1)
     assert [line.get("num_skipped_steps", 0) for line in every_step] == [0, 1, 0, 0, 0]
     assert "loss" not in every_step[1]
+
+
+class TestEvents:
+    LOOP = ("step_begin", "pre_optimizer_step", "optimizer_step", "step_end")
+    EVALUATION = (*["prediction_step"] * 2, "log", "evaluate")  # 16 held-out samples, 8 in a batch
+
+    def expected(self, args: TrainingArguments, num_steps: int) -> list[str]:
+        """The flow that transformers documents, for one epoch."""
+
+        def due(strategy: str, interval: float | None, step: int) -> bool:
+            return strategy == "steps" and interval is not None and step % interval == 0
+
+        events = ["init_end", "train_begin", *(self.EVALUATION if args.eval_on_start else ()), "epoch_begin"]
+        for step in range(1, num_steps + 1):
+            events += self.LOOP
+            events += ["log"] if due(args.logging_strategy, args.logging_steps, step) else []
+            events += self.EVALUATION if due(args.eval_strategy, args.eval_steps, step) else ()
+        events += ["epoch_end"]
+        events += ["log"] if args.logging_strategy == "epoch" else []
+        events += self.EVALUATION if args.eval_strategy == "epoch" else ()
+        return [*events, "log", "train_end"]
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"logging_steps": 3},
+            {"logging_strategy": "epoch"},
+            {"logging_strategy": "no"},
+            {"eval_strategy": "steps", "eval_steps": 4, "logging_steps": 2},
+            {"eval_strategy": "epoch", "logging_strategy": "epoch"},
+            {"eval_strategy": "epoch", "logging_steps": 4, "eval_on_start": True},
+        ],
+        ids=str,
+    )
+    def test_come_in_the_documented_order(self, tmp_path: Path, options: dict[str, Any]) -> None:
+        calls = Calls()
+        given = {"callbacks": [calls], "num_train_epochs": 1, "eval_len": 16, **options}
+        trainer = get_regression_trainer(output_dir=tmp_path, **given)
+        trainer.train()
+        assert calls.names == [f"on_{event}" for event in self.expected(trainer.args, num_steps=8)]
+
+    def test_micro_batches_but_the_last_end_a_substep(self, tmp_path: Path) -> None:
+        calls = Calls()
+        options = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 3, "num_train_epochs": 1}
+        get_regression_trainer(output_dir=tmp_path, callbacks=[calls], **options).train()
+        events = [name.removeprefix("on_") for name in calls.names]
+        in_steps = [event for event in events if event in (*self.LOOP, "substep_end")]
+        begin, *rest = self.LOOP
+        assert in_steps == [begin, *["substep_end"] * 2, *rest] * 2 + [begin, "substep_end", *rest]
+
+    def test_flags_are_honoured(self, tmp_path: Path) -> None:
+        class Flags(transformers.TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                control.should_log = state.global_step == 2
+                control.should_epoch_stop = state.global_step == 3
+                control.should_training_stop = state.global_step == 5
+
+        trainer = get_regression_trainer(output_dir=tmp_path, callbacks=[Flags], logging_strategy="no")
+        trainer.train()
+        assert [line["step"] for line in trainer.state.log_history] == [2, 5]
+        assert trainer.state.global_step == 5
+        assert trainer.state.num_epochs_done == 1
+        assert trainer.state.num_epoch_samples_seen == 16
+
+    def test_an_exception_in_a_callback_is_not_swallowed(self, tmp_path: Path) -> None:
+        class Broken(transformers.TrainerCallback):
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                raise RuntimeError("broken callback")
+
+        trainer = get_regression_trainer(output_dir=tmp_path, callbacks=[Broken()])
+        with pytest.raises(RuntimeError, match="broken callback"):
+            trainer.train()
+        assert not trainer.is_in_train
+
+    def test_callbacks_come_and_go(self, tmp_path: Path) -> None:
+        trainer = get_regression_trainer(output_dir=tmp_path)
+        trainer.add_callback(Calls)
+        added = trainer.callback_handler.callbacks[-1]
+        assert trainer.pop_callback(Calls) is added
+        assert trainer.pop_callback(Calls) is None
+        trainer.add_callback(added)
+        trainer.remove_callback(added)
+        assert added not in trainer.callback_handler.callbacks
+
+    def test_progress_is_shown_as_transformers_does(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        get_regression_trainer(output_dir=tmp_path / "lines", max_steps=2, logging_steps=1).train()
+        assert "'loss'" in capsys.readouterr().out
+        get_regression_trainer(output_dir=tmp_path / "bar", max_steps=2, disable_tqdm=False).train()
+        assert "2/2" in capsys.readouterr().err

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from tests.fixtures.datasets import (
     DynamicShapesDataset,
     RegressionDataset,
@@ -18,9 +20,11 @@ from tests.fixtures.regression import (
     RegressionPreTrainedModel,
 )
 from trainer.arguments.training import TrainingArguments
+from trainer.data.sampler import epoch_order
 from trainer.training.trainer import Trainer
 
 __all__ = [
+    "PLAIN",
     "BasicTextGenerationModel",
     "DynamicShapesDataset",
     "RegressionDataset",
@@ -31,7 +35,14 @@ __all__ = [
     "SampleIterableDataset",
     "get_regression_trainer",
     "labelled_rows",
+    "line_by_hand",
+    "line_of",
+    "logged",
+    "points_of_steps",
 ]
+
+_SGD = (torch.optim.SGD, {"lr": 0.1})
+PLAIN = {"lr_scheduler_type": "constant", "max_grad_norm": 0.0, "optimizer_cls_and_kwargs": _SGD}
 
 GIVEN_TO_TRAINER = (
     "callbacks",
@@ -70,3 +81,35 @@ def get_regression_trainer(
         output_dir, **{"export_final": False, "save_strategy": "no", "disable_tqdm": True, **options}
     )
     return kind(None if "model_init" in given else model, args, **given)
+
+
+def line_by_hand(steps: list[list[Any]], learning_rate: float) -> tuple[list[float], tuple[float, float]]:
+    """Losses and the line after gradient descent on the mean squared error of the points of each step."""
+    a, b = 0.0, 0.0
+    losses = []
+    for points in steps:
+        errors = [a * x + b - y for x, y in points]
+        losses.append(sum(error**2 for error in errors) / len(points))
+        by_a = sum(2 * error * x for error, (x, _) in zip(errors, points, strict=True)) / len(points)
+        by_b = sum(2 * error for error in errors) / len(points)
+        a, b = a - learning_rate * by_a, b - learning_rate * by_b
+    return losses, (a, b)
+
+
+def points_of_steps(num_samples: int, per_step: int, epochs: int, seed: int = 42) -> list[list[tuple[float, float]]]:
+    dataset = RegressionDataset(length=num_samples)
+    points = [(float(x), float(y)) for x, y in zip(dataset.x, dataset.ys[0], strict=True)]
+    orders = [epoch_order(num_samples, seed, epoch).tolist() for epoch in range(epochs)]
+    return [
+        [points[i] for i in order[start : start + per_step]]
+        for order in orders
+        for start in range(0, num_samples, per_step)
+    ]
+
+
+def line_of(trainer: Trainer) -> tuple[float, float]:
+    return trainer.model.a.item(), trainer.model.b.item()
+
+
+def logged(trainer: Any, name: str = "loss") -> list[float]:
+    return [line[name] for line in trainer.state.log_history if "loss" in line]
