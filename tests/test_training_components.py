@@ -187,7 +187,7 @@ class TestTopology:
         group = one_process()
         group.topology = Topology(ranks.rank, 3, ranks.rank, 3)
         file = ranks.tmp_path / "made"
-        with group.local_lead_first():
+        with group.lead_first():
             if ranks.is_lead:
                 file.touch()
             assert file.exists()
@@ -199,7 +199,7 @@ class TestTopology:
         kind, message = (KeyError, "why") if ranks.is_lead else (RankError, "see its message")
 
         def fail() -> None:
-            with group.local_lead_first():
+            with group.lead_first():
                 raise KeyError("why")
 
         with pytest.raises(kind, match=message):

@@ -22,6 +22,7 @@ FLOORS = {
     "__main__": 8,
     "train": 8,
 }
+LOOKS_UP = {"trainer/arguments/process.py": "distributed"}  # inside functions: scripts ask their options for ranks
 NEEDS_TORCH = {f"trainer/data/{name}.py" for name in ("collate", "loader", "dataset", "ordinary")}
 MAY_USE_TORCH_DISTRIBUTED = {
     "trainer/distributed/blame.py",
@@ -46,7 +47,8 @@ def test_imports_run_one_way(module: Path) -> None:
     room = room_of(name_of(module))
     for imported in own(imports(module)):
         other = room_of(imported)
-        assert room == other or FLOORS[other] < FLOORS[room], f"{module} must not import {imported}"
+        is_allowed = room == other or FLOORS[other] < FLOORS[room] or LOOKS_UP.get(str(module)) == other
+        assert is_allowed, f"{module} must not import {imported}"
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:

@@ -173,7 +173,6 @@ def test_what_cannot_report_is_said_before_training(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"run_name": "x"}, "run_name has no effect with report_to=none"),
         ({"project": "x"}, "no effect without report_to=trackio"),
         ({"metric_improvement_threshold": 0.1}, "has no effect without evaluations"),
     ],

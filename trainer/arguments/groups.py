@@ -150,7 +150,7 @@ class OptimizerArguments:
 
     optim: str = option("adamw_torch_fused", "Name of the optimizer (docs/optimizers.md), or your own as module:Class.")
     optim_args: str | None = option(None, "Its further settings, as name=value, name=value.")
-    optim_target_modules: str | list[str] | None = option(
+    optim_target_modules: None | str | list[str] = option(
         None, "GaLore, APOLLO: the matrices in low rank: all-linear, a regular expression, or a list of names."
     )
     optim_groups: dict[str, Any] = option(
@@ -269,7 +269,9 @@ class LoggingArguments:
     project: str = option("huggingface", "Project of the run, for trackio.")
     trackio_space_id: str | None = option(None, "Space that shows the run, for trackio.")
     trackio_bucket_id: str | None = option(None, "Bucket of that space, for trackio.")
-    trackio_static_space_id: str | bool | None = option(None, "Static copy of that space, for trackio; false: none.")
+    trackio_static_space_id: str | None | Literal[False] = option(
+        None, "Static copy of that space, for trackio; false: none."
+    )
     hub_private_repo: bool | None = option(None, "Whether that space is private, for trackio.")
     disable_tqdm: bool = option(False, "Plain lines instead of a progress bar.")
 

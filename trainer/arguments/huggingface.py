@@ -45,7 +45,7 @@ NOT_HERE: dict[str, NotHere] = {
     "ddp_bucket_cap_mb": NotHere(None, _ENGINE),
     "ddp_find_unused_parameters": NotHere(None, "parameters without a gradient are always allowed; leave it out"),
     "ddp_static_graph": NotHere(None, _ENGINE),
-    "debug": NotHere("", "a non-finite loss or gradient always ends the run, with the step's number"),
+    "debug": NotHere("", "a non-finite loss or gradient always ends the run, with the step's number", also=(None,)),
     "deepspeed": NotHere(None, _ENGINE),
     "eval_use_gather_object": NotHere(False, "predictions of any nesting are gathered as tensors", also=(True,)),
     "enable_jit_checkpoint": NotHere(_NEVER, "a signal always ends the run in order, after the running step"),

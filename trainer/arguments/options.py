@@ -24,6 +24,12 @@ _RANGES: dict[str, tuple[Callable[[float, float], bool], str]] = {
 }
 
 
+class Help(str):
+    """What an option means, with the bounds it lies in; parsers of others take a field's metadata for their own."""
+
+    ranges: dict[str, float]
+
+
 def option(default: Any, help: str, **ranges: float) -> Any:
     """Declare one option of a group: its default, its help, and any of minimum=, above=, maximum=, below=.
 
@@ -31,7 +37,9 @@ def option(default: Any, help: str, **ranges: float) -> Any:
     """
     unknown = ranges.keys() - _RANGES.keys()
     assert not unknown, unknown
-    metadata = {"help": help, **ranges}
+    text = Help(help)
+    text.ranges = ranges
+    metadata = {"help": text}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -108,6 +116,7 @@ def _fits(value: Any, hint: Any) -> bool:
 def _check_range(field: dataclasses.Field[Any], value: Any) -> None:
     if not isinstance(value, int | float):
         return
-    for key, bound in field.metadata.items():
-        if key in _RANGES and not _RANGES[key][0](value, bound):
+    ranges: dict[str, float] = getattr(field.metadata.get("help"), "ranges", {})
+    for key, bound in ranges.items():
+        if not _RANGES[key][0](value, bound):
             raise UsageError(f"{field.name} = {value!r}: must be {_RANGES[key][1]} {bound}")

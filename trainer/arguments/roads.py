@@ -58,9 +58,10 @@ _FOREIGN: dict[Road, dict[str, str]] = {
 
 def check_road(args: Any, road: Road) -> None:
     """Raise UsageError where an option is set that has no effect on this kind of data."""
+    given = args.as_given()
     for field in dataclasses.fields(args):
         advice = _FOREIGN[road].get(field.name)
-        if advice is not None and getattr(args, field.name) != _default(field):
+        if advice is not None and given[field.name] != _default(field):
             raise UsageError(f"{field.name} has no effect on {_NAMES[road]}: {advice}")
 
 

@@ -18,7 +18,9 @@ class GenerationArguments:
         None, "Longest answer in tokens, its first one included; by default that of the generation config.", above=0
     )
     generation_num_beams: int | None = option(None, "Beams; by default those of the generation config.", above=0)
-    generation_config: Any = option(None, "A GenerationConfig, or folder, file or hub name of one, for the model.")
+    generation_config: str | Any = option(
+        None, "A GenerationConfig, or folder, file or hub name of one, for the model."
+    )
 
 
 @dataclass

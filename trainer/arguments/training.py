@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, get_args, get_type_hints
+from typing import Any, Self, get_args, get_type_hints
 
 from trainer.arguments.groups import (
     SCHEDULES_BY_METRIC,
@@ -31,11 +32,10 @@ from trainer.arguments.groups import (
     ScriptArguments,
 )
 from trainer.arguments.huggingface import check_foreign, foreign_value
-from trainer.arguments.options import check_options, unknown_option
+from trainer.arguments.options import check_options, parse_json, unknown_option
+from trainer.arguments.process import ProcessWords
+from trainer.arguments.setters import OptionSetters
 from trainer.errors import UsageError
-
-if TYPE_CHECKING:
-    import torch
 
 ALIASES = {
     "max_tokens_per_gpu": "max_tokens_per_rank",
@@ -54,7 +54,7 @@ class _Options(type):
 
 
 def _known_options(cls: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(cls)}
+    names = {field.name: str(field.type) for field in dataclasses.fields(cls)}
     known: dict[str, Any] = {}
     for given, value in options.items():
         name = ALIASES.get(given, given)
@@ -65,12 +65,15 @@ def _known_options(cls: type[Any], options: Mapping[str, Any]) -> dict[str, Any]
         if name in known:
             alias = next(alias for alias, meant in ALIASES.items() if meant == name)
             raise UsageError(f"{alias} is another name of {name}: give one of them")
-        known[name] = value
+        is_json = isinstance(value, str) and names[name].startswith("dict[")
+        known[name] = parse_json(value) if is_json else value
     return known
 
 
 @dataclasses.dataclass
 class TrainingArguments(  # the last base's options come first
+    OptionSetters,
+    ProcessWords,
     ScriptArguments,
     MachineArguments,
     LoggingArguments,
@@ -94,11 +97,11 @@ class TrainingArguments(  # the last base's options come first
     """
 
     def __post_init__(self) -> None:
-        if isinstance(self.include_num_input_tokens_seen, bool):  # as transformers takes it too
-            self.include_num_input_tokens_seen = "all" if self.include_num_input_tokens_seen else "no"
+        self._normalise()
         check_options(self)
-        if self.greater_is_better is None:
-            self.greater_is_better = self._usually_greater
+        for name, value in self._derived().items():
+            if getattr(self, name) in (None, False):
+                setattr(self, name, value)
         for is_wrong, message in (
             *self._contradictions(),
             *self._compute_contradictions(),
@@ -106,6 +109,27 @@ class TrainingArguments(  # the last base's options come first
         ):
             if is_wrong:
                 raise UsageError(message)
+
+    def _normalise(self) -> None:
+        """Write as the options have it what transformers takes in other forms too."""
+        if isinstance(self.include_num_input_tokens_seen, bool):
+            self.include_num_input_tokens_seen = "all" if self.include_num_input_tokens_seen else "no"
+        if self.output_dir is None:
+            self.output_dir = ExportArguments.output_dir
+        if isinstance(self.output_dir, str | os.PathLike):
+            self.output_dir = os.path.expanduser(self.output_dir)
+        self.report_to = [] if self.report_to in (None, "none", ["none"]) else _as_list(self.report_to)
+
+    def _derived(self) -> dict[str, Any]:
+        """Give what options are that are not given, by others; scripts read them."""
+        does_compile = self.torch_compile or (self.torch_compile_backend or self.torch_compile_mode) is not None
+        return {
+            "greater_is_better": not self.metric_for_best_model.endswith("loss"),  # going by its name
+            "eval_steps": self.logging_steps if self.eval_strategy == "steps" else None,
+            "do_eval": self.do_eval or self.eval_strategy != "no",
+            "torch_compile": does_compile,
+            "torch_compile_backend": "inductor" if does_compile else None,
+        }
 
     def _contradictions(self) -> list[tuple[bool, str]]:
         return [
@@ -153,13 +177,9 @@ class TrainingArguments(  # the last base's options come first
             ),
             *self._checkpoint_contradictions(),
             (
-                self._tells_trackio and not {"trackio", "all"} & set(_as_list(self.report_to)),
+                self._tells_trackio and not {"trackio", "all"} & set(self.report_to),
                 "project, trackio_space_id, trackio_bucket_id, trackio_static_space_id and hub_private_repo have no "
                 "effect without report_to=trackio; other trackers read their own environment variables",
-            ),
-            (
-                self.run_name is not None and _as_list(self.report_to) in ([], ["none"]),
-                "run_name has no effect with report_to=none: name a tracker",
             ),
             (self.max_steps == 0, "max_steps = 0 would train nothing: give a positive number, or -1 for no limit"),
         ]
@@ -201,10 +221,6 @@ class TrainingArguments(  # the last base's options come first
             (
                 bool(self.gradient_checkpointing_kwargs) and not self.gradient_checkpointing,
                 "gradient_checkpointing_kwargs have no effect without gradient_checkpointing: switch it on",
-            ),
-            (
-                (self.torch_compile_backend or self.torch_compile_mode) is not None and not self.torch_compile,
-                "torch_compile_backend and torch_compile_mode have no effect without torch_compile: say torch_compile",
             ),
             (
                 self.length_column_name != "length" and self.train_sampling_strategy != "group_by_length",
@@ -296,34 +312,6 @@ class TrainingArguments(  # the last base's options come first
         return foreign_value(name)
 
     @property
-    def _usually_greater(self) -> bool:
-        """Whether more of `metric_for_best_model` is better, going by its name: not of a loss."""
-        return not self.metric_for_best_model.endswith("loss")
-
-    @property
-    def device(self) -> torch.device:
-        """This process's device."""
-        import torch
-
-        on_gpu = torch.cuda.is_available() and not self.use_cpu
-        return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-
-    @property
-    def n_gpu(self) -> int:
-        """Devices that this process drives: one GPU, or none."""
-        return int(self.device.type == "cuda")
-
-    @property
-    def train_batch_size(self) -> int:
-        """Samples of one rank in one micro-batch of an ordinary data set; one process drives one device."""
-        return self.per_device_train_batch_size
-
-    @property
-    def eval_batch_size(self) -> int:
-        """Samples of one rank in one evaluation batch of an ordinary data set."""
-        return self.per_device_eval_batch_size
-
-    @property
     def longest_sample(self) -> int:
         """Most tokens that a sample may have."""
         return min(self.max_length or self.max_tokens_per_rank, self.max_tokens_per_rank)
@@ -334,8 +322,9 @@ class TrainingArguments(  # the last base's options come first
 
     def as_given(self) -> dict[str, Any]:
         """Give every option without what was derived from others, so that it is derived anew where these change."""
-        is_derived = self.greater_is_better == self._usually_greater
-        return self.to_dict() | ({"greater_is_better": None} if is_derived else {})
+        unset = {field.name: field.default for field in dataclasses.fields(self)}
+        derived = {name for name, value in self._derived().items() if getattr(self, name) == value}
+        return self.to_dict() | {name: unset[name] for name in derived - {"torch_compile"}}
 
     def to_json_string(self) -> str:
         """Give every option as readable JSON; `from_mapping(json.loads(...))` is its inverse."""

@@ -36,9 +36,8 @@ class Group:
     @classmethod
     def join(cls, args: MachineArguments) -> Group:
         """Join the group that exists, or start the one that the environment describes."""
-        topology = Topology.from_environment()
+        topology = current_topology()
         if dist.is_initialized():
-            topology = Topology(dist.get_rank(), dist.get_world_size(), topology.local_rank, topology.local_world_size)
             return cls(topology, _device_of_backend())
         device = choose_device(args, topology)
         if topology.world_size > 1:
@@ -138,16 +137,16 @@ class Group:
             raise RankError(f"{where()}: {blame(self.rank, self.world_size, self._num_runs)}") from error
 
     @contextmanager
-    def local_lead_first(self) -> Iterator[None]:
-        """Run the body on the first rank of each node, then on the others, which find done what it did.
+    def lead_first(self, *, local: bool = True, what: str = "work") -> Iterator[None]:
+        """Run the body on the first rank (of each node, or of all), then on the others, which find done what it did.
 
         Raises:
-            PeerError: it failed on the first rank of this node, which says why; the body is not run on the others.
+            PeerError: it failed on the first rank, which says why; the body is not run on the others.
             RankError: it failed on the first rank of another node.
         """
-        leads = self.topology.is_local_lead
+        leads = self.topology.is_local_lead if local else self.topology.is_lead
         if not leads:
-            self._check_leads(PeerError)
+            self._check_leads(PeerError, what)
         try:
             yield
         except BaseException:
@@ -155,11 +154,11 @@ class Group:
                 self.any(True)
             raise
         if leads:
-            self._check_leads(RankError)
+            self._check_leads(RankError, what)
 
-    def _check_leads(self, kind: type[RankError]) -> None:
+    def _check_leads(self, kind: type[RankError], what: str) -> None:
         if self.any(False):
-            raise kind("stopped because the first rank of a node failed; see its message")
+            raise kind(f"{what} stopped because the first rank failed; see its message")
 
     def close(self) -> None:
         """End the process group if this object started it."""
@@ -174,6 +173,14 @@ class Group:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def current_topology() -> Topology:
+    """Give this process's place in the group that exists, or else in the one that the environment describes."""
+    topology = Topology.from_environment()
+    if not dist.is_initialized():
+        return topology
+    return Topology(dist.get_rank(), dist.get_world_size(), topology.local_rank, topology.local_world_size)
 
 
 def _corner(sizes: Iterable[int]) -> tuple[slice, ...]:

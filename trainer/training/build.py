@@ -51,7 +51,7 @@ def load_datasets(
     """
     if args.data_path is None:
         raise UsageError("data_path is missing: name a JSONL file, or give Trainer a train_dataset")
-    with group.local_lead_first():
+    with group.lead_first():
         train = prepare(args.data_path, tokenizer, args, args.longest_sample, progress)
         if args.validation_data_path is not None:
             return train, prepare(args.validation_data_path, tokenizer, args, args.longest_sample, progress)

@@ -1,0 +1,135 @@
+"""TrainingArguments in scripts for transformers: read, parsed from words, changed by subject, asked for ranks."""
+
+from __future__ import annotations
+
+import logging
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import HfArgumentParser
+from transformers.trainer_utils import IntervalStrategy, SchedulerType
+from transformers.training_args import OptimizerNames, ParallelMode
+
+from trainer.arguments.seq2seq import Seq2SeqTrainingArguments
+from trainer.arguments.training import TrainingArguments
+from trainer.errors import PeerError, UsageError
+
+
+class TestReading:
+    @pytest.mark.parametrize(
+        ("given", "expected"),
+        [
+            ({"output_dir": None}, {"output_dir": "outputs"}),
+            ({"output_dir": Path("a")}, {"output_dir": "a"}),
+            ({"output_dir": "~/a"}, {"output_dir": str(Path("~/a").expanduser())}),
+            ({"report_to": None}, {"report_to": []}),
+            ({"report_to": "none"}, {"report_to": []}),
+            ({"report_to": "tensorboard"}, {"report_to": ["tensorboard"]}),
+            ({"eval_strategy": "steps", "logging_steps": 7}, {"eval_steps": 7, "do_eval": True}),
+            ({"eval_strategy": "epoch"}, {"eval_steps": None, "do_eval": True}),
+            ({}, {"eval_steps": None, "do_eval": False, "greater_is_better": False, "torch_compile": False}),
+            ({"torch_compile": True}, {"torch_compile_backend": "inductor"}),
+            ({"torch_compile_mode": "default"}, {"torch_compile": True, "torch_compile_backend": "inductor"}),
+            ({"torch_compile_backend": "eager"}, {"torch_compile": True, "torch_compile_backend": "eager"}),
+            ({"lr_scheduler_kwargs": '{"power": 2}'}, {"lr_scheduler_kwargs": {"power": 2}}),
+            ({"debug": None}, {"debug": ""}),
+            ({"eval_strategy": IntervalStrategy.EPOCH}, {"eval_strategy": "epoch"}),
+            ({"lr_scheduler_type": SchedulerType.COSINE}, {"lr_scheduler_type": "cosine"}),
+            ({"optim": OptimizerNames.ADAFACTOR}, {"optim": "adafactor"}),
+        ],
+        ids=str,
+    )
+    def test_options_read_as_in_transformers(self, given: dict[str, Any], expected: dict[str, Any]) -> None:
+        args = TrainingArguments(**given)
+        assert {name: getattr(args, name) for name in expected} == expected
+
+    def test_what_was_derived_is_derived_anew(self) -> None:
+        args = TrainingArguments(eval_strategy="steps", torch_compile=True)
+        assert TrainingArguments(**args.as_given() | {"logging_steps": 3}).eval_steps == 3
+        off = TrainingArguments(**args.as_given() | {"eval_strategy": "no", "torch_compile": False})
+        assert (off.eval_steps, off.do_eval, off.torch_compile_backend) == (None, False, None)
+
+    @pytest.mark.parametrize("kind", [TrainingArguments, Seq2SeqTrainingArguments])
+    def test_words_are_parsed_by_transformers_parser(self, kind: Any) -> None:
+        words = "--output_dir out --do_train --learning_rate 1e-4 --optim_target_modules all-linear --warmup_steps 0.1"
+        (args,) = HfArgumentParser(kind).parse_args_into_dataclasses([*words.split(), "--report_to", "tensorboard"])
+        assert args == kind(
+            "out",
+            do_train=True,
+            learning_rate=1e-4,
+            optim_target_modules="all-linear",
+            warmup_steps=0.1,
+            report_to=["tensorboard"],
+        )
+
+
+class TestSetters:
+    def test_options_change_by_subject(self) -> None:
+        args = TrainingArguments(weight_decay=0.1)
+        assert args.set_training(1e-3, batch_size=4, num_epochs=2) is args
+        args.set_evaluate("steps", batch_size=2).set_testing(3).set_save(strategy="steps", steps=7)
+        args.set_logging(strategy="steps", steps=5, report_to="none").set_dataloader(sampler_seed=1, num_workers=2)
+        args.set_optimizer("adamw_torch", beta1=0.8).set_lr_scheduler("cosine", warmup_steps=0.05)
+        assert args == TrainingArguments(
+            do_train=True,
+            do_predict=True,
+            learning_rate=1e-3,
+            per_device_train_batch_size=4,
+            per_device_eval_batch_size=3,
+            num_train_epochs=2,
+            weight_decay=0.1,
+            eval_strategy="steps",
+            save_steps=7,
+            logging_steps=5,
+            data_seed=1,
+            dataloader_num_workers=2,
+            optim="adamw_torch",
+            adam_beta1=0.8,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+        )
+
+    def test_what_contradicts_changes_nothing(self) -> None:
+        args = TrainingArguments()
+        with pytest.raises(UsageError, match="learning_rate = -1: must be at least"):
+            args.set_training(-1, batch_size=3)
+        with pytest.raises(UsageError, match="options of the optimizer are name, .*: found lr"):
+            args.set_optimizer(lr=1)
+        with pytest.raises(UsageError, match=r"options of training: give them by name \(learning_rate"):
+            args.set_training(1e-3, 8)
+        assert args == TrainingArguments()
+
+
+class TestProcess:
+    @pytest.mark.world_size(1, 2)
+    def test_arguments_know_their_process(self, ranks) -> None:
+        args = TrainingArguments(use_cpu=True)
+        assert (args.world_size, args.process_index, args.local_process_index) == (
+            ranks.world_size,
+            ranks.rank,
+            ranks.rank,
+        )
+        assert args.should_log == args.should_save == ranks.is_lead
+        assert (args.device.type, args.n_gpu, args.place_model_on_device) == ("cpu", 0, True)
+        assert args.parallel_mode == (ParallelMode.DISTRIBUTED if ranks.world_size > 1 else ParallelMode.NOT_PARALLEL)
+        assert args.ddp_timeout_delta == timedelta(seconds=1800)
+        assert ranks.is_lead or args.get_process_log_level() == logging.WARNING
+
+    @pytest.mark.world_size(1, 2, 3)
+    @pytest.mark.parametrize("local", [True, False])
+    def test_the_main_process_goes_first(self, ranks, local: bool) -> None:
+        done = ranks.tmp_path / "done"
+        with TrainingArguments(use_cpu=True).main_process_first(local=local, desc="preparing"):
+            assert done.exists() != ranks.is_lead
+            done.touch()
+
+    @pytest.mark.world_size(2)
+    def test_others_stop_where_the_first_fails(self, ranks) -> None:
+        error = (ValueError, "bad data") if ranks.is_lead else (PeerError, "preparing stopped because the first rank")
+        with (
+            pytest.raises(error[0], match=error[1]),
+            TrainingArguments(use_cpu=True).main_process_first(desc="preparing"),
+        ):
+            raise ValueError("bad data")

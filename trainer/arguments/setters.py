@@ -1,0 +1,112 @@
+"""`args.set_training(...)` and its like: options by subject, under the short names that transformers gives them there.
+
+Knows which short name means which option, nothing of what it does. Invariant: what comes out is checked as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+from trainer.errors import UsageError
+
+
+def _setter(subject: str, always: Mapping[str, Any] | None = None, **short_names: str) -> Callable[..., Any]:
+    """Make a method that takes these short names, the first of them by place too, and changes what is given."""
+    first = next(iter(short_names))
+
+    def set_options(self: Any, *given: Any, **settings: Any) -> Any:
+        if len(given) > 1 or (given and first in settings):
+            raise UsageError(f"options of {subject}: give them by name ({', '.join(short_names)})")
+        settings |= dict(zip([first], given, strict=False))
+        if unknown := settings.keys() - short_names.keys():
+            raise UsageError(f"options of {subject} are {', '.join(short_names)}: found {', '.join(sorted(unknown))}")
+        return self.with_options({short_names[name]: value for name, value in settings.items()} | dict(always or {}))
+
+    set_options.__doc__ = f"Change options of {subject}: {', '.join(short_names)}; what is not given stays."
+    return set_options
+
+
+class OptionSetters:
+    """Methods that change options and give the changed object."""
+
+    as_given: Callable[[], dict[str, Any]]
+
+    def with_options(self, options: Mapping[str, Any]) -> Self:
+        """Change options in place, unless they contradict others: then an error, and nothing changes."""
+        self.__dict__.update(type(self)(**{**self.as_given(), **options}).__dict__)
+        return self
+
+    set_training = _setter(
+        "training",
+        {"do_train": True},
+        learning_rate="learning_rate",
+        batch_size="per_device_train_batch_size",
+        weight_decay="weight_decay",
+        num_epochs="num_train_epochs",
+        max_steps="max_steps",
+        gradient_accumulation_steps="gradient_accumulation_steps",
+        seed="seed",
+        gradient_checkpointing="gradient_checkpointing",
+        activation_checkpointing="gradient_checkpointing",
+    )
+    set_evaluate = _setter(
+        "evaluation",
+        strategy="eval_strategy",
+        steps="eval_steps",
+        batch_size="per_device_eval_batch_size",
+        accumulation_steps="eval_accumulation_steps",
+        delay="eval_delay",
+        loss_only="prediction_loss_only",
+    )
+    set_testing = _setter(
+        "prediction", {"do_predict": True}, batch_size="per_device_eval_batch_size", loss_only="prediction_loss_only"
+    )
+    set_save = _setter("checkpoints", strategy="save_strategy", steps="save_steps", total_limit="save_total_limit")
+    set_logging = _setter(
+        "logging",
+        strategy="logging_strategy",
+        steps="logging_steps",
+        report_to="report_to",
+        first_step="logging_first_step",
+        nan_inf_filter="logging_nan_inf_filter",
+    )
+    set_push_to_hub = _setter(
+        "the hub",
+        {"push_to_hub": True},
+        model_id="hub_model_id",
+        strategy="hub_strategy",
+        token="hub_token",
+        private_repo="hub_private_repo",
+        always_push="hub_always_push",
+        revision="hub_revision",
+    )
+    set_optimizer = _setter(
+        "the optimizer",
+        name="optim",
+        learning_rate="learning_rate",
+        weight_decay="weight_decay",
+        beta1="adam_beta1",
+        beta2="adam_beta2",
+        epsilon="adam_epsilon",
+        args="optim_args",
+    )
+    set_lr_scheduler = _setter(
+        "the schedule",
+        name="lr_scheduler_type",
+        num_epochs="num_train_epochs",
+        max_steps="max_steps",
+        warmup_steps="warmup_steps",
+    )
+    set_dataloader = _setter(
+        "loaders",
+        train_batch_size="per_device_train_batch_size",
+        eval_batch_size="per_device_eval_batch_size",
+        drop_last="dataloader_drop_last",
+        num_workers="dataloader_num_workers",
+        pin_memory="dataloader_pin_memory",
+        persistent_workers="dataloader_persistent_workers",
+        prefetch_factor="dataloader_prefetch_factor",
+        auto_find_batch_size="auto_find_batch_size",
+        sampler_seed="data_seed",
+    )
