@@ -10,19 +10,22 @@ T tokens in a pack, S samples, H query heads, G key heads, E head size, B rows (
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 from transformers.masking_utils import sdpa_mask
 
 from trainer.errors import MissingPackageError, ModelError
+from trainer.model.precision import autocast_dtype
 
 PACKED_SDPA = "packed_sdpa"
 VARLEN = "varlen"
@@ -31,6 +34,9 @@ FLASH_PACKAGES = {"flash_attention_2": ("flash_attn", "flash-attn"), "flash_atte
 ALLOWED = ("auto", *OWN_IMPLEMENTATIONS, *FLASH_PACKAGES, "sdpa", "eager")
 VARLEN_MAX_HEAD_SIZE = 256
 HEAD_SIZE_UNIT = 8
+# Before torch 2.12 the kernel has no such option and takes grouped heads as they are.
+_groups_heads = "enable_gqa" in inspect.signature(varlen_attn).parameters
+_varlen_kernel: Callable[..., Tensor] = partial(varlen_attn, enable_gqa=True) if _groups_heads else varlen_attn
 
 
 def packed_inputs(model: nn.Module, micro_batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,6 +63,18 @@ def packed_inputs(model: nn.Module, micro_batch: Mapping[str, Any]) -> dict[str,
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return inputs
     return {name: value for name, value in inputs.items() if name in parameters}
+
+
+@contextmanager
+def borders_given(model: PreTrainedModel) -> Iterator[None]:
+    """Spare transformers its search for the borders of a pack, whose answer it waits for; our functions are told."""
+    search = masking_utils.find_packed_sequence_indices
+    if model.config._attn_implementation in OWN_IMPLEMENTATIONS:
+        masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = search
 
 
 def use_packed_attention(
@@ -137,14 +155,13 @@ def varlen(
         return packed_sdpa(module, query, key, value, attention_mask, **options)
     if options.get("softcap") is not None or options.get("s_aux") is not None:
         raise ModelError(f"{type(module).__name__} uses a soft cap or sinks, which 'varlen' does not know; use 'auto'")
-    kernel = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     window = options.get("sliding_window")
     length = options["max_length_q"]
-    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-    # Before torch 2.12 the kernel has no such option and takes grouped heads as they are.
-    grouping = {"enable_gqa": True} if "enable_gqa" in inspect.signature(kernel).parameters else {}
+    # Autocast does not know the kernel, and float32 rotary tables have made queries and keys float32.
+    dtype = autocast_dtype(value)
+    rows = [tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value)]
     scale, reach = options.get("scaling"), (-1 if window is None else window - 1, 0)
-    output = kernel(*rows, borders, borders, length, length, scale=scale, window_size=reach, **grouping)
+    output = _varlen_kernel(*rows, borders, borders, length, length, scale=scale, window_size=reach)
     return output[None], None
 
 
@@ -256,8 +273,6 @@ def _varlen_obstacle(model: PreTrainedModel, device: torch.device, dtype: torch.
     """Why the kernel cannot run this model here, or None."""
     if device.type != "cuda":
         return f"it needs CUDA, the device is {device.type}"
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return f"torch {torch.__version__} has no torch.nn.attention.varlen"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it computes in bfloat16 or float16, not {dtype}; set bf16"
     config = model.config.get_text_config()

@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from trainer.model.precision import accumulation_dtype
+from trainer.model.precision import accumulation_dtype, autocast_dtype
 
 # Logits held at once. A GPU wants large products, a CPU wants to stay in its cache.
 LOGITS_PER_PIECE = {"cpu": 2**21, "cuda": 2**27}
@@ -59,9 +59,7 @@ def linear_cross_entropy_sum(
     hidden: Tensor, head: nn.Linear, targets: Tensor, head_output: HeadOutput, label_smoothing: float = 0.0
 ) -> Tensor:
     """The same, from the head's input (N,D); float32 or more. Backward may run once."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    settings = _Settings(head_output, label_smoothing, dtype, torch.is_grad_enabled())
+    settings = _Settings(head_output, label_smoothing, autocast_dtype(hidden), torch.is_grad_enabled())
     return _LinearCrossEntropySum.apply(hidden, head.weight, head.bias, targets, settings)
 
 

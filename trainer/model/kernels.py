@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from trainer.errors import MissingPackageError, ModelError
 from trainer.model.cross_entropy import HeadOutput
 from trainer.model.loss import IGNORED_LABEL, KERNEL_ATTRIBUTE
+from trainer.model.precision import autocast_dtype
 
 PACKAGE = "liger_kernel"
 
@@ -45,7 +46,10 @@ def apply_liger_kernels(model: PreTrainedModel, device: torch.device | str | Non
 def liger_cross_entropy_sum(
     hidden: Tensor, head: nn.Linear, targets: Tensor, head_output: HeadOutput, label_smoothing: float = 0.0
 ) -> Tensor:
-    """`linear_cross_entropy_sum` by Liger's fused kernel in sum mode, gradients accumulated in float32."""
+    """`linear_cross_entropy_sum` by Liger's fused kernel in sum mode, gradients accumulated in float32.
+
+    Liger (0.8) reads a count back from the GPU: the host waits for it once in each micro-batch, which ours does not.
+    """
     if head_output.scale != 1.0:
         if head.bias is not None:
             raise ModelError("use_liger_kernels: a scaled head with a bias is not supported; leave the option off")
@@ -58,5 +62,7 @@ def liger_cross_entropy_sum(
         softcap=head_output.softcap,
         accum_dtype=torch.float32,
     )
-    loss: Tensor = compute(head.weight, hidden, targets, head.bias)
+    dtype = autocast_dtype(hidden)  # once for all of its pieces, which autocast would do for each
+    bias = None if head.bias is None else head.bias.to(dtype)
+    loss: Tensor = compute(head.weight.to(dtype), hidden.to(dtype), targets, bias)
     return loss.float()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trainer.errors import ModelError
-from trainer.model.attention import packed_inputs
+from trainer.model.attention import borders_given, packed_inputs
 from trainer.model.cross_entropy import HeadOutput, cross_entropy_sum, linear_cross_entropy_sum
 from trainer.model.modes import evaluating
 from trainer.model.precision import accumulation_dtype, compute_context
@@ -66,7 +66,7 @@ def forward_loss(model: PreTrainedModel, micro_batch: Mapping[str, Any], label_s
     """What `token_loss_sum` computes; FSDP2 runs it as a forward method, with the root's weights gathered."""
     positions, targets = trained_positions(micro_batch)
     inputs = packed_inputs(model, micro_batch)
-    with compute_context(model):
+    with compute_context(model), borders_given(model):
         head_output = measured_head(model)
         if head_output is None:
             output, loss = _loss_from_logits(model, inputs, positions, targets, label_smoothing)

@@ -65,6 +65,12 @@ def use_tf32(is_allowed: bool | None) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = is_allowed
 
 
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """Format in which a matrix product takes a tensor here: that of autocast where it is on, else the tensor's."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Format for sums over values of `dtype`: never less than float32."""
     return torch.promote_types(dtype, torch.float32)

@@ -69,10 +69,15 @@ def checkpoint_activations(model: nn.Module, settings: Mapping[str, Any] | None 
 
 
 def compile_blocks(model: nn.Module, **settings: Any) -> None:
-    """Compile each block in place, or the whole of a module without any; the first steps are slow."""
+    """Compile each block in place, for all lengths at once, or the whole of a module without blocks.
+
+    Hardly two batches of text are equally long. The first step is slow.
+    """
     blocks = decoder_blocks(model) if isinstance(model, PreTrainedModel) else {}
-    for module in blocks.values() or (model,):
-        module.compile(**settings)
+    for block in blocks.values():
+        block.compile(dynamic=True, **settings)
+    if not blocks:
+        model.compile(**settings)
 
 
 def shard_model(

@@ -163,6 +163,7 @@ class TokenRoad:
             world_size=self.group.world_size,
             sampler=EpochSampler(len(store), seed),
             cost=build_cost(self.args, self.model),
+            pin_memory=self.group.device.type == "cuda",
         )
 
     def _questions(self, store: TokenStore) -> list[Question]:

@@ -1,0 +1,130 @@
+"""What a CPU can tell of the path that a GPU takes, and, where there is one, that the host never waits for it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch._dynamo.utils import counters
+from transformers import PreTrainedModel
+
+from tests.fixtures import tolerances
+from tests.fixtures.models import build_model, build_pack, tiny_llama
+from tests.fixtures.runs import build_trainer, random_token_samples
+from tests.fixtures.varlen import NeverReads
+from trainer.model.attention import VARLEN, packed_sdpa, use_packed_attention, varlen
+from trainer.model.loss import token_loss_sum
+from trainer.model.precision import use_compute_dtype
+from trainer.model.shard import compile_blocks
+
+LENGTHS = [5, 1, 9, 3]
+PACKS = [[7, 9], [5, 6, 7], [12], [3, 4, 5, 6], [20, 1], [8] * 5, [30, 2], [2, 2], [11, 12, 13], [40]]
+
+
+def gpu_llama(by_autocast: bool = True, **changes: int) -> PreTrainedModel:
+    """A tiny model as one GPU trains it: float32 weights under autocast, or bfloat16 ones as FSDP2 gathers them."""
+    model = tiny_llama(**changes).train()
+    if by_autocast:
+        use_compute_dtype(model, torch.bfloat16, by_autocast=True)
+    else:
+        model.to(torch.bfloat16)
+    assert use_packed_attention(model, "auto", "cuda", torch.bfloat16) == VARLEN
+    return model
+
+
+class Layer(torch.nn.Module):
+    """An attention layer as the attention function sees it."""
+
+    is_causal = True
+
+
+class TestVarlen:
+    @pytest.mark.parametrize("options", [{}, {"sliding_window": 3}, {"scaling": 0.3}], ids=str)
+    def test_attends_as_the_loop_over_samples_does(self, options):
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(1, heads, sum(LENGTHS), 8) for heads in (4, 2, 2)]
+        inputs = [torch.randn(shape, generator=generator).bfloat16().requires_grad_() for shape in shapes]
+        borders = torch.tensor([0, 5, 6, 15, 18], dtype=torch.int32)
+        told = {"cu_seq_lens_q": borders, "max_length_q": max(LENGTHS), **options}
+        outputs = [attend(Layer(), *inputs, None, **told)[0] for attend in (varlen, packed_sdpa)]
+        gradients = [torch.autograd.grad(output.float().square().sum(), inputs) for output in outputs]
+        tolerance = {"rtol": tolerances.LOSS_BF16, "atol": tolerances.LOSS_BF16}
+        torch.testing.assert_close(*outputs, **tolerance)
+        torch.testing.assert_close(*gradients, **tolerance)
+
+    @pytest.mark.parametrize("by_autocast", [True, False])
+    @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
+    def test_gives_the_loss_and_gradients_of_the_loop(self, name, by_autocast):
+        pack, found = build_pack(LENGTHS), []
+        for device in ("cuda", "cpu"):
+            model = build_model(name, dtype=torch.float32 if by_autocast else torch.bfloat16).train()
+            use_compute_dtype(model, torch.bfloat16, by_autocast=by_autocast)
+            use_packed_attention(model, "auto", device, torch.bfloat16)
+            loss = token_loss_sum(model, pack)
+            loss.backward()
+            found.append((loss, torch.cat([p.grad.flatten().float() for p in model.parameters()])))
+        (loss, gradient), (expected, expected_gradient) = found
+        assert loss.item() == pytest.approx(expected.item(), rel=tolerances.LOSS_BF16)
+        assert (gradient - expected_gradient).norm() < tolerances.GRADIENT_BF16 * expected_gradient.norm()
+
+
+@contextmanager
+def never_waiting(device: torch.device) -> Iterator[None]:
+    """Raises where the host would wait for the device."""
+    if device.type == "cpu":
+        with NeverReads():
+            yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.world_size(1, 2)
+@pytest.mark.backend("gloo", "nccl")
+def test_the_host_never_waits_inside_the_micro_batch_loop(ranks, tmp_path: Path):
+    samples = random_token_samples([9, 3, 17, 5, 30, 2, 11, 7])
+    trainer = build_trainer(tmp_path, samples, tiny_llama(), bf16=True, batch_size=8, max_tokens_per_rank=32)
+    use_packed_attention(trainer.model, "auto", "cuda", torch.bfloat16)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert len(batch) > 1
+    assert batch[0]["input_ids"].is_pinned() == (ranks.device.type == "cuda")
+    objective = trainer.road.objective
+    list(objective.backward(batch))  # measures the head, and warms up
+    with never_waiting(ranks.device):
+        losses = list(objective.backward(batch))
+    assert all(loss.isfinite() for loss in losses)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch's own tracing
+class TestCompilation:
+    @pytest.fixture(autouse=True)
+    def _fresh(self) -> Iterator[None]:
+        torch._dynamo.reset()
+        counters.clear()
+        yield
+        torch._dynamo.reset()
+
+    @pytest.mark.parametrize("by_autocast", [True, False])
+    def test_ten_lengths_cost_one_graph(self, by_autocast):
+        model, compiler = gpu_llama(by_autocast, num_hidden_layers=3), torch._dynamo.testing.CompileCounter()
+        token_loss_sum(model, build_pack([4]))  # measures the head
+        compile_blocks(model, backend=compiler)
+        for lengths in PACKS:
+            token_loss_sum(model, build_pack(lengths)).backward()
+        assert compiler.frame_count == 1
+        assert not counters["graph_break"]
+
+    def test_ten_lengths_on_a_cpu_cost_what_the_first_does(self):
+        model, compiler = tiny_llama(num_hidden_layers=3).train(), torch._dynamo.testing.CompileCounter()
+        use_packed_attention(model)
+        compile_blocks(model, backend=compiler)
+        counts = []
+        for lengths in PACKS:
+            token_loss_sum(model, build_pack(lengths)).backward()
+            counts.append(compiler.frame_count)
+        assert len(set(counts)) == 1
