@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self, get_args, get_type_hints
+from typing import Any, Self, get_args
 
 from trainer.arguments.groups import (
     SCHEDULES_BY_METRIC,
@@ -32,7 +32,7 @@ from trainer.arguments.groups import (
     ScriptArguments,
 )
 from trainer.arguments.huggingface import check_foreign, foreign_value
-from trainer.arguments.options import check_options, parse_json, unknown_option
+from trainer.arguments.options import check_options, parse_json, types_of, unknown_option
 from trainer.arguments.process import ProcessWords
 from trainer.arguments.setters import OptionSetters
 from trainer.errors import UsageError
@@ -340,7 +340,7 @@ class TrainingArguments(  # the last base's options come first
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> Self:
         """Build from parsed YAML or JSON; what YAML misreads (1e-4 as text, no as false) is put right."""
-        hints = get_type_hints(cls)
+        hints = types_of(cls)
         return cls(**{name: _as_meant(value, hints.get(ALIASES.get(name, name))) for name, value in options.items()})
 
     @classmethod

@@ -10,6 +10,7 @@ import shutil
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,7 @@ def _file(name: str, group: Group) -> str:
     return f"{name}_{group.rank}.safetensors"
 
 
+@cache
 def _versions() -> dict[str, str]:
     found = {}
     for name in ("reference-trainer", "torch", "transformers"):

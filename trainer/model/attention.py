@@ -36,7 +36,7 @@ VARLEN_MAX_HEAD_SIZE = 256
 HEAD_SIZE_UNIT = 8
 # Before torch 2.12 the kernel has no such option and takes grouped heads as they are.
 _groups_heads = "enable_gqa" in inspect.signature(varlen_attn).parameters
-_varlen_kernel: Callable[..., Tensor] = partial(varlen_attn, enable_gqa=True) if _groups_heads else varlen_attn
+_varlen_kernel: Callable[..., Any] = partial(varlen_attn, enable_gqa=True) if _groups_heads else varlen_attn
 
 
 def packed_inputs(model: nn.Module, micro_batch: Mapping[str, Any]) -> dict[str, Any]:
