@@ -1,24 +1,30 @@
 """What a CPU can tell of the path that a GPU takes, and, where there is one, that the host never waits for it."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch._dynamo.testing
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from tests.fixtures import tolerances
 from tests.fixtures.models import build_model, build_pack, tiny_llama
 from tests.fixtures.runs import build_trainer, random_token_samples
 from tests.fixtures.varlen import NeverReads
+from trainer.arguments.training import TrainingArguments
 from trainer.model.attention import VARLEN, packed_sdpa, use_packed_attention, varlen
 from trainer.model.loss import token_loss_sum
 from trainer.model.precision import use_compute_dtype
-from trainer.model.shard import compile_blocks
+from trainer.model.shard import PRODUCTS, checkpoint_activations, compile_blocks, shard_model
+from trainer.training.step import to_device
 
+GATHERING = ("fsdp::all_gather_copy_in",)
 LENGTHS = [5, 1, 9, 3]
 PACKS = [[7, 9], [5, 6, 7], [12], [3, 4, 5, 6], [20, 1], [8] * 5, [30, 2], [2, 2], [11, 12, 13], [40]]
 
@@ -32,6 +38,21 @@ def gpu_llama(by_autocast: bool = True, **changes: int) -> PreTrainedModel:
         model.to(torch.bfloat16)
     assert use_packed_attention(model, "auto", "cuda", torch.bfloat16) == VARLEN
     return model
+
+
+class CountedOperations(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._counts[function.name().partition(".")[0]] += 1
+        return function(*args, **(kwargs or {}))
+
+    def of(self, names: Collection[str]) -> int:
+        return sum(self._counts[name] for name in names)
 
 
 class Layer(torch.nn.Module):
@@ -98,6 +119,45 @@ def test_the_host_never_waits_inside_the_micro_batch_loop(ranks, tmp_path: Path)
     with never_waiting(ranks.device):
         losses = list(objective.backward(batch))
     assert all(loss.isfinite() for loss in losses)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("by_autocast", [True, False])
+def test_products_that_are_kept_are_not_computed_again(name, by_autocast):
+    def multiply(**options: Any) -> tuple[int, float, torch.Tensor]:
+        model = build_model(name).train()
+        use_compute_dtype(model, torch.bfloat16, by_autocast=by_autocast)
+        use_packed_attention(model, "auto", "cuda", torch.bfloat16)
+        if not by_autocast:
+            model.to(torch.bfloat16)
+        if options:
+            checkpoint_activations(model, TrainingArguments(gradient_checkpointing=True, **options))
+        with CountedOperations() as counted:
+            token_loss_sum(model, build_pack(LENGTHS)).backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        return counted.of(PRODUCTS), counted.of({"aten::rsqrt"}), gradient
+
+    plain = multiply()
+    kept, recomputed = (multiply(gradient_checkpointing_keeps=keeps) for keeps in ("products", "nothing"))
+    assert kept[0] == plain[0] < recomputed[0]
+    assert plain[1] < kept[1] == recomputed[1]
+    assert torch.equal(kept[2], plain[2])
+    assert torch.equal(recomputed[2], plain[2])
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.backend("gloo", "nccl")
+def test_a_block_gathers_the_next_ones_weights_before_it_computes(ranks):
+    model = tiny_llama(num_hidden_layers=3).to(ranks.device)
+    use_packed_attention(model)
+    shard_model(model, ranks.mesh())
+    pack, gathered = to_device(build_pack(LENGTHS), ranks.device), []
+    token_loss_sum(model, pack).backward()  # measures the head
+    with CountedOperations() as counted:
+        for block in model.model.layers:
+            block.mlp.register_forward_pre_hook(lambda *_: gathered.append(counted.of(GATHERING)))
+        token_loss_sum(model, pack).backward()
+    assert gathered == [3, 4, 4]  # the root, the first block and the second; the third; no more
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch's own tracing

@@ -47,6 +47,10 @@ class ModelArguments:
     fp16: bool = option(False, "Compute in float16 with a scaled loss, where the GPU has no bfloat16.")
     tf32: bool | None = option(None, "Let float32 products on the GPU keep 10 bits of mantissa; None: as torch has it.")
     gradient_checkpointing: bool = option(False, "Recompute activations in backward to save memory.")
+    gradient_checkpointing_keeps: Literal["nothing", "products"] = option(
+        "nothing",
+        "What of a block is not recomputed: nothing; or products, of matrices and attention, which cost most.",
+    )
     gradient_checkpointing_kwargs: dict[str, Any] = option({}, "Settings of torch.utils.checkpoint, as JSON.")
     torch_compile: bool = option(False, "Compile each transformer block.")
     torch_compile_backend: str | None = option(None, "Compiler to use, if not torch's own.")

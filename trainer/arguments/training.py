@@ -219,8 +219,15 @@ class TrainingArguments(  # the last base's options come first
         return [
             (self.bf16 and self.fp16, "bf16 and fp16 exclude each other: give one"),
             (
-                bool(self.gradient_checkpointing_kwargs) and not self.gradient_checkpointing,
-                "gradient_checkpointing_kwargs have no effect without gradient_checkpointing: switch it on",
+                (bool(self.gradient_checkpointing_kwargs) or self.gradient_checkpointing_keeps != "nothing")
+                and not self.gradient_checkpointing,
+                "gradient_checkpointing_kwargs and gradient_checkpointing_keeps have no effect without "
+                "gradient_checkpointing: switch it on",
+            ),
+            (
+                self.gradient_checkpointing_keeps != "nothing"
+                and bool(self.gradient_checkpointing_kwargs.get("use_reentrant")),
+                "gradient_checkpointing_keeps and use_reentrant exclude each other: leave use_reentrant out",
             ),
             (
                 self.length_column_name != "length" and self.train_sampling_strategy != "group_by_length",

@@ -22,7 +22,8 @@ HARMLESS = frozenset(
     + ("logging_strategy", "logging_steps", "logging_first_step", "disable_tqdm", "report_to", "run_name")
     + ("logging_nan_inf_filter", "do_train", "do_eval", "do_predict")
     # how ranks and memory are used: the same samples in every step, numbers up to the order of a sum
-    + ("max_tokens_per_rank", "packing_cost", "gradient_checkpointing", "torch_compile", "use_cpu", "ddp_timeout")
+    + ("max_tokens_per_rank", "packing_cost", "torch_compile", "use_cpu", "ddp_timeout")
+    + ("gradient_checkpointing", "gradient_checkpointing_keeps")
     + ("per_device_eval_batch_size", "eval_accumulation_steps", "non_finite")
     + ("dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_pin_memory")
 )

@@ -161,7 +161,7 @@ def varlen(
     dtype = autocast_dtype(value)
     rows = [tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value)]
     scale, reach = options.get("scaling"), (-1 if window is None else window - 1, 0)
-    output = _varlen_kernel(*rows, borders, borders, length, length, scale=scale, window_size=reach)
+    output: Tensor = _varlen_kernel(*rows, borders, borders, length, length, scale=scale, window_size=reach)
     return output[None], None
 
 

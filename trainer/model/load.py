@@ -185,7 +185,7 @@ def prepare_model(
     train_padding_rows(model)
     freeze(model, args.freeze_patterns)
     if args.gradient_checkpointing:
-        checkpoint_activations(model)
+        checkpoint_activations(model, args)
     if args.torch_compile:
         compile_blocks(model)
     if mesh is not None:

@@ -117,6 +117,7 @@ def measure_head(model: PreTrainedModel) -> HeadOutput | None:
     }
     with torch.no_grad(), evaluating(model), _replaced(head, replacement):
         logits = model.forward(**packed_inputs(model, pack)).logits
+    torch.clear_autocast_cache()  # of weights cast without a gradient, which the forward pass at hand would take
     if shapes != [(1, PROBE_LENGTH, head.in_features)] or logits.shape != known.shape:
         return None
     return _fit(known.flatten(), logits.flatten().to(known.dtype))

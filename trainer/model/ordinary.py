@@ -109,7 +109,7 @@ def prepare_ordinary_model(
         apply_liger_kernels(model, device)
     freeze(model, args.freeze_patterns)
     if args.gradient_checkpointing:
-        checkpoint_activations(model, args.gradient_checkpointing_kwargs)
+        checkpoint_activations(model, args)
     if args.torch_compile:
         given = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
         compile_blocks(model, **{name: value for name, value in given.items() if value is not None})

@@ -7,10 +7,11 @@ of files. Invariant: names of parameters never change, and nothing here needs we
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -25,14 +26,21 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
+from trainer.arguments.groups import ModelArguments
 from trainer.errors import ModelError
 from trainer.model.loss import FORWARD_METHOD, forward_loss
 from trainer.model.modes import evaluating
 from trainer.model.precision import use_compute_dtype
 
 Region = tuple[slice, ...]
+_ATTENTION = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")} | {
+    "torch_attn::_varlen_attn",
+    *(f"aten::_scaled_dot_product_{name}" for name in _ATTENTION),
+}
 _MESH = "_trainer_mesh"  # of a model that was sharded here; all of its parameters may be scalars, which are whole
 
 
@@ -52,20 +60,23 @@ def decoder_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {f"{name}.{index}": block for index, block in enumerate(longest)}
 
 
-def checkpoint_activations(model: nn.Module, settings: Mapping[str, Any] | None = None) -> None:
-    """Recompute each block's activations in backward instead of keeping them.
-
-    Args:
-        model: One that knows how to.
-        settings: Of torch.utils.checkpoint.
-    """
+def checkpoint_activations(model: nn.Module, args: ModelArguments) -> None:
+    """Recompute each block's activations in backward instead of keeping them, but for those that cost most if asked."""
     # Renamed during transformers 5.
     enable = getattr(model, "activation_checkpointing_enable", None) or getattr(
         model, "gradient_checkpointing_enable", None
     )
     if enable is None or not getattr(model, "supports_gradient_checkpointing", True):
         raise ModelError(f"gradient_checkpointing: {type(model).__name__} does not support it; leave it off")
-    enable({"use_reentrant": False, **(settings or {})})
+    settings = {"use_reentrant": False, **args.gradient_checkpointing_kwargs}
+    if args.gradient_checkpointing_keeps == "products":
+        settings["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_products)
+    enable(settings)
+
+
+def _keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    is_product = operation.name().partition(".")[0] in PRODUCTS
+    return CheckpointPolicy.MUST_SAVE if is_product else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def compile_blocks(model: nn.Module, **settings: Any) -> None:
@@ -117,6 +128,7 @@ def shard_modules(
     for module in (*blocks.values(), model):
         module.register_forward_hook(_own_outputs)  # runs before FSDP2's own
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
+    _gather_ahead(blocks)
     if hasattr(model, "generate"):
         register_fsdp_forward_method(model, "generate")  # it runs an encoder by itself, beside the root's own forward
     setattr(model, _MESH, mesh)
@@ -125,6 +137,13 @@ def shard_modules(
             # A factor alone asks for PREMUL_SUM, which gloo lacks.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _gather_ahead(blocks: Mapping[str, nn.Module]) -> None:
+    """Have each block gather the next one's weights before it computes; backward does so by itself."""
+    for (name, block), (next_name, following) in itertools.pairwise(blocks.items()):
+        if name.rpartition(".")[0] == next_name.rpartition(".")[0]:  # of one list, so run one after the other
+            cast(FSDPModule, block).set_modules_to_forward_prefetch([cast(FSDPModule, following)])
 
 
 def _shard_rows(model: nn.Module, name: str, mesh: DeviceMesh) -> nn.Parameter:
