@@ -25,32 +25,51 @@ def compare(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, lis
     for number in range(rounds):
         for name in [name for name, runs in results.items() if len(runs) == number]:
             measured = run(name, commands[name])
-            if measured is not None:
+            if "failed" not in measured:
                 results[name].append(measured)
     return {name: runs for name, runs in results.items() if len(runs) == rounds}
 
 
-def run(name: str, command: Sequence[str]) -> Measured | None:
-    """Run one contender; gives what it measured, or None if it failed."""
-    done = subprocess.run(
-        [sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=1800
-    )
-    if done.returncode != 0:
-        print(f"{name} failed:\n{done.stderr[-1500:]}", file=sys.stderr)
-        return None
-    measured: Measured = json.loads(done.stdout.splitlines()[-1])
+def run(name: str, command: Sequence[str], limit_seconds: float = 1800) -> Measured:
+    """Run one contender; gives what it measured, or why it `failed`."""
+    try:
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=limit_seconds,
+        )
+    except subprocess.TimeoutExpired:
+        measured: Measured = {"failed": f"not done within {limit_seconds:.0f} s"}
+    else:
+        measured = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else _failure(done.stderr)
     print(name, measured, file=sys.stderr)
     return measured
 
 
-def table(results: Mapping[str, list[Measured]], rate: str, others: Sequence[str] = ()) -> str:
-    """A Markdown table: medians of `rate` (more is better) and `others`, and how many times the first is ahead."""
+def _failure(said: str) -> Measured:
+    """Why a contender failed, from what it said."""
+    if "OutOfMemoryError" in said or "not enough memory" in said:
+        return {"failed": "out of memory"}
+    return {"failed": said[-1500:]}
+
+
+def table(
+    results: Mapping[str, list[Measured]], measure: str, others: Sequence[str] = (), *, is_cost: bool = False
+) -> str:
+    """A Markdown table: medians of `measure` and `others`, and how many times the first is ahead.
+
+    More is better, unless the measure is a cost.
+    """
     first = next(iter(results))
-    ahead = {name: paired_ratio(results[first], runs, rate) for name, runs in results.items()}
-    lines = [f"| contender | {rate} | {first} is ahead | {' | '.join(others)} |", "|---" * (3 + len(others)) + "|"]
+    ahead = {name: paired_ratio(results[first], runs, measure) for name, runs in results.items()}
+    lines = [f"| contender | {measure} | {first} is ahead | {' | '.join(others)} |", "|---" * (3 + len(others)) + "|"]
     for name, runs in results.items():
-        cells = [f"{statistics.median(run[key] for run in runs):,.0f}" for key in (rate, *others)]
-        lines.append(f"| {name} | {cells[0]} | {ahead[name]:.2f} times | {' | '.join(cells[1:])} |")
+        cells = [f"{statistics.median(run[key] for run in runs):,.1f}" for key in (measure, *others)]
+        times = 1 / ahead[name] if is_cost else ahead[name]
+        lines.append(f"| {name} | {cells[0]} | {times:.2f} times | {' | '.join(cells[1:])} |")
     return "\n".join(lines)
 
 

@@ -1,17 +1,21 @@
 """One trainer on one workload: real (not padding) tokens a second, data loading included, and peak memory.
 
 `python benchmarks/step_contenders.py NAME --model small --dtype float32` prints one JSON object. Every trainer gets the
-same model and samples, AdamW, clipping at 1, no compile and no checkpoints; each batches in its own way.
+same model and samples, AdamW and clipping at 1, and writes no checkpoints; each batches in its own way.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +23,29 @@ import torch
 import workload
 from transformers import TrainerCallback
 
-NUM_STEPS = workload.WARM_UP_STEPS + workload.TIMED_STEPS
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Stopwatch(TrainerCallback):
-    """Counts tokens and seconds of the timed steps."""
+    """Counts tokens and seconds of the timed steps, and the seconds from the start of the process to the first."""
 
-    def __init__(self) -> None:
+    def __init__(self, load: workload.Load) -> None:
+        self.load = load
         self.num_tokens = 0
-        self._started = (0.0, 0)
+        self.first_step_seconds = 0.0
+        self._started = (time.perf_counter(), 0)
         self.measured: tuple[float, int] = (0.0, 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.num_tokens += kwargs["report"].num_tokens if "report" in kwargs else 0
-        now = time.perf_counter(), self.num_tokens
-        if state.global_step == workload.WARM_UP_STEPS:
+        if state.global_step not in (1, self.load.warm_up_steps, self.load.num_steps):
+            return
+        now = clock(), self.num_tokens
+        if state.global_step == 1:
+            self.first_step_seconds = seconds_since_launch()
+        if state.global_step == self.load.warm_up_steps:
             self._started = now
-        if state.global_step == NUM_STEPS:
+        if state.global_step == self.load.num_steps:
             self.measured = now[0] - self._started[0], now[1] - self._started[1]
 
     def counting(self, collate: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -50,42 +60,92 @@ class Stopwatch(TrainerCallback):
         return counted
 
 
-def ours(model: Any, dtype: str, folder: Path, watch: Stopwatch) -> None:
+def clock() -> float:
+    """Seconds, once the GPU has done what it was told to."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds_since_launch() -> float:
+    """Seconds since this process was started (Linux)."""
+    started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
+
+
+@dataclass
+class Job:
+    """What a contender trains, and how."""
+
+    model_name: str
+    dtype: str
+    load: workload.Load
+    recomputes: bool  # whether activations are recomputed, where memory does not hold them
+    folder: Path
+    watch: Stopwatch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.watch = Stopwatch(self.load)
+
+    @property
+    def is_bfloat16(self) -> bool:
+        return self.dtype == "bfloat16"
+
+    @property
+    def vocab_size(self) -> int:
+        return workload.MODELS[self.model_name]["vocab_size"]
+
+    def build_model(self) -> Any:
+        return workload.build_model(self.model_name, DEVICE)
+
+    def samples(self) -> list[dict[str, Any]]:
+        return workload.samples(self.vocab_size, self.load.num_samples)
+
+    def autocast(self) -> Any:
+        return torch.autocast(DEVICE, torch.bfloat16, enabled=self.is_bfloat16)
+
+
+def ours(job: Job, **options: Any) -> None:
     from trainer import Trainer, TrainingArguments
     from trainer.data.store import TokenStore
 
-    pairs = ((sample["input_ids"], sample["labels"]) for sample in workload.samples(model.config.vocab_size))
+    if job.recomputes:
+        options |= {"gradient_checkpointing": True, "gradient_checkpointing_keeps": "nothing"}
     args = TrainingArguments(
-        output_dir=str(folder),
-        batch_size=workload.SAMPLES_PER_STEP,
-        max_tokens_per_rank=workload.TOKENS_PER_MICRO_BATCH,
-        max_steps=NUM_STEPS,
-        bf16=dtype == "bfloat16",
+        output_dir=str(job.folder),
+        batch_size=job.load.samples_per_step,
+        max_tokens_per_rank=job.load.tokens_per_micro_batch,
+        max_steps=job.load.num_steps,
+        bf16=job.is_bfloat16,
         export_final=False,
         disable_tqdm=True,
+        **options,
     )
-    Trainer(model, args, train_dataset=TokenStore.from_samples(pairs), callbacks=[watch]).train()
+    data = TokenStore.from_samples((sample["input_ids"], sample["labels"]) for sample in job.samples())
+    Trainer(job.build_model(), args, train_dataset=data, callbacks=[job.watch]).train()
 
 
-def transformers_options(dtype: str, folder: Path) -> dict[str, Any]:
+def transformers_options(job: Job) -> dict[str, Any]:
+    load = job.load
     return {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": workload.SAMPLES_PER_MICRO_BATCH,
-        "gradient_accumulation_steps": workload.SAMPLES_PER_STEP // workload.SAMPLES_PER_MICRO_BATCH,
-        "max_steps": NUM_STEPS,
-        "bf16": dtype == "bfloat16",
+        "output_dir": str(job.folder),
+        "per_device_train_batch_size": load.samples_per_micro_batch,
+        "gradient_accumulation_steps": load.samples_per_step // load.samples_per_micro_batch,
+        "max_steps": load.num_steps,
+        "bf16": job.is_bfloat16,
+        "gradient_checkpointing": job.recomputes,
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": DEVICE == "cpu",
     }
 
 
-def tokens_only(vocab_size: int) -> list[dict[str, Any]]:
-    return [{name: s[name] for name in ("input_ids", "labels")} for s in workload.samples(vocab_size)]
+def tokens_only(job: Job) -> list[dict[str, Any]]:
+    return [{name: sample[name] for name in ("input_ids", "labels")} for sample in job.samples()]
 
 
-def pad(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def pad(samples: Any) -> dict[str, torch.Tensor]:
     """Pad to the longest, as transformers' DataCollatorForSeq2Seq does, without needing a tokenizer."""
     width = max(len(sample["input_ids"]) for sample in samples)
 
@@ -99,20 +159,20 @@ def pad(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
-def transformers_padded(model: Any, dtype: str, folder: Path, watch: Stopwatch, order: str = "random") -> None:
+def transformers_padded(job: Job, order: str = "random", **options: Any) -> None:
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
 
-    args = TrainingArguments(**transformers_options(dtype, folder), train_sampling_strategy=order)
-    data = Dataset.from_list(tokens_only(model.config.vocab_size))
-    Trainer(model, args, data_collator=watch.counting(pad), train_dataset=data, callbacks=[watch]).train()
+    args = TrainingArguments(**transformers_options(job), train_sampling_strategy=order, **options)
+    data = Dataset.from_list(tokens_only(job))
+    model, collate = job.build_model(), job.watch.counting(pad)
+    Trainer(model, args, data_collator=collate, train_dataset=data, callbacks=[job.watch]).train()
 
 
-def transformers_grouped(model: Any, dtype: str, folder: Path, watch: Stopwatch) -> None:
-    transformers_padded(model, dtype, folder, watch, order="group_by_length")
+transformers_grouped = partial(transformers_padded, order="group_by_length")
 
 
-def trl_packing(model: Any, dtype: str, folder: Path, watch: Stopwatch) -> None:
+def trl_packing(job: Job) -> None:
     from datasets import Dataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -121,15 +181,42 @@ def trl_packing(model: Any, dtype: str, folder: Path, watch: Stopwatch) -> None:
 
     words = WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), pad_token="<pad>", eos_token="<eos>")
-    options = transformers_options(dtype, folder) | {"gradient_accumulation_steps": 1}  # 8 rows of 1,024 tokens
-    args = SFTConfig(**options, packing=True, packing_strategy="bfd", max_length=workload.MAX_LENGTH)
-    data = Dataset.from_list(tokens_only(model.config.vocab_size))
-    trainer = SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer, callbacks=[watch])
-    trainer.data_collator = watch.counting(trainer.data_collator)
+    rows, tokens_per_step = job.load.samples_per_micro_batch, job.load.samples_per_step * workload.MEAN_LENGTH
+    accumulation = {"gradient_accumulation_steps": max(1, round(tokens_per_step / (rows * workload.MAX_LENGTH)))}
+    packing = {"packing": True, "packing_strategy": "bfd", "max_length": workload.MAX_LENGTH}
+    args = SFTConfig(**transformers_options(job) | accumulation | packing)
+    data = Dataset.from_list(tokens_only(job))
+    trainer = SFTTrainer(job.build_model(), args, train_dataset=data, processing_class=tokenizer, callbacks=[job.watch])
+    trainer.data_collator = job.watch.counting(trainer.data_collator)
     trainer.train()
 
 
-def mini_trainer(model: Any, dtype: str, folder: Path, watch: Stopwatch) -> None:
+def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def plain_loop(job: Job) -> None:
+    """What one writes by hand: padded batches, transformers' own loss, AdamW."""
+    model, load = job.build_model(), job.load
+    if job.recomputes:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)
+    steps = chunks(job.samples(), load.samples_per_step)
+    collate = job.watch.counting(pad)
+    for step, samples in enumerate(islice(steps, load.num_steps), 1):
+        num_items = sum(sum(label != -100 for label in sample["labels"][1:]) for sample in samples)
+        for micro_batch in chunks(samples, load.samples_per_micro_batch):
+            inputs = {name: tensor.to(DEVICE) for name, tensor in collate(micro_batch).items()}
+            with job.autocast():
+                loss = model(**inputs, use_cache=False, num_items_in_batch=num_items).loss
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        job.watch.on_step_end(None, argparse.Namespace(global_step=step), None)
+
+
+def mini_trainer(job: Job) -> None:
     """Its loader, collator, loss patch and step; its loop itself needs CUDA."""
     from mini_trainer.none_reduction_losses import hf_fixed_cross_entropy_none_reduction
     from mini_trainer.sampler import get_data_loader
@@ -137,65 +224,93 @@ def mini_trainer(model: Any, dtype: str, folder: Path, watch: Stopwatch) -> None
     from mini_trainer.utils import patch_target_module
 
     patch_target_module("transformers.loss.loss_utils.fixed_cross_entropy", hf_fixed_cross_entropy_none_reduction)
-    path = workload.write_jsonl(folder / "data.jsonl", model.config.vocab_size)
-    budget = workload.TOKENS_PER_MICRO_BATCH
-    loader, _ = get_data_loader(str(path), workload.SAMPLES_PER_STEP, budget, seed=0, rank=0, world_size=1)
+    path = workload.write_jsonl(job.folder / "data.jsonl", job.vocab_size, job.load.num_samples)
+    budget = job.load.tokens_per_micro_batch
+    loader, _ = get_data_loader(str(path), job.load.samples_per_step, budget, seed=0, rank=0, world_size=1)
+    model = job.build_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     batches: Iterator[Any] = iter(loader)
-    for step in range(1, NUM_STEPS + 1):
+    for step in range(1, job.load.num_steps + 1):
         for micro_batch in next(batches):
-            inputs = {name: micro_batch[name] for name in ("input_ids", "labels", "position_ids")}
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            inputs = {name: micro_batch[name].to(DEVICE) for name in ("input_ids", "labels", "position_ids")}
+            with job.autocast():
                 loss = model(**inputs, use_cache=False).loss.float().sum()
             (loss / micro_batch["batch_num_loss_counted_tokens"]).backward()
-            watch.num_tokens += inputs["input_ids"].numel()
+            job.watch.num_tokens += inputs["input_ids"].numel()
         take_gradient_step(model, optimizer, schedule)
-        watch.on_step_end(None, argparse.Namespace(global_step=step), None)
+        job.watch.on_step_end(None, argparse.Namespace(global_step=step), None)
 
 
-CONTENDERS = {
+CONTENDERS: dict[str, Callable[[Job], None]] = {
     "ours": ours,
     "transformers-grouped": transformers_grouped,
     "trl-packing": trl_packing,
     "transformers-padded": transformers_padded,
     "mini-trainer": mini_trainer,
 }
+KEEPING = {"gradient_checkpointing": True, "gradient_checkpointing_keeps": "products"}
+GPU_CONTENDERS: dict[str, Callable[[Job], None]] = {
+    "ours-eager": partial(ours, **KEEPING),
+    "ours-compiled": partial(ours, torch_compile=True),
+    "ours-liger": partial(ours, use_liger_kernels=True, **KEEPING),
+    "transformers-grouped": transformers_grouped,
+    "transformers-liger": partial(transformers_grouped, use_liger_kernel=True),
+    "trl-packing": trl_packing,
+    "plain-loop": plain_loop,
+}
 
 
-def gemm_flops_per_second(model_name: str, dtype: str) -> float:
+def gemm_flops_per_second(job: Job) -> float:
     """What the machine reaches on the largest matrix product of the model's layers, best of several tries."""
-    shape = workload.MODELS[model_name]
-    kind = getattr(torch, dtype)
-    left = torch.randn(workload.TOKENS_PER_MICRO_BATCH, shape["hidden_size"], dtype=kind)
-    right = torch.randn(shape["hidden_size"], shape["intermediate_size"], dtype=kind)
+    shape = workload.MODELS[job.model_name]
+    options: Any = {"dtype": getattr(torch, job.dtype), "device": DEVICE}
+    left = torch.randn(job.load.tokens_per_micro_batch, shape["hidden_size"], **options)
+    right = torch.randn(shape["hidden_size"], shape["intermediate_size"], **options)
     best = min(_seconds(lambda: left @ right) for _ in range(8))
     return 2 * left.shape[0] * left.shape[1] * right.shape[1] / best
 
 
 def _seconds(action: Callable[[], Any]) -> float:
-    started = time.perf_counter()
+    started = clock()
     action()
-    return time.perf_counter() - started
+    return clock() - started
+
+
+def peak_memory_mb() -> float:
+    """Most memory held so far, on the GPU or else in this process."""
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(job: Job, train: Callable[[Job], None]) -> dict[str, float]:
+    """Train, and give what it cost."""
+    torch.manual_seed(0)
+    train(job)
+    seconds, num_tokens = job.watch.measured
+    useful = workload.flops_per_token(job.model_name) * num_tokens / seconds
+    return {
+        "tokens_per_second": num_tokens / seconds,
+        "tflops_per_second": useful / 1e12,
+        "gemm_share_percent": 100 * useful / gemm_flops_per_second(job),
+        "peak_memory_mb": peak_memory_mb(),
+        "first_step_seconds": job.watch.first_step_seconds,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=CONTENDERS)
+    parser.add_argument("name", choices=CONTENDERS | GPU_CONTENDERS)
     parser.add_argument("--model", choices=workload.MODELS, default="small")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--load", choices=workload.LOADS, default="cpu")
+    parser.add_argument("--recompute", action="store_true")
     options = parser.parse_args()
-    torch.manual_seed(0)
-    watch = Stopwatch()
     with tempfile.TemporaryDirectory() as folder:
-        model = workload.build_model(options.model)
-        CONTENDERS[options.name](model, options.dtype, Path(folder), watch)
-    seconds, num_tokens = watch.measured
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    flops = workload.flops_per_token(options.model)
-    share = flops * num_tokens / seconds / gemm_flops_per_second(options.model, options.dtype)
-    measured = {"tokens_per_second": num_tokens / seconds, "peak_rss_mb": peak, "gemm_share_percent": 100 * share}
-    print(json.dumps({name: round(value, 1) for name, value in measured.items()}))
+        job = Job(options.model, options.dtype, workload.LOADS[options.load], options.recompute, Path(folder))
+        measured = measure(job, (CONTENDERS | GPU_CONTENDERS)[options.name])
+    print(json.dumps({name: round(value, 2) for name, value in measured.items()}))
 
 
 if __name__ == "__main__":

@@ -1,40 +1,66 @@
-"""What the step benchmarks train: tokenised samples with the lengths of chat, and Llamas of two shapes."""
+"""What the step benchmarks train: tokenised samples with the lengths of chat, and Llamas of several shapes."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-NUM_SAMPLES, MAX_LENGTH, MEDIAN_LENGTH, SIGMA = 20_000, 1024, 120, 0.9
-SAMPLES_PER_STEP = 48  # 8,600 tokens on average
-SAMPLES_PER_MICRO_BATCH = 8  # for trainers that count samples
-TOKENS_PER_MICRO_BATCH = 8192  # for trainers that count tokens
-WARM_UP_STEPS, TIMED_STEPS = 2, 6
+MAX_LENGTH, MEDIAN_LENGTH, SIGMA = 1024, 120, 0.9
+MEAN_LENGTH = 180
 
-MODELS: dict[str, dict[str, Any]] = {
-    "small": {
-        "hidden_size": 256,
-        "intermediate_size": 688,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "vocab_size": 4096,
-    },
-    "wide": {
-        "hidden_size": 512,
-        "intermediate_size": 1376,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "vocab_size": 32_000,
-    },
+
+@dataclass(frozen=True)
+class Load:
+    """Sizes of steps and micro-batches, and how many steps are timed."""
+
+    samples_per_step: int
+    samples_per_micro_batch: int  # for trainers that count samples
+    tokens_per_micro_batch: int  # for trainers that count tokens
+    warm_up_steps: int
+    timed_steps: int
+    num_samples: int
+
+    @property
+    def num_steps(self) -> int:
+        """All steps."""
+        return self.warm_up_steps + self.timed_steps
+
+
+LOADS = {
+    "cpu": Load(48, 8, 8192, warm_up_steps=2, timed_steps=6, num_samples=20_000),
+    "gpu": Load(368, 16, 32_768, warm_up_steps=3, timed_steps=5, num_samples=4096),
+    "first-step": Load(48, 8, 8192, warm_up_steps=0, timed_steps=1, num_samples=20_000),
+    "tiny": Load(8, 4, 1024, warm_up_steps=1, timed_steps=1, num_samples=64),
 }
 
 
-def samples(vocab_size: int, num_samples: int = NUM_SAMPLES) -> list[dict[str, Any]]:
+def _shape(hidden: int, intermediate: int, layers: int, heads: int, key_heads: int, vocabulary: int) -> dict[str, int]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "vocab_size": vocabulary,
+    }
+
+
+MODELS = {
+    "tiny": _shape(32, 64, 2, 4, 2, 128),
+    "small": _shape(256, 688, 4, 8, 4, 4096),
+    "wide": _shape(512, 1376, 8, 8, 4, 32_000),
+    "0.5b": _shape(896, 4864, 24, 14, 2, 151_936),  # these three: as Qwen 2.5
+    "1.5b": _shape(1536, 8960, 28, 12, 2, 151_936),
+    "3b": _shape(2048, 11_008, 36, 16, 2, 151_936),
+}
+TIED = ("0.5b", "1.5b", "3b")
+
+
+def samples(vocab_size: int, num_samples: int) -> list[dict[str, Any]]:
     """Random ids; the first half of each sample is the prompt and not trained, as is half of chat data."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(MEDIAN_LENGTH), SIGMA, num_samples), 4, MAX_LENGTH).astype(int)
@@ -51,20 +77,22 @@ def _sample(ids: list[int]) -> dict[str, Any]:
     }
 
 
-def write_jsonl(path: Path, vocab_size: int) -> Path:
+def write_jsonl(path: Path, vocab_size: int, num_samples: int) -> Path:
     """Write the samples, one JSON object a line."""
     with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(sample) + "\n" for sample in samples(vocab_size))
+        file.writelines(json.dumps(sample) + "\n" for sample in samples(vocab_size, num_samples))
     return path
 
 
-def build_model(name: str) -> Any:
+def build_model(name: str, device: str = "cpu") -> Any:
     """A Llama with random weights, the same for every contender."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**MODELS[name], max_position_embeddings=2048, tie_word_embeddings=False))
+    config = LlamaConfig(**MODELS[name], max_position_embeddings=2048, tie_word_embeddings=name in TIED)
+    with torch.device(device):
+        return LlamaForCausalLM(config)
 
 
 def flops_per_token(name: str) -> float:

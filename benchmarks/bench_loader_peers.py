@@ -1,0 +1,30 @@
+"""Loaders beside the peers': `python benchmarks/bench_loader_peers.py --rounds 5 --num-samples 20000`.
+
+Peers that are not installed are reported and left out; `tox -e bench-peers` installs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from compare import compare, table, versions
+from loader_contenders import CONTENDERS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--num-samples", type=int, default=20_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
+    options = parser.parse_args()
+    script = str(Path(__file__).with_name("loader_contenders.py"))
+    commands = {name: [script, name, "--num-samples", str(options.num_samples)] for name in options.only}
+    results = compare(commands, options.rounds)
+    packages = versions("trl", "rhai-innovation-mini-trainer")
+    print(f"{options.num_samples} samples, {options.rounds} rounds; {packages}\n")
+    print(table(results, "tokens_per_second", ("first_batch_milliseconds",)))
+
+
+if __name__ == "__main__":
+    main()

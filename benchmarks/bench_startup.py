@@ -1,0 +1,48 @@
+"""From launch to the first optimizer step, beside the peers': `python benchmarks/bench_startup.py --rounds 5`.
+
+Every contender imports what it needs, builds the same model, reads the same samples and takes one step. Before that:
+how long `trainer --help` and `trainer train --help` take, the goal for the first being half a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from compare import REPOSITORY, compare, table, versions
+from step_contenders import CONTENDERS
+
+
+def help_seconds(words: Sequence[str], rounds: int) -> float:
+    """Median time of a command that only tells about itself."""
+    seconds = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "trainer", *words], cwd=REPOSITORY, capture_output=True, check=True)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=["tiny", "small"], default="small")
+    parser.add_argument("--load", choices=["first-step", "tiny"], default="first-step")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
+    options = parser.parse_args()
+    for words in (["--help"], ["train", "--help"]):
+        print(f"trainer {' '.join(words)}: {help_seconds(words, options.rounds):.2f} s")
+    script = str(Path(__file__).with_name("step_contenders.py"))
+    commands = {name: [script, name, "--model", options.model, "--load", options.load] for name in options.only}
+    results = compare(commands, options.rounds)
+    print(f"model {options.model}, {options.rounds} rounds; {versions('trl', 'rhai-innovation-mini-trainer')}\n")
+    print(table(results, "first_step_seconds", ("peak_memory_mb",), is_cost=True))
+
+
+if __name__ == "__main__":
+    main()

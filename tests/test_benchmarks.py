@@ -1,0 +1,51 @@
+"""The benchmark scripts run, and report what fails in place of its numbers."""
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def compare(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import compare
+
+    return compare
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("raise SystemExit('torch.OutOfMemoryError: CUDA out of memory.')", "out of memory"),
+        ("import time; time.sleep(60)", "not done within 1 s"),
+        ("raise SystemExit('no module trl')", "no module trl\n"),
+    ],
+)
+def test_a_contender_that_fails_says_why(compare: ModuleType, program: str, reason: str) -> None:
+    assert compare.run("it", ["-c", program], 1) == {"failed": reason}
+
+
+def test_a_table_is_of_those_that_ran_every_round(compare: ModuleType) -> None:
+    commands = {name: ["-c", f"print('{{\"rate\": {rate}}}')"] for name, rate in (("one", 6), ("two", 2))}
+    results = compare.compare(commands | {"none": ["-c", "1 / 0"]}, rounds=2)
+    assert compare.table(results, "rate").splitlines()[2:] == [
+        "| one | 6.0 | 1.00 times |  |",
+        "| two | 2.0 | 3.00 times |  |",
+    ]
+    assert "| two | 2.0 | 0.33 times |" in compare.table(results, "rate", is_cost=True)
+
+
+def test_the_gpu_benchmark_runs_anywhere(compare: ModuleType) -> None:
+    import gpu
+
+    jobs = gpu.plan(["tiny"])
+    assert {name for _, name in jobs} == set(gpu.GPU_CONTENDERS)
+    rows = gpu.measure_all([job for job in jobs if job[1] == "ours-eager"], "tiny", 100)
+    assert rows[0]["tokens_per_second"] > 0
+    assert rows[0]["first_step_seconds"] > 0
+    assert gpu.table(rows).splitlines()[2].startswith("| tiny | ours-eager | ")
+    [late] = gpu.measure_all(jobs[:1], "tiny", 0)
+    assert late["failed"] == "no time left"
