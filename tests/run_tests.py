@@ -44,9 +44,11 @@ class Result:
 OPTIONAL = (  # tests that most machines skip: of packages that are extras
     "tests/test_optimizers.py",
     "tests/test_schedules.py",
+    "tests/trainer/test_trainer_hyperparameter.py",
     "tests/trainer/test_trainer_optimizers.py",
     "tests/trainer/test_trainer_peft.py",
     "tests/trainer/test_trainer_reporting.py",
+    "tests/trainer/test_trainer_seq2seq.py",
 )
 LANES = {
     "default": Lane(("-n", "2", "--dist", "worksteal", "tests"), at_least=300),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import HfArgumentParser
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from transformers.training_args import OptimizerNames, ParallelMode
@@ -44,6 +46,10 @@ class TestReading:
     def test_options_read_as_in_transformers(self, given: dict[str, Any], expected: dict[str, Any]) -> None:
         args = TrainingArguments(**given)
         assert {name: getattr(args, name) for name in expected} == expected
+
+    def test_options_of_scripts_may_be_dtypes(self) -> None:
+        own = dataclasses.make_dataclass("Own", [("dtype", Any, torch.float16)], bases=(TrainingArguments,))
+        assert own().to_dict()["dtype"] == "float16"
 
     def test_what_was_derived_is_derived_anew(self) -> None:
         args = TrainingArguments(eval_strategy="steps", torch_compile=True)

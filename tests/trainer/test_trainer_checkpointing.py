@@ -156,7 +156,7 @@ class TestResuming:
         trainer = regression(tmp_path, max_steps=2)
         trainer.train(resume_from_checkpoint="auto")
         assert trainer.state.global_step == 2
-        with pytest.raises(CheckpointError, match="there is no checkpoint in"):
+        with pytest.raises(CheckpointError, match="No valid checkpoint found in output directory"):
             regression(tmp_path / "elsewhere").train(resume_from_checkpoint=True)
 
     def test_auto_passes_over_what_is_damaged_and_says_so(
@@ -175,7 +175,7 @@ class TestResuming:
     def test_if_all_are_damaged_nothing_starts_anew_in_silence(self, tmp_path: Path) -> None:
         regression(tmp_path, max_steps=4).train()
         flip_bit(checkpoint(tmp_path, 4) / "state.json")
-        with pytest.raises(CheckpointError, match=r"no checkpoint .* that a run can go on from; step_4: .*state.json"):
+        with pytest.raises(CheckpointError, match=r"No valid checkpoint .* to go on from; step_4: .*state.json"):
             regression(tmp_path).train(resume_from_checkpoint="auto")
 
     def test_an_older_checkpoint_cuts_off_what_came_after(self, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tests.fixtures.models import build_seq2seq_model
 from tests.fixtures.regression import RegressionModel
 from tests.fixtures.runs import gradients_of
 from tests.fixtures.sequences import END, PADDING, PLACES, VOCABULARY, exact_match, pad_sequences, sequence_task
-from tests.fixtures.tolerances import LAYOUT_GRADIENT_FP32
+from tests.fixtures.tolerances import LAYOUT_GRADIENT_FP32, SAME_LOSS
 from trainer.arguments.seq2seq import Seq2SeqTrainingArguments
 from trainer.arguments.training import TrainingArguments
 from trainer.errors import UsageError
@@ -188,3 +188,34 @@ def test_questions_without_labels_are_answered(tmp_path: Path) -> None:
     predicted = trainer.predict(trainer.eval_dataset[:5])
     assert len(predicted.predictions) == 5
     assert "test_loss" not in predicted.metrics
+
+
+def as_words(rows: Any) -> list[str]:
+    """Rows of tokens as text, a word for each token but padding and -100."""
+    return [" ".join(f"w{token}" for token in row if token not in (PADDING, -100)) for row in np.asarray(rows).tolist()]
+
+
+def longest_common_part(one: list[str], other: list[str]) -> int:
+    """Length of the longest common subsequence, by its definition."""
+    if not one or not other:
+        return 0
+    shorter = max(longest_common_part(one[1:], other), longest_common_part(one, other[1:]))
+    return max(shorter, 1 + longest_common_part(one[1:], other[1:])) if one[0] == other[0] else shorter
+
+
+def test_rouge_is_measured_by_compute_metrics(tmp_path: Path) -> None:
+    scorer = pytest.importorskip("rouge_score.rouge_scorer", reason="pip install rouge-score").RougeScorer(["rougeL"])
+
+    def rouge(found: Any) -> dict[str, float]:
+        pairs = zip(as_words(found.label_ids), as_words(found.predictions), strict=True)
+        return {"rougeL": float(np.mean([scorer.score(*pair)["rougeL"].fmeasure for pair in pairs]))}
+
+    trainer = build(tmp_path, compute_metrics=rouge, max_steps=10, learning_rate=2e-2)
+    trainer.train()
+    found = trainer.predict(trainer.eval_dataset[:9])
+    by_hand = []
+    for wanted, said in zip(as_words(found.label_ids), as_words(found.predictions), strict=True):
+        common = longest_common_part(wanted.split(), said.split())
+        by_hand.append(2 * common / (len(wanted.split()) + len(said.split())))
+    assert 0 < found.metrics["test_rougeL"] < 1
+    assert found.metrics["test_rougeL"] == pytest.approx(np.mean(by_hand), rel=SAME_LOSS)

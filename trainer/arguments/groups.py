@@ -1,16 +1,17 @@
 """The options, in small groups: what a part of the trainer needs is its group and no more.
 
 Fields carry the names of transformers' TrainingArguments wherever the meaning is the same. Only declarations stand
-here; what two options may not say together is in `training.py`.
+here, and what one group says by itself; what two options may not say together is in `training.py`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from math import inf
 from typing import Any, Literal
 
 from trainer.arguments.options import option
+from trainer.errors import UsageError
 
 INT32 = 2**31 - 1  # lengths of samples and borders in a pack are 32 bits wide
 SCHEDULES_BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # values of lr_scheduler_type
@@ -84,7 +85,9 @@ class OsftArguments:
         None, "Give more important blocks a smaller ratio, measured on so many training samples.", above=0
     )
     osft_svd_dtype: Literal["float32", "float64"] = option("float32", "Format of the singular value decompositions.")
-    osft_leak_limit: float = option(1e-4, "Stop when more of an update lies in what is protected.", above=0, below=inf)
+    osft_leak_limit: float = option(
+        1e-4, "Stop when more of an update lies in what is protected.", above=0, below=math.inf
+    )
 
 
 @dataclass
@@ -161,13 +164,13 @@ class OptimizerArguments:
         {}, "Own learning_rate, weight_decay by regular expression on parameter names, or by embeddings, head; as JSON."
     )
     optim_bf16_state: bool = option(False, "Keep the optimizer's state in bfloat16, rounded at random.")
-    learning_rate: float = option(5e-5, "Peak learning rate.", minimum=0, below=inf)
+    learning_rate: float = option(5e-5, "Peak learning rate.", minimum=0, below=math.inf)
     weight_decay: float = option(
-        0.0, "Decoupled weight decay; never applied to norms and biases.", minimum=0, below=inf
+        0.0, "Decoupled weight decay; never applied to norms and biases.", minimum=0, below=math.inf
     )
     adam_beta1: float = option(0.9, "Decay of AdamW's first moment.", minimum=0, below=1)
     adam_beta2: float = option(0.999, "Decay of AdamW's second moment.", minimum=0, below=1)
-    adam_epsilon: float = option(1e-8, "AdamW's epsilon.", above=0, below=inf)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon.", above=0, below=math.inf)
     max_grad_norm: float = option(1.0, "Clip the global gradient norm to this; 0 never clips.", minimum=0)
 
 
@@ -181,7 +184,15 @@ class ScheduleArguments:
     max_samples: int | None = option(None, "Stop once so many samples were trained.", above=0, maximum=2**62)
     lr_scheduler_type: str = option("linear", "Name of one of transformers' schedules.")
     lr_scheduler_kwargs: dict[str, Any] = option({}, "Extra settings of the schedule, as JSON.")
-    warmup_steps: float = option(0, "Steps of warm-up; below 1 a share of all steps.", minimum=0, below=inf)
+    warmup_steps: float = option(0, "Steps of warm-up; below 1 a share of all steps.", minimum=0, below=math.inf)
+
+    def get_warmup_steps(self, num_training_steps: int | None) -> int:
+        """Give warm-up in steps, of so many that are trained (None: endlessly); a share of them is rounded up."""
+        if self.warmup_steps >= 1 or self.warmup_steps == 0:
+            return int(self.warmup_steps)
+        if num_training_steps is None:
+            raise UsageError(f"warmup_steps = {self.warmup_steps} is a share of all steps, but training never ends")
+        return math.ceil(self.warmup_steps * num_training_steps)
 
 
 @dataclass
@@ -198,7 +209,7 @@ class EvaluationArguments:
     eval_at_end: bool = option(False, "Evaluate after the last step; with eval_strategy=steps that is always done.")
     metric_for_best_model: str = option("loss", "Evaluation metric that tells the best model.")
     metric_improvement_threshold: float = option(
-        0.0, "By how much that metric must be better than the best so far to be the best.", minimum=0, below=inf
+        0.0, "By how much that metric must be better than the best so far to be the best.", minimum=0, below=math.inf
     )
     greater_is_better: bool | None = option(None, "Whether more of that metric is better; by default not for a loss.")
     eval_exact_match: bool = option(False, "Answer held-out chats greedily and count exact answers at each evaluation.")
@@ -276,8 +287,20 @@ class LoggingArguments:
     trackio_static_space_id: str | None | Literal[False] = option(
         None, "Static copy of that space, for trackio; false: none."
     )
-    hub_private_repo: bool | None = option(None, "Whether that space is private, for trackio.")
     disable_tqdm: bool = option(False, "Plain lines instead of a progress bar.")
+
+
+@dataclass
+class HubArguments:
+    """The Hugging Face hub."""
+
+    push_to_hub: bool = option(False, "Push each export to the hub, with a model card.")
+    hub_model_id: str | None = option(None, "Repository on the hub; by default the name of output_dir.")
+    hub_token: str | None = option(
+        None, "Token that may write there; by default that of `hf auth login`.", is_secret=True
+    )
+    hub_private_repo: bool | None = option(None, "Whether a new repository, or trackio's space, is private.")
+    hub_revision: str | None = option(None, "Branch of the repository; by default main.")
 
 
 @dataclass
@@ -316,6 +339,7 @@ GROUPS = (
     CheckpointArguments,
     PredictionArguments,
     LoggingArguments,
+    HubArguments,
     MachineArguments,
     ScriptArguments,
 )

@@ -13,7 +13,6 @@ from trainer.errors import UsageError
 
 _NEVER = object()  # no value of the field says what happens here
 _ENGINE = "weights are always sharded over all ranks by FSDP2; start one process per GPU with torchrun and leave it out"
-_HUB = "nothing is pushed: save_model, then `hf upload NAME FOLDER`"
 _LOGS = "logging is yours to set up: logging.getLogger('trainer').setLevel(...)"
 
 
@@ -51,11 +50,8 @@ NOT_HERE: dict[str, NotHere] = {
     "enable_jit_checkpoint": NotHere(_NEVER, "a signal always ends the run in order, after the running step"),
     "fsdp": NotHere(None, _ENGINE),
     "fsdp_config": NotHere(None, _ENGINE),
-    "hub_always_push": NotHere(False, _HUB),
-    "hub_model_id": NotHere(None, _HUB),
-    "hub_revision": NotHere(None, _HUB),
-    "hub_strategy": NotHere("every_save", _HUB),
-    "hub_token": NotHere(None, _HUB),
+    "hub_always_push": NotHere(False, "each push is waited for, none is left out", also=(True,)),
+    "hub_strategy": NotHere("every_save", "each export is pushed; checkpoints are not", also=("end",)),
     "ignore_data_skip": NotHere(
         False, "a resumed run always goes on where it stopped, without reading what came before"
     ),
@@ -65,7 +61,6 @@ NOT_HERE: dict[str, NotHere] = {
     "log_level_replica": NotHere("warning", _LOGS),
     "log_on_each_node": NotHere(_NEVER, "only the lead rank writes and reports"),
     "parallelism_config": NotHere(None, _ENGINE),
-    "push_to_hub": NotHere(False, _HUB),
     "restore_callback_states_from_checkpoint": NotHere(
         _NEVER, "callbacks with a state always go on with it", also=(True,)
     ),
@@ -79,12 +74,12 @@ DIFFERENT: dict[str, str] = {
     "bf16_full_eval": "the weights come back as they were after each evaluation; also while training; on one rank only",
     "eval_steps": "where left out, logging_steps, as there; evaluations fall on whole steps",
     "fp16_full_eval": "the weights come back as they were after each evaluation; also while training; on one rank only",
-    "hub_private_repo": "for trackio alone: nothing is pushed",
     "include_for_metrics": "with batch_eval_metrics, inputs are the main input of all ranks, as without",
     "logging_nan_inf_filter": "with non_finite=skip alone: a loss that is not finite ends the run otherwise",
     "logging_steps": "10 by default; metrics.jsonl has every step",
     "metric_for_best_model": "loss by default; a metric that is not measured is an error at the first evaluation",
     "output_dir": "outputs by default",
+    "push_to_hub": "each export is pushed, and waited for",
 }
 
 SEQ2SEQ = ("predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config")

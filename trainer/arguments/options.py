@@ -31,10 +31,10 @@ class Help(str):
     ranges: dict[str, float]
 
 
-def option(default: Any, help: str, **ranges: float) -> Any:
+def option(default: Any, help: str, *, is_secret: bool = False, **ranges: float) -> Any:
     """Declare one option of a group: its default, its help, and any of minimum=, above=, maximum=, below=.
 
-    A list or dict default is copied for every instance.
+    A list or dict default is copied for every instance. What is secret is never shown or written.
     """
     unknown = ranges.keys() - _RANGES.keys()
     assert not unknown, unknown
@@ -43,7 +43,7 @@ def option(default: Any, help: str, **ranges: float) -> Any:
     metadata = {"help": text}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata, repr=not is_secret)
 
 
 @cache
@@ -86,6 +86,11 @@ def describe(hint: Any) -> str:
     if get_origin(hint) is dict:
         return "an object of names and values"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
+
+
+def plain(value: Any) -> Any:
+    """Write a torch dtype, as scripts' own options may be, by its name; all else is as it is."""
+    return str(value).removeprefix("torch.") if type(value).__qualname__ == "dtype" else value
 
 
 def parse_json(text: str) -> dict[str, Any]:

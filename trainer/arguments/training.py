@@ -21,6 +21,7 @@ from trainer.arguments.groups import (
     DataArguments,
     EvaluationArguments,
     ExportArguments,
+    HubArguments,
     LoaderArguments,
     LoggingArguments,
     MachineArguments,
@@ -32,7 +33,7 @@ from trainer.arguments.groups import (
     ScriptArguments,
 )
 from trainer.arguments.huggingface import check_foreign, foreign_value
-from trainer.arguments.options import check_options, parse_json, types_of, unknown_option
+from trainer.arguments.options import check_options, parse_json, plain, types_of, unknown_option
 from trainer.arguments.process import ProcessWords
 from trainer.arguments.setters import OptionSetters
 from trainer.errors import UsageError
@@ -43,6 +44,7 @@ ALIASES = {
     "use_liger_kernel": "use_liger_kernels",
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
+SECRET = "<secret>"  # instead of an option that nobody should read
 IDENTITIES = ("data", "eval_data", "tokenizer", "callbacks")  # what else of a run may change when it is resumed
 
 
@@ -76,6 +78,7 @@ class TrainingArguments(  # the last base's options come first
     ProcessWords,
     ScriptArguments,
     MachineArguments,
+    HubArguments,
     LoggingArguments,
     PredictionArguments,
     CheckpointArguments,
@@ -178,8 +181,8 @@ class TrainingArguments(  # the last base's options come first
             *self._checkpoint_contradictions(),
             (
                 self._tells_trackio and not {"trackio", "all"} & set(self.report_to),
-                "project, trackio_space_id, trackio_bucket_id, trackio_static_space_id and hub_private_repo have no "
-                "effect without report_to=trackio; other trackers read their own environment variables",
+                "project, trackio_space_id, trackio_bucket_id, and trackio_static_space_id have no effect without "
+                "report_to=trackio; other trackers read their own environment variables",
             ),
             (self.max_steps == 0, "max_steps = 0 would train nothing: give a positive number, or -1 for no limit"),
         ]
@@ -289,7 +292,7 @@ class TrainingArguments(  # the last base's options come first
 
     @property
     def _tells_trackio(self) -> bool:
-        settings = (self.trackio_space_id, self.trackio_bucket_id, self.trackio_static_space_id, self.hub_private_repo)
+        settings = (self.trackio_space_id, self.trackio_bucket_id, self.trackio_static_space_id)
         return self.project != LoggingArguments.project or any(setting is not None for setting in settings)
 
     @property
@@ -324,14 +327,17 @@ class TrainingArguments(  # the last base's options come first
         return min(self.max_length or self.max_tokens_per_rank, self.max_tokens_per_rank)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give every option as plain JSON values."""
-        return dataclasses.asdict(self)
+        """Give every option as plain JSON values, without secrets."""
+        secret = {field.name for field in dataclasses.fields(self) if not field.repr}
+        options = dataclasses.asdict(self).items()
+        return {name: SECRET if name in secret and value else plain(value) for name, value in options}
 
     def as_given(self) -> dict[str, Any]:
         """Give every option without what was derived from others, so that it is derived anew where these change."""
         unset = {field.name: field.default for field in dataclasses.fields(self)}
         derived = {name for name, value in self._derived().items() if getattr(self, name) == value}
-        return self.to_dict() | {name: unset[name] for name in derived - {"torch_compile"}}
+        given = {name: getattr(self, name) for name in unset}
+        return given | {name: unset[name] for name in derived - {"torch_compile"}}
 
     def to_json_string(self) -> str:
         """Give every option as readable JSON; `from_mapping(json.loads(...))` is its inverse."""

@@ -40,7 +40,7 @@ def check(folder: Path, group: Group) -> None:
     more = f" and {len(faults) - NUM_FAULTS_SHOWN} more" if len(faults) > NUM_FAULTS_SHOWN else ""
     said = group.first_error(CheckpointError("; ".join(faults[:NUM_FAULTS_SHOWN]) + more) if faults else None)
     if said is not None:
-        raise CheckpointError(f"{folder} is not a whole checkpoint: {said.partition('CheckpointError: ')[2]}")
+        raise CheckpointError(f"Can't find a valid checkpoint at {folder}: {said.partition('CheckpointError: ')[2]}")
 
 
 def newest_whole(checkpoints: Path, group: Group) -> Found:

@@ -181,6 +181,12 @@ def count_labels(inputs: Mapping[str, Any], traits: ModelTraits) -> int | None:
     return int((labels != IGNORED_LABEL).sum())
 
 
+def count_inputs(inputs: Mapping[str, Any], traits: ModelTraits) -> int:
+    """Count the numbers of a model's main input, which are its tokens where it reads tokens."""
+    main = inputs.get(traits.main_input_name)
+    return main.numel() if isinstance(main, Tensor) else 0
+
+
 def count_tokens(inputs: Mapping[str, Any], traits: ModelTraits, padding_id: int | None, kind: str) -> int:
     """Tokens of a micro-batch's main input: all, or those that are no padding where that can be told.
 

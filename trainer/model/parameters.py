@@ -9,12 +9,14 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 from torch import nn
 
 from trainer.errors import ModelError
 
 NUM_NEAR_NAMES = 5
+OPERATIONS_PER_PARAMETER = 6  # multiply and add, in the forward pass and twice in the backward pass
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
@@ -76,3 +78,12 @@ def _compile(option: str, pattern: str) -> re.Pattern[str]:
         raise ModelError(
             f"{option}: {pattern!r} is not a regular expression ({error}); escape special characters with a backslash"
         ) from error
+
+
+def operations_per_input(model: nn.Module) -> int:
+    """Estimate the floating-point operations that training does for a token, embeddings aside.
+
+    0 for what is no model of transformers, where a parameter may be used in any way.
+    """
+    num_parameters: Any = getattr(model, "num_parameters", None)
+    return 0 if num_parameters is None else OPERATIONS_PER_PARAMETER * num_parameters(exclude_embeddings=True)

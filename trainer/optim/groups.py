@@ -21,6 +21,7 @@ from trainer.errors import UsageError
 Group = dict[str, Any]  # of torch.optim: params, weight_decay, lr where it has its own
 Named = dict[str, nn.Parameter]
 EMBEDDINGS, HEAD = "embeddings", "head"  # patterns that mean the model's own, whatever they are called
+MATRIX_DIMENSIONS = 2  # and more: what weight decay and low rank are for
 _SETTINGS = {"learning_rate": "lr", "weight_decay": "weight_decay"}
 
 
@@ -52,8 +53,8 @@ def parameter_groups(model: nn.Module, args: OptimizerArguments) -> list[Group]:
 def by_decay(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[Group]:
     """Split parameters into matrices, which decay, and norms and biases, which do not; without empty groups."""
     members = list(parameters)
-    matrices = {"params": [p for p in members if p.ndim >= 2], "weight_decay": weight_decay}
-    others = {"params": [p for p in members if p.ndim < 2], "weight_decay": 0.0}
+    matrices = {"params": [p for p in members if p.ndim >= MATRIX_DIMENSIONS], "weight_decay": weight_decay}
+    others = {"params": [p for p in members if p.ndim < MATRIX_DIMENSIONS], "weight_decay": 0.0}
     return by_kind([matrices, others])
 
 

@@ -50,6 +50,13 @@ def build_optimizer(model: nn.Module, args: OptimizerArguments) -> torch.optim.O
     return optimizer
 
 
+def optimizer_class(model: nn.Module, args: OptimizerArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """Give the class that the options name, and the settings that a model's parameters would have in it."""
+    optimizer = build_optimizer(model, args)
+    taken = inspect.signature(type(optimizer)).parameters
+    return type(optimizer), {name: value for name, value in optimizer.defaults.items() if name in taken}
+
+
 def parse_options(text: str | None) -> dict[str, Any]:
     """Read `name=value, name=value`; a value is a Python literal (0.9, True, (0.9, 0.95)), or text.
 

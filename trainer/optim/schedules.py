@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import math
 import warnings
 from typing import Any
 
@@ -22,15 +21,6 @@ ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")  # need no number
 
 FLAT = ("constant", "constant_with_warmup")
 _GIVEN = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "mode", "verbose"}
-
-
-def num_warmup_steps(args: ScheduleArguments, num_steps: int | None) -> int:
-    """Give warm-up in steps; a share below 1 is taken of all steps and rounded up."""
-    if args.warmup_steps >= 1 or args.warmup_steps == 0:
-        return int(args.warmup_steps)
-    if num_steps is None:
-        raise UsageError(f"warmup_steps = {args.warmup_steps} is a share of all steps, but training never ends")
-    return math.ceil(args.warmup_steps * num_steps)
 
 
 def advance(schedule: LRScheduler, to_step: int | None = None) -> None:
@@ -64,7 +54,7 @@ def build_schedule(
     _check_end(args, num_steps, settings)
     if is_averaging(optimizer) and name not in FLAT:
         raise UsageError(f"lr_scheduler_type = {name!r}: a schedule-free optimizer takes one of {', '.join(FLAT)}")
-    warmup = num_warmup_steps(args, num_steps)
+    warmup = args.get_warmup_steps(num_steps)
     if name in SCHEDULES_BY_METRIC:
         settings["mode"] = "max" if is_more_better else "min"
     try:

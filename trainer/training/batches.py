@@ -25,6 +25,7 @@ class InputCounts:
 
     num_items: int | None  # labels that are not -100, None where there are none
     num_tokens: int = 0  # of its input, where they are counted
+    num_inputs: int = 0  # numbers in its main input
 
 
 CountInputs = Callable[[Inputs], InputCounts]
@@ -40,6 +41,7 @@ class OrdinaryBatch:
     batch_num_samples: int
     batch_num_items: int | None  # labels over all ranks, where there are any
     batch_num_tokens: int  # of the input over all ranks, where they are counted
+    batch_num_inputs: int  # numbers in the main input over all ranks
 
     @property
     def own_num_items(self) -> int:
@@ -110,9 +112,9 @@ class OrdinaryBatches:
         counts = [self.count(micro_batch) for micro_batch in own]
         items = [count.num_items or 0 for count in counts]
         has_items = any(count.num_items is not None for count in counts)
-        own_totals = [sum(sizes), sum(items), has_items, sum(count.num_tokens for count in counts)]
+        own_totals = [sum(sizes), sum(items), has_items, *_totals(counts)]
         is_present = [float(number < len(own)) for number in range(self.dealing.accumulation)]
-        total, total_items, any_items, tokens, *present = self.group.sum([*own_totals, *is_present])
+        total, total_items, any_items, tokens, inputs, *present = self.group.sum([*own_totals, *is_present])
         missing = sum(count > 0 for count in present) - len(own)
         if not any(present):
             return None
@@ -120,7 +122,7 @@ class OrdinaryBatches:
         self._filler = own[-1] if self.group.world_size > 1 else None
         all_items = int(total_items) if any_items else None
         fillers = [0] * missing
-        return OrdinaryBatch(own, sizes + fillers, items + fillers, int(total), all_items, int(tokens))
+        return OrdinaryBatch(own, sizes + fillers, items + fillers, int(total), all_items, int(tokens), int(inputs))
 
     def _sizes(self, own: list[Inputs], position: int) -> list[int]:
         """Samples of each micro-batch: as they were dealt, or as its tensors say where we did not deal."""
@@ -135,6 +137,10 @@ class OrdinaryBatches:
         dataset, collate = self.loader.dataset, self.loader.collate_fn
         first = next(iter(dataset.stream)) if isinstance(dataset, StreamShare) else dataset[0]
         return collate([first])
+
+
+def _totals(counts: list[InputCounts]) -> tuple[int, int]:
+    return sum(count.num_tokens for count in counts), sum(count.num_inputs for count in counts)
 
 
 def _size(micro_batch: Inputs) -> int:

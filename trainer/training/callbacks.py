@@ -18,6 +18,7 @@ from trainer.arguments.training import TrainingArguments
 from trainer.errors import OutputError
 from trainer.training.evaluation import best_metric, improves
 from trainer.training.metrics import StepReport
+from trainer.training.output import METRICS
 
 
 @dataclass
@@ -72,6 +73,7 @@ class RunState(TrainerState):
             "train_runtime": seconds,
             "train_samples_per_second": (self.num_samples_seen - self.resumed_samples) / seconds,
             "train_steps_per_second": (self.global_step - self.resumed_step) / seconds,
+            "total_flos": self.total_flos,
             "train_loss": self.loss_sum / max(self.loss_weight, 1),
         }
 
@@ -159,8 +161,7 @@ class Every:
 class MetricsFile(TrainerCallback):
     """Appends one JSON line for each step and each evaluation of a run to metrics.jsonl, on the lead rank."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self) -> None:
         self._is_training = False
 
     def on_train_begin(self, args: TrainingArguments, state: RunState, control: TrainerControl, **_: Any) -> None:
@@ -175,22 +176,23 @@ class MetricsFile(TrainerCallback):
         self, args: TrainingArguments, state: RunState, control: TrainerControl, report: StepReport, **_: Any
     ) -> None:
         """Write the step's report."""
-        self._append(state, report.to_dict())
+        self._append(args, state, report.to_dict())
 
     def on_evaluate(
         self, args: TrainingArguments, state: RunState, control: TrainerControl, metrics: Mapping[str, float], **_: Any
     ) -> None:
         """Write the evaluation's metrics."""
-        self._append(state, {"step": state.global_step, "epoch": state.epoch, **metrics})
+        self._append(args, state, {"step": state.global_step, "epoch": state.epoch, **metrics})
 
-    def _append(self, state: RunState, line: Mapping[str, Any]) -> None:
+    def _append(self, args: TrainingArguments, state: RunState, line: Mapping[str, Any]) -> None:
         if not (self._is_training and state.is_world_process_zero):
             return
+        path = Path(args.output_dir, METRICS)
         try:
-            with self.path.open("a", encoding="utf-8") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise OutputError(f"{self.path} cannot be written after step {state.global_step}: {error}") from error
+            raise OutputError(f"{path} cannot be written after step {state.global_step}: {error}") from error
 
 
 class ExportCallback(TrainerCallback):

@@ -176,6 +176,7 @@ def train_batch(run: Run, batch: GlobalBatch, stop: StopRequest) -> StepReport:
         run.crash.handle(batch, result, random)
     counts = run.engine.objective.counts(batch)
     run.state.advance(counts["num_samples"], counts.get("num_loss_tokens", 0))
+    run.state.total_flos += counts.pop("num_operations")
     run.state.num_input_tokens_seen += counts.get("num_tokens", 0)
     report = report_step(run, result, counts, now() - started)
     if not report.is_skipped:

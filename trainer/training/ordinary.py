@@ -25,7 +25,15 @@ from trainer.data.ordinary import Collate, Dealing, Inputs, OrdinaryLoader, buil
 from trainer.data.sampler import EpochSampler, LengthGroupedSampler, OrderedSampler
 from trainer.distributed.group import Group
 from trainer.errors import UsageError
-from trainer.model.ordinary import check_module, count_labels, count_tokens, prepare_ordinary_model, read_traits
+from trainer.model.ordinary import (
+    check_module,
+    count_inputs,
+    count_labels,
+    count_tokens,
+    prepare_ordinary_model,
+    read_traits,
+)
+from trainer.model.parameters import operations_per_input
 from trainer.training.batches import InputCounts, OrdinaryBatch, OrdinaryBatches
 from trainer.training.build import check_evaluations
 
@@ -38,6 +46,7 @@ class ModelObjective:
     def __init__(self, model: nn.Module, training_step: TrainingStep, group: Group, *, average_items: bool) -> None:
         self.model, self.training_step, self.group, self.average_items = model, training_step, group, average_items
         self._share, self._has_work = 1.0, True
+        self._operations_per_input = operations_per_input(model)
 
     def backward(self, batch: OrdinaryBatch) -> Iterator[Tensor]:
         """Have `training_step` add the gradient of each micro-batch; gives its share of the loss."""
@@ -63,7 +72,12 @@ class ModelObjective:
     def counts(self, batch: OrdinaryBatch) -> dict[str, Any]:
         """Give what is known of a global batch."""
         tokens = {"num_tokens": batch.batch_num_tokens} if batch.batch_num_tokens else {}
-        return {"num_samples": batch.batch_num_samples, "num_micro_batches": len(batch.micro_batches), **tokens}
+        return {
+            "num_samples": batch.batch_num_samples,
+            "num_micro_batches": len(batch.micro_batches),
+            "num_operations": self._operations_per_input * batch.batch_num_inputs,
+            **tokens,
+        }
 
 
 class OrdinaryRoad:
@@ -179,7 +193,7 @@ class OrdinaryRoad:
     def _count(self, inputs: Inputs) -> InputCounts:
         kind = self.args.include_num_input_tokens_seen
         num_tokens = 0 if kind == "no" else count_tokens(inputs, self.traits, self._padding_id, kind)
-        return InputCounts(count_labels(inputs, self.traits), num_tokens)
+        return InputCounts(count_labels(inputs, self.traits), num_tokens, count_inputs(inputs, self.traits))
 
     @property
     def _padding_id(self) -> int | None:

@@ -12,11 +12,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from trainer.arguments.training import TrainingArguments
 from trainer.errors import UsageError
 from trainer.model.ordinary import LossFunction, LossRule, find_loss
 from trainer.model.precision import compute_context
 from trainer.optim.groups import parameter_groups
-from trainer.optim.optimizers import build_optimizer
+from trainer.optim.optimizers import build_optimizer, optimizer_class
 from trainer.optim.scaling import LossScale
 from trainer.optim.schedules import build_schedule
 from trainer.training.accelerator import AcceleratorWords
@@ -61,6 +62,11 @@ class TrainerParts(TrainerPrediction):
         elif self.optimizer is None:
             self.optimizer = build_optimizer(model, self.args)
         return self.optimizer
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
+        """Give class and settings of the optimizer that options name; some need the model to know them."""
+        return optimizer_class(nn.Linear(1, 1) if model is None else model, args)
 
     def create_scheduler(self, num_training_steps: int | None, optimizer: Optimizer | None = None) -> LRScheduler:
         """Make the learning-rate schedule that the options name, if none was given."""

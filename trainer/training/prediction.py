@@ -25,16 +25,16 @@ from trainer.optim.schedules import feed_metric
 from trainer.training.batches import OrdinaryBatch
 from trainer.training.collected import PADDING, Collected, gather_rows
 from trainer.training.evaluation import best_metric, improves
+from trainer.training.hub import TrainerHub
 from trainer.training.metrics import BatchMetrics, now
 from trainer.training.ordinary import OrdinaryRoad
 from trainer.training.step import to_device
-from trainer.training.surface import TrainerSurface
 
 ROWS = ("predictions", "label_ids", "inputs", "losses")  # as EvalPrediction names them
 Row = TypeVar("Row")
 
 
-class TrainerPrediction(TrainerSurface):
+class TrainerPrediction(TrainerHub):
     """What a Trainer measures and predicts."""
 
     road: Any
@@ -47,6 +47,7 @@ class TrainerPrediction(TrainerSurface):
     compute_loss_func: Callable[..., Tensor] | None
     compute_metrics: Callable[..., dict[str, float]] | None
     preprocess_logits_for_metrics: Callable[..., Any] | None
+    _ignored_outputs: list[str] | None = None  # in evaluations while training
     prediction_padding = PADDING  # of predictions that are narrower than others
 
     def evaluate(
@@ -194,7 +195,7 @@ class TrainerPrediction(TrainerSurface):
 
     def _evaluate_and_compare(self) -> dict[str, float]:
         """Evaluate during a run, and remember the best."""
-        metrics = self.evaluate()
+        metrics = self.evaluate(ignore_keys=self._ignored_outputs)
         value = best_metric(self.args, metrics)
         if value is None and self.args.metric_for_best_model != "loss":
             raise UsageError(

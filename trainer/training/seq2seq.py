@@ -87,6 +87,11 @@ class Seq2SeqTrainer(Trainer):
             generated = self.model.generate(**_questions(inputs), **options)
         return loss, generated, labels
 
+    @staticmethod
+    def load_generation_config(gen_config_arg: Any) -> GenerationConfig:
+        """Give a generation config that is valid, from any of the forms that the option of that name takes."""
+        return load_generation_config(gen_config_arg)
+
     @property
     def prediction_padding(self) -> int:  # type: ignore[override]
         """What shorter answers are filled up with: the padding token, which decoding skips."""
@@ -118,18 +123,26 @@ def load_generation_config(source: Any) -> GenerationConfig:
         UsageError: it cannot be read, or contradicts itself.
     """
     try:
-        if isinstance(source, GenerationConfig):
-            config = GenerationConfig.from_dict(source.to_dict())
-        elif isinstance(source, Mapping):
-            config = GenerationConfig.from_dict(dict(source))
-        elif Path(source).is_file():
-            config = GenerationConfig.from_pretrained(Path(source).parent, Path(source).name)
-        else:
-            config = GenerationConfig.from_pretrained(source)
-        config.validate(strict=True)
+        config = _read_generation_config(source)
     except (OSError, ValueError) as error:
         raise UsageError(f"generation_config = {source!r}: {error}") from error
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        raise UsageError(
+            f"generation_config = {source!r}: The loaded generation config instance is invalid: {error}"
+        ) from error
     return config
+
+
+def _read_generation_config(source: Any) -> GenerationConfig:
+    if isinstance(source, GenerationConfig):
+        return GenerationConfig.from_dict(source.to_dict())
+    if isinstance(source, Mapping):
+        return GenerationConfig.from_dict(dict(source))
+    if Path(source).is_file():
+        return GenerationConfig.from_pretrained(Path(source).parent, Path(source).name)
+    return GenerationConfig.from_pretrained(source)
 
 
 def _questions(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,17 +5,25 @@ Knows the callbacks, the model and the optimizer of its subclass, nothing of how
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 from transformers.trainer_callback import CallbackHandler, TrainerCallback, TrainerControl
 
 from trainer.arguments.training import TrainingArguments
+from trainer.data.ordinary import has_length
 from trainer.distributed.group import Group
 from trainer.errors import UsageError
+from trainer.model.parameters import operations_per_input
+from trainer.model.precision import compute_context
+from trainer.optim.groups import MATRIX_DIMENSIONS
 from trainer.training.callbacks import Events, RunState
+from trainer.training.left_out import LEFT_OUT, check_overrides
 
 Callback: TypeAlias = TrainerCallback | type[TrainerCallback]
 
@@ -31,6 +39,9 @@ class TrainerSurface:
         save_state,
     )
 
+    is_deepspeed_enabled = is_fsdp_enabled = False  # by accelerate, which scripts ask for
+    place_model_on_device = True
+
     args: TrainingArguments
     model: Any
     group: Group
@@ -38,6 +49,16 @@ class TrainerSurface:
     callback_handler: CallbackHandler
     optimizer: Optimizer | None
     lr_scheduler: LRScheduler | None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Refuse a subclass whose overrides nothing would call."""
+        super().__init_subclass__(**options)
+        check_overrides(cls)
+
+    def __getattr__(self, name: str) -> Any:
+        """Say what to use instead of what transformers' Trainer has and this one has not."""
+        advice = f"this Trainer has none: {LEFT_OUT[name]}" if name in LEFT_OUT else "there is no such attribute"
+        raise AttributeError(f"{type(self).__name__}.{name}: {advice}")
 
     @property
     def state(self) -> RunState:
@@ -70,6 +91,11 @@ class TrainerSurface:
         self.callback_handler.remove_callback(callback)
 
     @property
+    def model_wrapped(self) -> Any:
+        """The model: nothing wraps it."""
+        return self.model
+
+    @property
     def _train_batch_size(self) -> int:
         """Samples of one rank in one micro-batch, as found where auto_find_batch_size looked for it."""
         return self.state.train_batch_size
@@ -81,6 +107,32 @@ class TrainerSurface:
     def is_local_process_zero(self) -> bool:
         """Whether this rank is the first of its node."""
         return self.group.topology.is_local_lead
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Count the samples of an ordinary data set in one step over all ranks."""
+        return self._train_batch_size * args.gradient_accumulation_steps * self.group.world_size
+
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
+        """Count a loader's samples, as well as its data set and its length tell."""
+        dataset: Any = getattr(dataloader, "dataset", None)
+        return len(dataset) if has_length(dataset) else len(dataloader) * self.args.per_device_train_batch_size
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """Estimate the operations that training on a batch takes; `state.total_flos` counts them."""
+        main = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
+        return 0 if main is None else int(operations_per_input(self.model) * main.numel())
+
+    def compute_loss_context_manager(self) -> AbstractContextManager[Any]:
+        """Give the context in which an overridden training_step computes its loss, in the format of the options."""
+        return compute_context(self.model)
+
+    def end(self) -> None:
+        """Leave the process group; no other method that ranks call together works afterwards."""
+        self.group.close()
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names of the parameters that weight_decay makes smaller: matrices, not norms and biases."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim >= MATRIX_DIMENSIONS]
 
     def get_learning_rates(self) -> list[float]:
         """Give the learning rate of each parameter group of the optimizer."""

@@ -24,6 +24,7 @@ from trainer.distributed.group import Group
 from trainer.errors import UsageError
 from trainer.model.loss import token_loss_sum
 from trainer.model.osft import Osft
+from trainer.model.parameters import operations_per_input
 from trainer.model.tokenizer import load_tokenizer
 from trainer.training.build import (
     build_cost,
@@ -45,6 +46,7 @@ class TokenObjective:
 
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, group: Group) -> None:
         self.model, self.group = model, group
+        self._operations_per_token = operations_per_input(model)
         self.label_smoothing, self.max_tokens_per_rank = args.label_smoothing_factor, args.max_tokens_per_rank
 
     def backward(self, batch: list[MicroBatch]) -> Iterator[Tensor]:
@@ -58,7 +60,8 @@ class TokenObjective:
 
     def counts(self, batch: list[MicroBatch]) -> dict[str, Any]:
         """Give the counts of the plan."""
-        return batch_counts(batch, self.max_tokens_per_rank, self.group.world_size)
+        counts = batch_counts(batch, self.max_tokens_per_rank, self.group.world_size)
+        return counts | {"num_operations": self._operations_per_token * counts["num_tokens"]}
 
 
 class TokenBatches:

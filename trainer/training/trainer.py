@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import set_seed
 from transformers.trainer_callback import CallbackHandler, PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import BestRun, TrainOutput
 
 from trainer.arguments.training import TrainingArguments
 from trainer.data.dataset import is_token_data
@@ -36,13 +37,14 @@ from trainer.training.memory import Snapshot, is_out_of_memory, memory_tracker, 
 from trainer.training.metrics import now
 from trainer.training.ordinary import OrdinaryRoad
 from trainer.training.osft import start
-from trainer.training.output import METRICS, open_output_dir
+from trainer.training.output import open_output_dir
 from trainer.training.parts import TrainerParts
 from trainer.training.reporting import reporters
+from trainer.training.search import Objective, Search
 from trainer.training.step import Engine
 from trainer.training.tokens import TokenRoad
 
-ModelInit = Callable[[], nn.Module]
+ModelInit = Callable[..., nn.Module]  # takes a trial, or nothing
 ComputeMetrics = Callable[..., dict[str, float]]
 
 
@@ -110,17 +112,27 @@ class Trainer(TrainerParts):
         self.stop_signal: int | None = None  # the signal that ended the last run, if one did
         self.is_in_train = False
         self._has_trained = False
+        self._trial: Any = None
         self._exports: dict[Path, int] = {}  # folder -> step whose weights it holds
+        if self.args.push_to_hub:
+            self.init_hf_repo()
         self._start_callbacks(callbacks or ())
         self._scale = LossScale(self.state, is_on=False)
         self._memory.stop_and_update_metrics()
 
-    def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: bool | str | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """Train from the start, or from a checkpoint, to the end.
 
         Args:
             resume_from_checkpoint: a checkpoint's folder; True, the newest whole one in output_dir; "auto", the same,
                 or from the start if there is none; by default what the option of that name says.
+            trial: what `model_init` is given, if it takes an argument; see `hyperparameter_search`.
+            ignore_keys_for_eval: outputs of the model that are not predictions, in evaluations while training.
 
         Returns:
             Steps taken, mean loss (over all loss tokens; over steps where these are not known), and throughput.
@@ -130,6 +142,9 @@ class Trainer(TrainerParts):
             CheckpointError: there is no whole checkpoint to go on from, or one could not be written.
         """
         self._memory.start()
+        self._trial, self._ignored_outputs = trial, ignore_keys_for_eval
+        if isinstance(self.road, OrdinaryRoad):
+            self.road.per_device_train_batch_size = self.args.per_device_train_batch_size
         before = Snapshot(self.model) if self.args.auto_find_batch_size else None
         asked = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         while not self._train_once(before, asked):
@@ -137,22 +152,64 @@ class Trainer(TrainerParts):
         self._memory.stop_and_update_metrics(self._train_metrics)
         return TrainOutput(self.state.global_step, self._train_metrics["train_loss"], self._train_metrics)
 
-    def save_model(self, output_dir: str | Path | None = None) -> Path:
-        """Export weights, and config and tokenizer if any; by default to output_dir/hf_format/samples_N."""
+    def save_model(self, output_dir: str | Path | None = None, _internal_call: bool = False) -> Path:
+        """Export weights, and config and tokenizer if any; by default to output_dir/hf_format/samples_N.
+
+        With the option push_to_hub it is pushed, too.
+        """
         folder = Path("hf_format", f"samples_{self.state.num_samples_seen}")
         directory = Path(output_dir or Path(self.args.output_dir, folder))
         save_dtype = getattr(torch, self.args.save_dtype) if self.args.save_dtype else None
         if self._exports.get(directory) != self.state.global_step:
             is_shared = directory.resolve() == Path(self.args.output_dir).resolve()  # with all that the run writes
             with averaged_weights(self.optimizer):
-                export_model(self.model, self.processing_class, directory, save_dtype, is_shared=is_shared)
+                export_model(self.model, self._tokenizer_to_save, directory, save_dtype, is_shared=is_shared)
             self._exports[directory] = self.state.global_step
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(f"Step {self.state.global_step}")
         return directory
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Have `model_init` build a model, for a trial where it takes one."""
+        assert self.model_init is not None
+        return self.model_init(trial) if inspect.signature(self.model_init).parameters else self.model_init()
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], Mapping[str, Any]] | None = None,
+        compute_objective: Objective | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] = "minimize",
+        backend: str | None = None,
+        hp_name: Callable[[Any], str] | None = None,
+        **settings: Any,
+    ) -> BestRun | list[BestRun]:
+        """Train with many settings of options, chosen by optuna, each in a folder of its own; gives the best.
+
+        `settings` are those of optuna's create_study, and `timeout`, `gc_after_trial` and `catch` of its optimize.
+
+        Raises:
+            MissingPackageError: optuna is not installed.
+            UsageError: there is no model_init, or another backend is asked for.
+        """
+        if backend not in (None, "optuna"):
+            raise UsageError(f"backend = {backend}: only optuna is supported")
+        search = Search(self, hp_space, compute_objective, hp_name)
+        return search.run(n_trials, direction, **settings)
 
     @property
     def answers(self) -> dict[int, list[Answer]]:
         """Step -> answers to held-out chats of the evaluation after it."""
         return self.road.answers
+
+    @property
+    def _tokenizer_to_save(self) -> Any:
+        """What turns raw data into inputs, the collator's where none was given."""
+        return (
+            self.processing_class
+            if self.processing_class is not None
+            else getattr(self.data_collator, "tokenizer", None)
+        )
 
     def _choose_road(self, model: Any, datasets: tuple[Any, Any]) -> Any:
         """Token data is given, named by an option, or all that is left to be built from; all else is ordinary."""
@@ -169,7 +226,7 @@ class Trainer(TrainerParts):
             raise UsageError("give either model or model_init")
         self.road = OrdinaryRoad(self.args, self.group, self.data_collator, self.processing_class, datasets)
         self.data_collator = self.road.collate
-        self._use_model(self.model_init() if self.model_init is not None else model)
+        self._use_model(self.call_model_init() if self.model_init is not None else model)
         return self.road
 
     def _check_token_road(self) -> None:
@@ -186,7 +243,7 @@ class Trainer(TrainerParts):
         self.label_names = self.road.traits.label_names
 
     def _start_callbacks(self, callbacks: Sequence[TrainerCallback | type[TrainerCallback]]) -> None:
-        own = [MetricsFile(Path(self.args.output_dir, METRICS)), ExportCallback(self.save_model)]
+        own = [MetricsFile(), ExportCallback(self.save_model)]
         usual = [DefaultFlowCallback(), *self._display(), *reporters(self.args.report_to)]
         self.callback_handler = CallbackHandler([*usual, *callbacks], self.model, self.processing_class, None, None)
         self.events = Events(self.args, self._new_state(), self.callback_handler, own)
@@ -238,13 +295,13 @@ class Trainer(TrainerParts):
 
     def _begin_anew(self) -> None:
         """Forget an earlier run: the second counts from 0, with its own schedule, and with model_init its own model."""
-        if not self._has_trained:
+        if not self._has_trained and self._trial is None:
             return
         self.state = self._new_state()
         self._exports.clear()
         if self.model_init is not None:
             set_seed(self.args.seed)
-            self._use_model(self.model_init())
+            self._use_model(self.call_model_init(self._trial))
             self.optimizer, self.lr_scheduler = None, None
         elif self._made_schedule:
             self.lr_scheduler = None

@@ -1,0 +1,174 @@
+"""The hub: a repository for a run's exports, with a model card that says what was trained and how.
+
+Knows a run by its options, its state and its model. Only the lead rank talks to the hub; that it could not is an error
+on all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import HfApi, ModelCard
+from transformers.modelcard import TrainingSummary, parse_log_history
+
+from trainer.arguments.training import TrainingArguments
+from trainer.distributed.group import Group
+from trainer.errors import OutputError
+from trainer.training.surface import TrainerSurface
+
+CARD = "README.md"
+ON_CARD = {  # options, under the names that transformers' cards give them
+    "learning_rate": "learning_rate",
+    "train_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "seed": "seed",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "optimizer": "optim",
+    "lr_scheduler_type": "lr_scheduler_type",
+    "lr_scheduler_warmup_steps": "warmup_steps",
+    "num_epochs": "num_train_epochs",
+}
+Given = TypeVar("Given")
+
+
+class TrainerHub(TrainerSurface):
+    """What a Trainer does with the hub, under transformers' names."""
+
+    hub_model_id: str | None = None  # the repository's whole name, once it is known to be there
+    save_model: Callable[..., Path]
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository that the options name, where it is not there yet.
+
+        Raises:
+            OutputError: the hub refuses, or cannot be reached.
+        """
+        self.hub_model_id = create_repository(self.args, self.group, token, private)
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> Any:
+        """Export the model and push it with a model card; `card` are facts for it, see `create_model_card`.
+
+        Returns:
+            What the hub says of the commit, or a future of that where `blocking` is false; None on other ranks.
+
+        Raises:
+            OutputError: the hub refuses, or cannot be reached.
+        """
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        folder = self.save_model(_internal_call=True)
+        self._write_card(folder / CARD, {**card, "tags": [*as_list(card.get("tags")), *self._model_tags]})
+        settings = {"commit_message": commit_message, "run_as_future": not blocking, "repo_id": self.hub_model_id}
+        return upload(self.args, self.group, folder, token=token, revision=revision, **settings)
+
+    def create_model_card(self, language: str | None = None, license: str | None = None, **facts: Any) -> None:
+        """Write a model card into output_dir: what was trained, how, and what came of it.
+
+        `facts` are model_name, tags, finetuned_from, tasks, dataset, dataset_tags, dataset_args, dataset_metadata.
+        """
+        self._write_card(Path(self.args.output_dir, CARD), {"language": language, "license": license, **facts})
+
+    def _write_card(self, path: Path, facts: Mapping[str, Any]) -> None:
+        source = getattr(getattr(self.model, "config", None), "_name_or_path", None)
+        known = {"finetuned_from": source} if source and not Path(source).is_dir() else {}
+        if self.group.is_lead:
+            write_card(path, self.args, self.state.log_history, **{**known, **facts})
+
+    @property
+    def _model_tags(self) -> list[str]:
+        return as_list(getattr(self.model, "model_tags", None))
+
+
+def as_list(given: str | Sequence[str] | None) -> list[str]:
+    """Give one word, several or none as a list."""
+    return [given] if isinstance(given, str) else list(given or ())
+
+
+def repository_name(args: TrainingArguments) -> str:
+    """Give the name that the options give a repository: that of the output folder where they give none."""
+    return args.hub_model_id or Path(args.output_dir).absolute().name
+
+
+def create_repository(args: TrainingArguments, group: Group, token: str | None, private: bool | None) -> str | None:
+    """Make the run's repository, or find it; gives its whole name, on the lead rank.
+
+    Raises:
+        OutputError: the hub refuses, or cannot be reached.
+    """
+    name = repository_name(args)
+    private = args.hub_private_repo if private is None else private
+
+    def create() -> str:
+        found = HfApi().create_repo(name, token=token or args.hub_token, private=private, exist_ok=True)
+        return str(found.repo_id)
+
+    return on_lead(group, create, f"{name} could not be made on the hub")
+
+
+def upload(args: TrainingArguments, group: Group, folder: Path, **settings: Any) -> Any:
+    """Push what lies in a folder; `settings` are those of huggingface_hub's upload_folder.
+
+    Raises:
+        OutputError: the hub refuses, or cannot be reached.
+    """
+    settings = {"token": args.hub_token, "revision": args.hub_revision} | {
+        name: value for name, value in settings.items() if value is not None
+    }
+    what = f"{folder} could not be pushed to {repository_name(args)}"
+    return on_lead(group, lambda: HfApi().upload_folder(folder_path=folder, **settings), what)
+
+
+def on_lead(group: Group, do: Callable[[], Given], what: str) -> Given | None:
+    """Give what the lead rank's talk with the hub came to; None on the others.
+
+    Raises:
+        OutputError: on all ranks, where it failed.
+    """
+    error: Exception | None = None
+    done: Given | None = None
+    if group.is_lead:
+        try:
+            done = do()
+        except Exception as caught:  # noqa: BLE001 - its transport, and so what it raises, changes with the version
+            error = caught
+    if (said := group.first_error(error)) is not None:
+        raise OutputError(f"{what}: {said}; log in with `hf auth login`, or give hub_token") from error
+    return done
+
+
+def write_card(path: Path, args: TrainingArguments, history: list[dict[str, float]], **facts: Any) -> None:
+    """Write what was trained and how; tags of a card that is there already stay.
+
+    Args:
+        path: the file.
+        args, history: options, and the run's log.
+        facts: what TrainingSummary takes: model_name, finetuned_from, tags, license, dataset ...
+    """
+    former = ModelCard.load(path).data.tags or [] if path.is_file() else []
+    tags = list(dict.fromkeys(["generated_from_trainer", *as_list(facts.pop("tags", None)), *former]))
+    _, lines, results = parse_log_history(history)
+    summary = TrainingSummary(
+        model_name=facts.pop("model_name", None) or repository_name(args).rpartition("/")[2],
+        tags=tags,
+        eval_lines=lines,
+        eval_results=results,
+        hyperparameters={word: plain(args.to_dict(), name) for word, name in ON_CARD.items()},
+        **facts,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(summary.to_model_card(), encoding="utf-8")
+
+
+def plain(options: Mapping[str, Any], name: str) -> Any:
+    """Give an option as plain value: enumerations by what they mean."""
+    return getattr(options[name], "value", options[name])
