@@ -18,10 +18,11 @@ from tests.fixtures.models import build_model, build_pack, tiny_llama
 from tests.fixtures.runs import build_trainer, random_token_samples
 from tests.fixtures.varlen import NeverReads
 from trainer.arguments.training import TrainingArguments
-from trainer.model.attention import VARLEN, packed_sdpa, use_packed_attention, varlen
+from trainer.model.attention import VARLEN, packed_sdpa, use_packed_attention
 from trainer.model.loss import token_loss_sum
 from trainer.model.precision import use_compute_dtype
 from trainer.model.shard import PRODUCTS, checkpoint_activations, compile_blocks, shard_model
+from trainer.model.varlen import varlen
 from trainer.training.step import to_device
 
 GATHERING = ("fsdp::all_gather_copy_in",)

@@ -1,31 +1,29 @@
 """Attention over packs: each sample sees itself only, whatever it is packed with.
 
-Registers two functions with transformers and chooses for each model: `packed_sdpa` calls torch's attention once per
-sample (exact on CPU, knows windows, soft caps and sinks), `varlen` is torch's variable-length kernel on CUDA. Both
-read the borders that `packed_inputs` passes through the model, and act as ordinary attention where no borders come
-(padded batches, generation).
+Chooses for each model between two functions registered with transformers: `packed_sdpa` calls torch's attention once
+per sample (exact on CPU, knows windows, soft caps and sinks), `varlen` (a module of its own) is torch's variable-length
+kernel on CUDA. Both read the borders that `packed_inputs` passes through the model, and act as ordinary attention where
+no borders come (padded batches, generation).
 
 T tokens in a pack, S samples, H query heads, G key heads, E head size, B rows (1 for a pack).
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 from transformers.masking_utils import sdpa_mask
 
 from trainer.errors import MissingPackageError, ModelError
-from trainer.model.precision import autocast_dtype
 
 PACKED_SDPA = "packed_sdpa"
 VARLEN = "varlen"
@@ -34,9 +32,6 @@ FLASH_PACKAGES = {"flash_attention_2": ("flash_attn", "flash-attn"), "flash_atte
 ALLOWED = ("auto", *OWN_IMPLEMENTATIONS, *FLASH_PACKAGES, "sdpa", "eager")
 VARLEN_MAX_HEAD_SIZE = 256
 HEAD_SIZE_UNIT = 8
-# Before torch 2.12 the kernel has no such option and takes grouped heads as they are.
-_groups_heads = "enable_gqa" in inspect.signature(varlen_attn).parameters
-_varlen_kernel: Callable[..., Any] = partial(varlen_attn, enable_gqa=True) if _groups_heads else varlen_attn
 
 
 def packed_inputs(model: nn.Module, micro_batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,6 +96,8 @@ def use_packed_attention(
         raise ModelError(f"attn_implementation: {name!r} is unknown; allowed: {', '.join(ALLOWED)}")
     if name == VARLEN and (obstacle := _varlen_obstacle(model, device, dtype)):
         raise ModelError(f"attn_implementation: 'varlen' cannot run here: {obstacle}; use 'auto' or 'packed_sdpa'")
+    if name == VARLEN:
+        importlib.import_module("trainer.model.varlen")  # registers it; half a second that a CPU need not wait
     if name in OWN_IMPLEMENTATIONS:
         _assign(model, name)
     else:
@@ -141,30 +138,6 @@ def packed_sdpa(
     return output.transpose(1, 2).contiguous(), None
 
 
-def varlen(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """Torch's variable-length kernel where borders are given, else `packed_sdpa`; shapes as there."""
-    borders = options.get("cu_seq_lens_q")
-    if borders is None:
-        return packed_sdpa(module, query, key, value, attention_mask, **options)
-    if options.get("softcap") is not None or options.get("s_aux") is not None:
-        raise ModelError(f"{type(module).__name__} uses a soft cap or sinks, which 'varlen' does not know; use 'auto'")
-    window = options.get("sliding_window")
-    length = options["max_length_q"]
-    # Autocast does not know the kernel, and float32 rotary tables have made queries and keys float32.
-    dtype = autocast_dtype(value)
-    rows = [tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value)]
-    scale, reach = options.get("scaling"), (-1 if window is None else window - 1, 0)
-    output: Tensor = _varlen_kernel(*rows, borders, borders, length, length, scale=scale, window_size=reach)
-    return output[None], None
-
-
 def packed_mask(batch_size: int, q_length: int, kv_length: int, *args: Any, **kwargs: Any) -> Tensor | None:
     """No mask where the attention function can tell from borders and windows alone; else transformers' own."""
     is_plain = kwargs.get("attention_mask") is None and not kwargs.get("use_vmap", False)
@@ -174,7 +147,6 @@ def packed_mask(batch_size: int, q_length: int, kv_length: int, *args: Any, **kw
 
 
 AttentionInterface.register(PACKED_SDPA, torch.compiler.disable(packed_sdpa))
-AttentionInterface.register(VARLEN, varlen)
 for _name in OWN_IMPLEMENTATIONS:
     AttentionMaskInterface.register(_name, packed_mask)
 
