@@ -12,8 +12,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainer.arguments.files import read_yaml
 from trainer.arguments.groups import GROUPS
-from trainer.arguments.training import TrainingArguments, read_yaml
+from trainer.arguments.training import TrainingArguments
 from trainer.cli.parse import parse
 from trainer.cli.train import LaunchArguments
 from trainer.errors import UsageError

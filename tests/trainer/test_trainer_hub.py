@@ -14,6 +14,7 @@ import pytest
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load
 
+from tests.fixtures.runs import Calls
 from tests.trainer.trainer_test_utils import get_regression_trainer, line_of
 from trainer.arguments.training import TrainingArguments
 from trainer.errors import OutputError
@@ -107,7 +108,8 @@ def test_a_run_is_pushed_when_it_is_exported(tmp_path: Path, hub: Hub) -> None:
 
 
 def test_a_model_is_pushed_on_demand(tmp_path: Path, hub: Hub) -> None:
-    trainer = get_regression_trainer(output_dir=tmp_path / "run", max_steps=1)
+    calls = Calls()
+    trainer = get_regression_trainer(output_dir=tmp_path / "run", max_steps=1, callbacks=[calls])
     trainer.train()
     assert hub.created == []
     trainer.model.add_model_tags("of-the-model")
@@ -118,6 +120,7 @@ def test_a_model_is_pushed_on_demand(tmp_path: Path, hub: Hub) -> None:
     card = ModelCard(files["README.md"].decode()).data
     assert card.tags == ["generated_from_trainer", "mine", "of-the-model"]
     assert card.license == "mit"
+    assert calls.names.count("on_push_begin") == 1
     later = trainer.push_to_hub(blocking=False, token=TOKEN)
     assert later.result().oid == "1"
 

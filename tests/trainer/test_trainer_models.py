@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from tests.fixtures.models import tiny_llama
+from tests.fixtures.tokenizers import build_tokenizer
 from tests.fixtures.tolerances import (
     REGRESSION_FP32,
 )
@@ -156,6 +158,19 @@ class TestModels:
         named.train()
         assert line_of(given) == pytest.approx(line_of(named), rel=REGRESSION_FP32)
 
+    def test_a_maker_of_optimizers_is_given_the_model(self, tmp_path: Path) -> None:
+        class Maker:
+            def __call__(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+                return torch.optim.SGD(model.parameters(), lr=lr)
+
+        made = get_regression_trainer(
+            output_dir=tmp_path / "made", **{**PLAIN, "optimizer_cls_and_kwargs": (Maker, {"lr": 0.1})}
+        )
+        named = get_regression_trainer(output_dir=tmp_path / "named", **PLAIN)
+        made.train()
+        named.train()
+        assert line_of(made) == line_of(named)
+
     @pytest.mark.world_size(2)
     def test_an_optimizer_of_parameters_that_were_sharded_is_refused(self, ranks) -> None:
         model = tiny_llama()
@@ -164,6 +179,24 @@ class TestModels:
         trainer = Trainer(model, args, train_dataset=labelled_rows(2), optimizers=(optimizer, None))
         with pytest.raises(UsageError, match="parameters that are not the model's"):
             trainer.train()
+
+    def test_the_optimizer_of_the_options_can_be_asked_for(self) -> None:
+        args = TrainingArguments(optim="adamw_torch", adam_beta1=0.8, learning_rate=0.25)
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+        assert kind is torch.optim.AdamW
+        assert (settings["lr"], settings["betas"]) == (0.25, (0.8, 0.999))
+        kind([nn.Parameter(torch.zeros(1))], **settings)
+
+    def test_the_collators_tokenizer_is_exported(self, tmp_path: Path) -> None:
+        class Collator:
+            tokenizer = build_tokenizer()
+
+            def __call__(self, samples: Any) -> Any:
+                return transformers.default_data_collator(samples)
+
+        trainer = get_regression_trainer(output_dir=tmp_path, data_collator=Collator())
+        folder = trainer.save_model()
+        assert len(transformers.AutoTokenizer.from_pretrained(folder)) == len(Collator.tokenizer)
 
     def test_frozen_parameters_stay(self, tmp_path: Path) -> None:
         trainer = get_regression_trainer(output_dir=tmp_path, b=0.5, freeze_patterns=["^b$"])

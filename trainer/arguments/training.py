@@ -12,8 +12,9 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self
 
+from trainer.arguments.files import as_meant, read_yaml
 from trainer.arguments.groups import (
     SCHEDULES_BY_METRIC,
     BatchArguments,
@@ -354,7 +355,7 @@ class TrainingArguments(  # the last base's options come first
     def from_mapping(cls, options: Mapping[str, Any]) -> Self:
         """Build from parsed YAML or JSON; what YAML misreads (1e-4 as text, no as false) is put right."""
         hints = types_of(cls)
-        return cls(**{name: _as_meant(value, hints.get(ALIASES.get(name, name))) for name, value in options.items()})
+        return cls(**{name: as_meant(value, hints.get(ALIASES.get(name, name))) for name, value in options.items()})
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Self:
@@ -364,39 +365,3 @@ class TrainingArguments(  # the last base's options come first
 
 def _as_list(value: str | list[str]) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file of options.
-
-    Raises:
-        UsageError: the file cannot be read, is not YAML, or is not a list of `name: value`.
-    """
-    import yaml
-
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        options = yaml.safe_load(text)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
-        raise UsageError(f"configuration {path}: {error}") from error
-    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
-        found = ", ".join(map(repr, options)) if isinstance(options, dict) else type(options).__name__
-        raise UsageError(f"configuration {path}: expected lines of `option: value`, found {found}")
-    node: Any = yaml.compose(text, yaml.SafeLoader)
-    names = [name.value for name, _ in node.value]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UsageError(f"configuration {path}: {', '.join(twice)} stands there more than once: give it once")
-    return options
-
-
-def _as_meant(value: Any, hint: Any) -> Any:
-    """Read text as a number where the option is a float, false as no where it is a choice: YAML takes 1e-4 for text."""
-    if value is False and "no" in get_args(hint):
-        return "no"
-    if hint is not float or not isinstance(value, str):
-        return value
-    try:
-        return float(value)
-    except ValueError:
-        return value

@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from trainer.arguments.files import read_yaml
 from trainer.arguments.options import check_options, parse_json
-from trainer.arguments.training import ALIASES, TrainingArguments, read_yaml
+from trainer.arguments.training import ALIASES, TrainingArguments
 
 Extra = TypeVar("Extra")
 _registry = ConstructorRegistry()

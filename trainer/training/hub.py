@@ -64,6 +64,7 @@ class TrainerHub(TrainerSurface):
         Raises:
             OutputError: the hub refuses, or cannot be reached.
         """
+        self.events.emit("on_push_begin")
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)
         folder = self.save_model(_internal_call=True)

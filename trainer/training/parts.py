@@ -57,8 +57,11 @@ class TrainerParts(TrainerPrediction):
         """Make the optimizer that the options name, or that `optimizer_cls_and_kwargs` gives, if there is none yet."""
         model = self.model if model is None else model
         if self.optimizer is None and self.optimizer_cls_and_kwargs is not None:
+            kind: Any
             kind, settings = self.optimizer_cls_and_kwargs
-            self.optimizer = kind(parameter_groups(model, self.args), **settings)
+            is_class = isinstance(kind, type) and issubclass(kind, Optimizer)
+            make, held = (kind, parameter_groups(model, self.args)) if is_class else (kind(), model)
+            self.optimizer = make(held, **settings)
         elif self.optimizer is None:
             self.optimizer = build_optimizer(model, self.args)
         return self.optimizer

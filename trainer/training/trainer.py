@@ -69,7 +69,8 @@ class Trainer(TrainerParts):
         compute_metrics, preprocess_logits_for_metrics: see transformers' Trainer.
         callbacks: transformers callbacks, called after the trainer's own.
         optimizers: optimizer and learning-rate schedule to use instead of those that the options name.
-        optimizer_cls_and_kwargs: class and settings of the optimizer.
+        optimizer_cls_and_kwargs: class and settings of the optimizer; or, for the class, one whose objects make an
+            optimizer of a model and the settings.
 
     Raises:
         UsageError, ModelError, DataError: see the messages.
