@@ -18,6 +18,7 @@ from tests.fixtures.models import build_model, build_pack, tiny_llama
 from tests.fixtures.runs import build_trainer, random_token_samples
 from tests.fixtures.varlen import NeverReads
 from trainer.arguments.training import TrainingArguments
+from trainer.errors import ModelError, UsageError
 from trainer.model.attention import VARLEN, packed_sdpa, use_packed_attention
 from trainer.model.loss import token_loss_sum
 from trainer.model.precision import use_compute_dtype
@@ -144,6 +145,14 @@ def test_products_that_are_kept_are_not_computed_again(name, by_autocast):
     assert plain[1] < kept[1] == recomputed[1]
     assert torch.equal(kept[2], plain[2])
     assert torch.equal(recomputed[2], plain[2])
+
+
+def test_what_is_kept_and_reentrance_exclude_each_other():
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(ModelError, match="use_reentrant exclude each other: leave the latter out"):
+        checkpoint_activations(tiny_llama(), TrainingArguments(**options, gradient_checkpointing_keeps="products"))
+    with pytest.raises(UsageError, match="have no effect without gradient_checkpointing"):
+        TrainingArguments(gradient_checkpointing_keeps="products")
 
 
 @pytest.mark.world_size(2)

@@ -229,11 +229,6 @@ class TrainingArguments(  # the last base's options come first
                 "gradient_checkpointing: switch it on",
             ),
             (
-                self.gradient_checkpointing_keeps != "nothing"
-                and bool(self.gradient_checkpointing_kwargs.get("use_reentrant")),
-                "gradient_checkpointing_keeps and use_reentrant exclude each other: leave use_reentrant out",
-            ),
-            (
                 self.length_column_name != "length" and self.train_sampling_strategy != "group_by_length",
                 "length_column_name has no effect but with train_sampling_strategy=group_by_length",
             ),

@@ -70,6 +70,8 @@ def checkpoint_activations(model: nn.Module, args: ModelArguments) -> None:
         raise ModelError(f"gradient_checkpointing: {type(model).__name__} does not support it; leave it off")
     settings = {"use_reentrant": False, **args.gradient_checkpointing_kwargs}
     if args.gradient_checkpointing_keeps == "products":
+        if settings["use_reentrant"]:
+            raise ModelError("gradient_checkpointing_keeps and use_reentrant exclude each other: leave the latter out")
         settings["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_products)
     enable(settings)
 
