@@ -15,14 +15,16 @@ from loader_contenders import CONTENDERS
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--num-samples", type=int, default=20_000)
+    parser.add_argument("--tiny", action="store_true", help="only show that it runs")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
     options = parser.parse_args()
+    num_samples = 400 if options.tiny else options.num_samples
     script = str(Path(__file__).with_name("loader_contenders.py"))
-    commands = {name: [script, name, "--num-samples", str(options.num_samples)] for name in options.only}
+    commands = {name: [script, name, "--num-samples", str(num_samples)] for name in options.only}
     results = compare(commands, options.rounds)
     packages = versions("trl", "rhai-innovation-mini-trainer")
-    print(f"{options.num_samples} samples, {options.rounds} rounds; {packages}\n")
+    print(f"{num_samples} samples, {options.rounds} rounds; {packages}\n")
     print(table(results, "tokens_per_second", ("first_batch_milliseconds",)))
 
 

@@ -30,17 +30,17 @@ def help_seconds(words: Sequence[str], rounds: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=["tiny", "small"], default="small")
-    parser.add_argument("--load", choices=["first-step", "tiny"], default="first-step")
+    parser.add_argument("--tiny", action="store_true", help="only show that it runs")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
     options = parser.parse_args()
     for words in (["--help"], ["train", "--help"]):
         print(f"trainer {' '.join(words)}: {help_seconds(words, options.rounds):.2f} s")
     script = str(Path(__file__).with_name("step_contenders.py"))
-    commands = {name: [script, name, "--model", options.model, "--load", options.load] for name in options.only}
+    model, load = ("tiny", "tiny") if options.tiny else ("small", "first-step")
+    commands = {name: [script, name, "--model", model, "--load", load] for name in options.only}
     results = compare(commands, options.rounds)
-    print(f"model {options.model}, {options.rounds} rounds; {versions('trl', 'rhai-innovation-mini-trainer')}\n")
+    print(f"model {model}, {options.rounds} rounds; {versions('trl', 'rhai-innovation-mini-trainer')}\n")
     print(table(results, "first_step_seconds", ("peak_memory_mb",), is_cost=True))
 
 

@@ -14,18 +14,19 @@ from step_contenders import CONTENDERS
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=["tiny", "small", "wide"], default="small")
-    parser.add_argument("--load", choices=["cpu", "tiny"], default="cpu")
+    parser.add_argument("--model", choices=["small", "wide"], default="small")
+    parser.add_argument("--tiny", action="store_true", help="only show that it runs")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
     options = parser.parse_args()
     script = str(Path(__file__).with_name("step_contenders.py"))
-    setting = ["--model", options.model, "--dtype", options.dtype, "--load", options.load]
+    model, load = ("tiny", "tiny") if options.tiny else (options.model, "cpu")
+    setting = ["--model", model, "--dtype", options.dtype, "--load", load]
     commands = {name: [script, name, *setting] for name in options.only}
     results = compare(commands, options.rounds)
     packages = versions("trl", "rhai-innovation-mini-trainer")
-    print(f"model {options.model}, {options.dtype}, {options.rounds} rounds; {packages}\n")
+    print(f"model {model}, {options.dtype}, {options.rounds} rounds; {packages}\n")
     print(table(results, "tokens_per_second", ("peak_memory_mb", "gemm_share_percent")))
 
 

@@ -160,13 +160,11 @@ def pad(samples: Any) -> dict[str, torch.Tensor]:
 
 
 def transformers_padded(job: Job, order: str = "random", **options: Any) -> None:
-    from datasets import Dataset
     from transformers import Trainer, TrainingArguments
 
     args = TrainingArguments(**transformers_options(job), train_sampling_strategy=order, **options)
-    data = Dataset.from_list(tokens_only(job))
     model, collate = job.build_model(), job.watch.counting(pad)
-    Trainer(model, args, data_collator=collate, train_dataset=data, callbacks=[job.watch]).train()
+    Trainer(model, args, data_collator=collate, train_dataset=tokens_only(job), callbacks=[job.watch]).train()
 
 
 transformers_grouped = partial(transformers_padded, order="group_by_length")
