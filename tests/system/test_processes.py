@@ -120,15 +120,6 @@ def test_a_signal_stops_after_the_step_and_saves(launch: Launch, job: Job, numbe
     assert [path.name for path in job.exports()] == [f"samples_{sum(line['num_samples'] for line in job.lines())}"]
 
 
-def test_a_signal_to_the_launcher_reaches_all_ranks(job: Job) -> None:
-    process = job.start("trainer", "train", *job.words(), "--max-steps=100000", "--nproc-per-node=2")
-    job.wait_for_step(2)
-    process.send_signal(signal.SIGTERM)
-    ended, output = job.finish()
-    assert ended == 143, output
-    assert len(job.exports()) == 1, output
-
-
 def run_on_two(module: str, *words: str) -> tuple[int | None, str]:
     """Exit code of a job on two ranks, and the message of the error instead of it."""
     try:
@@ -160,6 +151,26 @@ def test_a_killed_rank_is_named_by_the_launcher(launch: Launch) -> None:
     assert code is None
     assert re.fullmatch(r"rank 1 \(pid \d+\) was killed by SIGKILL, and the others were ended", message)
     assert "Traceback" not in ended.log
+
+
+def test_a_signal_to_the_launcher_reaches_all_ranks(launch: Launch, tmp_path: Path) -> None:
+    """What ranks do about it stands above; here they note it down and end as a trainer would."""
+    note = f"""
+import os, pathlib, signal, sys, time
+here = pathlib.Path({str(tmp_path)!r}, os.environ["RANK"])
+def end(*_):
+    here.write_text("signalled")
+    sys.exit(143)
+signal.signal(signal.SIGTERM, end)
+here.write_text("ready")
+if here.name == "0":
+    while not (other := here.with_name("1")).exists() or other.read_text() != "ready": time.sleep(0.01)
+    os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(60)
+"""
+    (ended,) = launch(1, run_on_two, "timeit", "-n1", "-r1", note, group=False)
+    assert ended.value == (143, ""), ended.log
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["signalled", "signalled"]
 
 
 def test_torchrun_starts_the_flags_of_mini_trainer_and_names_a_killed_rank(job: Job) -> None:

@@ -42,11 +42,13 @@ class Group:
         device = choose_device(args, topology)
         if topology.world_size > 1:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            timeout = timedelta(seconds=args.ddp_timeout)
             dist.init_process_group(
                 backend,
+                store=_store_of_this_start(topology, timeout),
                 rank=topology.rank,
                 world_size=topology.world_size,
-                timeout=timedelta(seconds=args.ddp_timeout),
+                timeout=timeout,
                 device_id=device if device.type == "cuda" else None,
             )
         return cls(topology, device, owns_process_group=topology.world_size > 1)
@@ -173,6 +175,18 @@ class Group:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _store_of_this_start(topology: Topology, timeout: timedelta) -> dist.Store:
+    """Store in which the ranks meet, apart from what ranks that are gone have left there.
+
+    torchrun keeps one store over all its restarts (pytorch/pytorch#135712). The nodes of a larger job may differ in
+    their number of restarts: there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each start a store of its own.
+    """
+    store, _, _ = next(dist.rendezvous("env://", topology.rank, topology.world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    is_one_node = topology.local_world_size == topology.world_size
+    return dist.PrefixStore(f"trainer/start_{topology.restart if is_one_node else 0}", store)
 
 
 def current_topology() -> Topology:

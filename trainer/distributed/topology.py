@@ -11,12 +11,16 @@ from trainer.errors import UsageError
 
 @dataclass(frozen=True)
 class Topology:
-    """Place of one process among all: rank of world_size, local_rank of local_world_size on its node."""
+    """Place of one process among all: rank of world_size, local_rank of local_world_size on its node.
+
+    `restart` counts how often torchrun has started the ranks of this node anew.
+    """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
+    restart: int = 0
 
     def __post_init__(self) -> None:
         if not (0 <= self.rank < self.world_size and 0 <= self.local_rank < self.local_world_size):
@@ -27,7 +31,9 @@ class Topology:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Topology:
-        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE as torchrun sets them; absent means one process.
+        """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE and the restarts as torchrun sets them.
+
+        Absent means one process.
 
         Raises:
             UsageError: a variable is not a whole number, or the ranks contradict each other.
@@ -38,6 +44,7 @@ class Topology:
             world_size=world_size,
             local_rank=_whole_number(environment, "LOCAL_RANK", 0),
             local_world_size=_whole_number(environment, "LOCAL_WORLD_SIZE", world_size),
+            restart=_whole_number(environment, "TORCHELASTIC_RESTART_COUNT", 0),
         )
 
     @property

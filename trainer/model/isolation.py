@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trainer.distributed.blame import is_loss_of_peer
 from trainer.errors import IsolationError, ModelError
 from trainer.model.attention import packed_inputs
 from trainer.model.precision import compute_context, compute_dtype
@@ -39,6 +40,8 @@ def check_isolation(model: PreTrainedModel) -> None:
         exchanged = [_logits(model, [first, others[1]])[0], _logits(model, [others[0], second])[1]]
         alone = [_logits(model, [first])[0], _logits(model, [second])[0]]
     except (ValueError, NotImplementedError, TypeError, RuntimeError) as error:
+        if is_loss_of_peer(error):
+            raise
         raise IsolationError(f"{_named(model)} cannot run packed samples: {error}") from error
     _compare(model, packed, exchanged, EXCHANGED_LIMIT, "what it is packed with")
     _compare(model, packed, alone, ALONE_LIMIT, "being packed at all")

@@ -107,7 +107,8 @@ class Trainer(TrainerParts):
         self.compute_loss_func, self.compute_metrics = compute_loss_func, compute_metrics
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
         self.model_init, self.data_collator = model_init, data_collator
-        self.road = self._choose_road(model, (train_dataset, eval_dataset))
+        with self.group.naming_faults(lambda: "before the first step"):
+            self.road = self._choose_road(model, (train_dataset, eval_dataset))
         self.train_dataset, self.eval_dataset = self.road.train_dataset, self.road.eval_dataset
         torch.manual_seed(self.args.seed + self.group.rank)  # dropout differs between ranks
         self.stop_signal: int | None = None  # the signal that ended the last run, if one did

@@ -1,0 +1,61 @@
+"""torchrun's own agent over ranks that are killed: it starts them anew, and the run goes on from its last checkpoint.
+
+The ranks are forks of a process that has imported everything; all else (agent, rendezvous, store, restarts) is
+torchrun's own.
+"""
+
+import logging
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from tests.fixtures.ranks.launch import Launch, faults_installed
+from tests.fixtures.runs import read_metrics
+from tests.system.test_faults import check_what_is_there, draw_faults, job, straight
+
+KILLS = 5  # of one rank or of both
+
+
+def rank_of_a_run(folder: Path, seed: int) -> tuple[int, dict[str, torch.Tensor]]:
+    """Die somewhere, if torchrun has not yet started this often enough; gives the number of restarts, the weights."""
+    attempt, rank, world_size = (
+        int(os.environ[name]) for name in ("TORCHELASTIC_RESTART_COUNT", "RANK", "LOCAL_WORLD_SIZE")
+    )
+    drawn = draw_faults(random.Random(seed + attempt), world_size) if attempt < KILLS else []
+    with faults_installed([fault for fault in drawn if fault.rank == rank]):
+        return attempt, job(folder, {"async_save": bool(attempt % 2), "seconds_to_speak": 1.0})
+
+
+def run_under_torchrun(world_size: int, folder: Path, seed: int) -> tuple[int, dict[str, torch.Tensor]]:
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=world_size,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=folder.name,
+        max_restarts=KILLS,
+        monitor_interval=0.05,
+        start_method="fork",
+    )
+    attempt, weights = elastic_launch(config, rank_of_a_run)(folder, seed)[0]
+    return attempt, weights
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("world_size", "seed"), [(1, 0), (2, 50)])
+def test_restarted_by_torchrun_a_killed_run_ends_bit_for_bit(
+    launch: Launch, tmp_path: Path, world_size: int, seed: int
+) -> None:
+    (ended,) = launch(1, run_under_torchrun, world_size, tmp_path / "killed", seed, group=False, timeout=200).values
+    restarts, weights = ended
+    assert restarts >= KILLS - 1  # a fault may come too late
+    check_what_is_there(tmp_path / "killed")
+    expected = straight(launch, tmp_path / "straight", world_size)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert read_metrics(tmp_path / "killed") == read_metrics(tmp_path / "straight")
