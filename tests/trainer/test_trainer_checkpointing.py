@@ -158,6 +158,8 @@ class TestResuming:
         assert trainer.state.global_step == 2
         with pytest.raises(CheckpointError, match="No valid checkpoint found in output directory"):
             regression(tmp_path / "elsewhere").train(resume_from_checkpoint=True)
+        with pytest.raises(CheckpointError, match="Can't find a valid checkpoint at .*no_such"):
+            regression(tmp_path / "elsewhere").train(resume_from_checkpoint="no_such")
 
     def test_auto_passes_over_what_is_damaged_and_says_so(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture

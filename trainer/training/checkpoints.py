@@ -239,9 +239,9 @@ class Checkpoints:
                 logger.warning("passed over %s: %s", name, reason)
         if found.folder is None and (must_exist or found.passed_over):
             reasons = "".join(f"; {name}: {reason}" for name, reason in found.passed_over.items())
-            raise CheckpointError(
-                f"No valid checkpoint found in output directory {folder}: none to go on from{reasons}"
-            )
+            is_usual = folder == self.folder
+            what = "No valid checkpoint found in output directory" if is_usual else "Can't find a valid checkpoint at"
+            raise CheckpointError(f"{what} {folder}: none to go on from{reasons}")
         return found.folder
 
     def _changes(self, folder: Path, record: RunRecord) -> dict[str, str]:
