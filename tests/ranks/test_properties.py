@@ -14,7 +14,7 @@ pytest_plugins = "pytester"
 
 FAILING = """
 from hypothesis import given, settings, strategies as st
-number = st.integers(0, 1000)
+number, small = st.integers(0, 1000), st.integers(0, 40)
 settings.register_profile("inner", max_examples=60, derandomize=True, database=None)
 settings.load_profile("inner")
 
@@ -24,13 +24,13 @@ def test_on_one_rank(ranks, xs):
         assert all(x <= 100 for x in xs)
     reduce()
 
-@given(n=number)
+@given(n=small)
 def test_deadlock(ranks, n):
     reduce()
     if n >= 37 and ranks.rank == 1:
         reduce()
 
-@given(n=number)
+@given(n=small)
 def test_killed(ranks, n):
     if n > 9 and ranks.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -27,6 +27,7 @@ SECONDS_TO_END = 30
 # Rank 0 notices in the next collective that it has to share: to save after step 6, which is on the way to step 7.
 WHERE_NOTICED = re.compile("step [67]: rank 1 died or hangs")
 PATIENCE = 2.0  # seconds until a collective gives up
+IN_A_HURRY = {"async_save": False, "seconds_to_speak": 1.0}
 
 
 class Slowly(TrainerCallback):
@@ -109,7 +110,7 @@ def test_killed_anywhere_many_times(launch, tmp_path: Path, seed: int) -> None:
 def run_with(launch: Any, folder: Path, *faults: Fault) -> tuple[Outcomes, float]:
     """Two ranks and a fault after some steps were saved; gives what became of them and the seconds it took."""
     started = time.monotonic()
-    outcomes = launch(2, job, folder, {"async_save": False}, faults=faults, pg_timeout=PATIENCE)
+    outcomes = launch(2, job, folder, dict(IN_A_HURRY), faults=faults, pg_timeout=PATIENCE)
     check_what_is_there(folder)
     return outcomes, time.monotonic() - started
 
@@ -129,7 +130,7 @@ def test_a_killed_rank_is_named(launch, tmp_path: Path) -> None:
 
 def test_a_hanging_rank_is_named(launch, tmp_path: Path) -> None:
     outcomes = launch(
-        2, job, tmp_path, {"async_save": False}, faults=[stop(1, at=("step", 6))], pg_timeout=PATIENCE, timeout=15
+        2, job, tmp_path, dict(IN_A_HURRY), faults=[stop(1, at=("step", 6))], pg_timeout=PATIENCE, timeout=8
     )
     assert outcomes[1].was_hung
     assert WHERE_NOTICED.search(str(outcomes[0].error))
