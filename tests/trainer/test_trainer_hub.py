@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard, constants
 from safetensors.torch import load
 
 from tests.fixtures.runs import Calls
+from tests.fixtures.tolerances import REGRESSION_FP32
 from tests.trainer.trainer_test_utils import get_regression_trainer, line_of
 from trainer.arguments.training import TrainingArguments
 from trainer.errors import OutputError
@@ -136,6 +137,17 @@ def test_all_ranks_stop_where_the_lead_cannot_push(ranks, monkeypatch: pytest.Mo
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(OutputError, match="run could not be made on the hub: rank 0"):
         get_regression_trainer(output_dir=ranks.tmp_path / "run", push_to_hub=True, hub_token=TOKEN)
+
+
+def test_a_run_goes_on_without_the_hub(tmp_path: Path, hub: Hub) -> None:
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    pushed = get_regression_trainer(
+        output_dir=tmp_path, push_to_hub=True, hub_token=TOKEN, torch_compile=False, **options
+    )
+    pushed.train()
+    later = get_regression_trainer(output_dir=tmp_path, torch_compile_backend="eager", **options)
+    later.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "step_2"))
+    assert line_of(later) == pytest.approx(line_of(pushed), rel=REGRESSION_FP32)
 
 
 def test_a_card_says_what_was_trained(tmp_path: Path) -> None:

@@ -21,8 +21,10 @@ HARMLESS = frozenset(
     + ("min_samples_per_checkpoint", "export_at_epoch", "export_best", "export_final", "save_dtype")
     + ("logging_strategy", "logging_steps", "logging_first_step", "disable_tqdm", "report_to", "run_name")
     + ("logging_nan_inf_filter", "do_train", "do_eval", "do_predict")
+    + ("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_revision")
     # how ranks and memory are used: the same samples in every step, numbers up to the order of a sum
-    + ("max_tokens_per_rank", "packing_cost", "torch_compile", "use_cpu", "ddp_timeout")
+    + ("max_tokens_per_rank", "packing_cost", "use_cpu", "ddp_timeout")
+    + ("torch_compile", "torch_compile_backend", "torch_compile_mode")
     + ("gradient_checkpointing", "gradient_checkpointing_keeps")
     + ("per_device_eval_batch_size", "eval_accumulation_steps", "non_finite")
     + ("dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_pin_memory")
