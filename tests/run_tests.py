@@ -50,9 +50,10 @@ OPTIONAL = (  # tests that most machines skip: of packages that are extras
     "tests/trainer/test_trainer_reporting.py",
     "tests/trainer/test_trainer_seq2seq.py",
 )
+WORKERS = str(min(os.cpu_count() or 1, 8) + 1)  # one more than cores: some tests wait, for hangs to be noticed and the like
 LANES = {
-    "default": Lane(("-n", "2", "--dist", "worksteal", "tests"), at_least=300),
-    "extras": Lane(("-n", "2", "--dist", "worksteal", *OPTIONAL), at_least=400),
+    "default": Lane(("-n", WORKERS, "--dist", "worksteal", "tests"), at_least=300),
+    "extras": Lane(("-n", WORKERS, "--dist", "worksteal", *OPTIONAL), at_least=400),
     "gloo2": Lane(("--ranks", "2", "--backends", "gloo", "-m", "world_size", "tests"), at_least=20),
     "gloo4": Lane(("--ranks", "4", "--backends", "gloo", "-m", "world_size", "tests"), at_least=5),
     **{

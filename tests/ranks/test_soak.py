@@ -10,7 +10,7 @@ from tests.ranks.inner import run
 
 pytest_plugins = "pytester"
 
-NUM_OUTCOMES = 500 if os.environ.get("RUN_SLOW") == "1" else 40
+NUM_OUTCOMES = 500 if os.environ.get("RUN_SLOW") == "1" else 25
 KINDS = {
     "pass": ("passed", "reduce(); reduce()"),
     "pass_quietly": ("passed", "pass"),
