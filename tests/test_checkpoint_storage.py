@@ -10,7 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tests.fixtures.models import build_pack, packed_model, tiny_llama
-from tests.fixtures.ranks.faults import disk_full
+from tests.fixtures.ranks.faults import delay, disk_full
+from tests.fixtures.ranks.launch import faults_installed
 from tests.fixtures.runs import build_trainer, random_token_samples, weights_of, whole_tensors
 from trainer.arguments.training import TrainingArguments
 from trainer.checkpoint import manifest
@@ -192,6 +193,19 @@ def test_weights_alone_are_passed_over(tmp_path: Path, alone: Group) -> None:
     writer = CheckpointWriter(tmp_path, alone, is_async=False, limit=None)
     writer.save(Contents(1, {"model": {"a": torch.ones(1)}}, {}, is_resumable=False))
     assert newest_whole(tmp_path, alone).passed_over == {"step_1": "it holds weights alone (save_only_model)"}
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_how_far_a_save_is_can_be_told(tmp_path: Path, alone: Group, is_async: bool) -> None:
+    told: list[tuple[int, int, float]] = []
+    writer = CheckpointWriter(tmp_path, alone, is_async=is_async, limit=None, tell=lambda *share: told.append(share))
+    tensors = {str(number): torch.ones(100) for number in range(3)}
+    with faults_installed([delay(0, 1.0, at=("write", 2))]):
+        writer.save(Contents(1, {"model": tensors, "optimizer": tensors}, {}))
+        writer.wait()
+    assert told[-1][:2] == (2400, 2400)
+    assert any(0 < done < 2400 for done, _, _ in told)
+    assert told == sorted(told)
 
 
 @pytest.mark.world_size(2)

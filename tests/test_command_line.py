@@ -8,6 +8,7 @@ from tests.fixtures.corpora import write_chats, write_malformed, write_tokens
 from tests.fixtures.models import save_model
 from tests.fixtures.runs import as_words, chat_job
 from tests.fixtures.tokenizers import build_tokenizer
+from trainer.arguments.training import TrainingArguments
 from trainer.cli.main import COMMANDS, main, report_errors
 from trainer.cli.mini_trainer import run as run_mini_trainer
 from trainer.errors import PeerError
@@ -179,3 +180,19 @@ def test_a_flag_of_mini_trainer_that_is_left_out_says_why(flag: str, capsys: pyt
     assert (
         f"{flag.partition('=')[0].replace('-', '_').replace('__', '--', 1)} is not supported" in capsys.readouterr().err
     )
+
+
+def test_what_takes_long_says_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    from trainer.cli.progress import ProgressDisplay
+    from trainer.training.callbacks import RunState
+
+    display, args, state = ProgressDisplay(), TrainingArguments(), RunState(is_world_process_zero=True, saved_step=6)
+    for done, seconds in ((10, 1.0), (25, 3.0), (26, 4.0), (75, 15.0), (100, 16.0)):
+        display.on_write(args, state, done, 100, seconds)
+    assert capsys.readouterr().out.splitlines() == [
+        "saving step 6: 25%, about 9 s left",
+        "saving step 6: 75%, about 5 s left",
+    ]
+    display.on_decompose(args, state, 1, 4, 3.0)
+    display.on_decompose(args, state, 4, 4, 12.0)
+    assert capsys.readouterr().out == "decomposed the matrices in 12.0 s\n"

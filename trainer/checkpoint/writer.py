@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +25,8 @@ from trainer.checkpoint.randomness import random_state
 from trainer.checkpoint.storage import INDEX, Entries, cut, from_json, merge, safetensors_chunks, to_json
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError
+
+SECONDS_BETWEEN_LOOKS = 0.5
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,17 @@ class _Pending:
     contents: Contents
     hidden: Path
     target: Path
-    thread: threading.Thread | None = None
+    num_bytes: int  # of this rank's tensors
+    started: float = field(default_factory=time.monotonic)
+    num_written: int = 0  # of these and the files' headers
+    thread: threading.Thread = field(init=False)
     error: Exception | None = None
+
+    def counted(self, chunks: Iterable[Any]) -> Iterator[Any]:
+        """The chunks, counted as they are taken."""
+        for chunk in chunks:
+            yield chunk
+            self.num_written += memoryview(chunk).nbytes
 
 
 class CheckpointWriter:
@@ -57,10 +69,19 @@ class CheckpointWriter:
         group: all ranks.
         is_async: write beside the training; it waits only while this rank's share is copied to host memory.
         limit: how many to keep, None for all; see `manifest.retire`.
+        tell: told now and then of this rank's share: bytes written, bytes in all, seconds since the save began.
     """
 
-    def __init__(self, folder: Path, group: Group, *, is_async: bool, limit: int | None) -> None:
-        self.folder, self.group, self.is_async, self.limit = folder, group, is_async, limit
+    def __init__(
+        self,
+        folder: Path,
+        group: Group,
+        *,
+        is_async: bool,
+        limit: int | None,
+        tell: Callable[[int, int, float], None] = lambda *_: None,
+    ) -> None:
+        self.folder, self.group, self.is_async, self.limit, self._tell = folder, group, is_async, limit, tell
         self.best_step: int | None = None  # never removed
         self._pending: _Pending | None = None
         self._host: dict[str, Tensor] = {}  # pinned copies, kept from one save to the next
@@ -78,22 +99,21 @@ class CheckpointWriter:
         target = manifest.folder_of(self.folder, contents.step)
         hidden = target.with_name(f".{target.name}.writing")
         self._on_lead(lambda: manifest.stage(target), contents.step)
-        pending = self._pending = _Pending(contents, hidden, target)
         shares = {name: cut(tensors, _file(name, self.group), self.group) for name, tensors in contents.tensors.items()}
+        if self.is_async:
+            shares = {name: (entries, self._to_host(tensors)) for name, (entries, tensors) in shares.items()}
+        num_bytes = sum(tensor.nbytes for _, tensors in shares.values() for tensor in tensors.values())
+        pending = self._pending = _Pending(contents, hidden, target, num_bytes)
         record = {**contents.own, "random": random_state(self.group.device)}
-        if not self.is_async:
-            self._write(pending, shares, record)
-            return self._finish()
-        copied = {name: (entries, self._to_host(tensors)) for name, (entries, tensors) in shares.items()}
-        pending.thread = threading.Thread(target=self._write, args=(pending, copied, record), daemon=True)
+        pending.thread = threading.Thread(target=self._write, args=(pending, shares, record), daemon=True)
         pending.thread.start()
-        return None
+        return None if self.is_async else self._finish()
 
     def poll(self) -> Path | None:
         """Publish the save in flight once every rank has written its share, and give it (all ranks call)."""
-        if self._pending is None or self._pending.thread is None:
+        if self._pending is None:
             return None
-        is_done = not self._pending.thread.is_alive()
+        is_done = not self._look(self._pending)
         num_done, num_failed = self.group.sum([is_done, is_done and self._pending.error is not None])
         return self._finish() if num_failed or num_done == self.group.world_size else None
 
@@ -121,7 +141,9 @@ class CheckpointWriter:
             for name, (_, tensors) in shares.items():
                 if tensors:
                     file = _file(name, self.group)
-                    facts[file] = manifest.write_file(pending.hidden / file, safetensors_chunks(tensors))
+                    facts[file] = manifest.write_file(
+                        pending.hidden / file, pending.counted(safetensors_chunks(tensors))
+                    )
             entries = {tensor: entry for part, _ in shares.values() for tensor, entry in part.items()}
             body = record | {
                 "files": {name: vars(fact) for name, fact in facts.items()},
@@ -134,12 +156,17 @@ class CheckpointWriter:
     def _finish(self) -> Path:
         pending, self._pending = self._pending, None
         assert pending is not None
-        if pending.thread is not None:
-            pending.thread.join()
+        while self._look(pending):
+            pending.thread.join(SECONDS_BETWEEN_LOOKS)
         self._agree(pending.error, pending.contents.step, pending.hidden)
         self._on_lead(lambda: self._publish(pending), pending.contents.step, pending.hidden)
         self._on_lead(self._retire, pending.contents.step)
         return pending.target
+
+    def _look(self, pending: _Pending) -> bool:
+        """Whether this rank is still writing; tells how far it is."""
+        self._tell(min(pending.num_written, pending.num_bytes), pending.num_bytes, time.monotonic() - pending.started)
+        return pending.thread.is_alive()
 
     def _on_lead(self, act: Callable[[], object], step: int, hidden: Path | None = None) -> None:
         """Have the lead do something; if it fails, it fails on every rank."""

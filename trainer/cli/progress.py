@@ -29,17 +29,25 @@ class ProgressDisplay(TrainerCallback):
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
-        self._next_line = SECONDS_BEFORE_SHOWING  # seconds after the start of the decomposition
+        self._next_line = SECONDS_BEFORE_SHOWING  # seconds after the start of what takes long
 
     def on_decompose(self, args: TrainingArguments, state: RunState, done: int, total: int, seconds: float) -> None:
         """Say how far the decomposition of the split matrices is, and how long it will take, now and then."""
-        if not state.is_world_process_zero:
-            return
-        if done == total:
+        if done < total:
+            self._say_share("decomposing", state, done / total, seconds)
+        elif state.is_world_process_zero:
             console.print(f"decomposed the matrices in {seconds:.1f} s", soft_wrap=True)
-        elif seconds >= self._next_line:
-            left = seconds / done * (total - done)
-            console.print(f"decomposing: {done / total:.0%}, about {left:.0f} s left", soft_wrap=True)
+
+    def on_write(self, args: TrainingArguments, state: RunState, done: int, total: int, seconds: float) -> None:
+        """Say how far a checkpoint that takes long is written."""
+        if 0 < done < total:
+            self._say_share(f"saving step {state.saved_step}", state, done / total, seconds)
+
+    def _say_share(self, what: str, state: RunState, share: float, seconds: float) -> None:
+        if seconds < SECONDS_BEFORE_SHOWING:
+            self._next_line = SECONDS_BEFORE_SHOWING
+        elif seconds >= self._next_line and state.is_world_process_zero:
+            console.print(f"{what}: {share:.0%}, about {seconds / share * (1 - share):.0f} s left", soft_wrap=True)
             self._next_line = seconds + SECONDS_BETWEEN_LINES
 
     def on_train_begin(self, args: TrainingArguments, state: RunState, control: TrainerControl, **_: Any) -> None:

@@ -107,6 +107,12 @@ class Events:
             getattr(callback, event)(self.args, self.state, self.control, **more)
         self.control = getattr(self.handler, event)(self.args, self.state, self.control, **more)
 
+    def tell(self, event: str, done: int, total: int, seconds: float) -> None:
+        """Tell the callbacks that have such a method how far something slow is: (args, state, done, total, seconds)."""
+        for callback in self.handler.callbacks:
+            if listener := getattr(callback, event, None):
+                listener(self.args, self.state, done, total, seconds)
+
 
 class DefaultFlowCallback(trainer_callback.DefaultFlowCallback):
     """Sets the control flags from the options: log, evaluate, save, stop."""

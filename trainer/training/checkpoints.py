@@ -99,7 +99,13 @@ class Checkpoints:
                 "save_only_model leaves out the state from which the optimizer computes the averaged weights that are "
                 "evaluated and exported: leave it off, or choose another optim"
             )
-        self._writer = CheckpointWriter(self.folder, engine.group, is_async=is_async, limit=args.save_total_limit)
+        self._writer = CheckpointWriter(
+            self.folder,
+            engine.group,
+            is_async=is_async,
+            limit=args.save_total_limit,
+            tell=functools.partial(events.tell, "on_write"),
+        )
         self._files: dict[str, bytes] | None = None
         self._restored: Restored | None = None
 

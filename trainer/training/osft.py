@@ -28,8 +28,6 @@ from trainer.training.checkpoints import read_importance
 from trainer.training.metrics import now, peak_memory_bytes
 from trainer.training.step import to_device
 
-DECOMPOSING = "on_decompose"  # method of callbacks that want to know: (args, state, done, total, seconds)
-
 
 def build_split_model(
     model: PreTrainedModel | None,
@@ -54,13 +52,7 @@ def build_split_model(
 def start(osft: Osft, events: Events, group: Group) -> dict[str, float]:
     """Decompose the matrices, telling callbacks how far that is; gives how long it took and the most memory held."""
     started = now()
-    listeners = [getattr(callback, DECOMPOSING, None) for callback in events.handler.callbacks]
-
-    def tell(done: int, total: int) -> None:
-        for listener in filter(None, listeners):
-            listener(events.args, events.state, done, total, now() - started)
-
-    num_decomposed = start_osft(osft, tell)
+    num_decomposed = start_osft(osft, lambda done, total: events.tell("on_decompose", done, total, now() - started))
     return {
         "osft/num_decomposed": num_decomposed,
         "osft/start_seconds": now() - started,
