@@ -50,7 +50,7 @@ OPTIONAL = (  # tests that most machines skip: of packages that are extras
     "tests/trainer/test_trainer_reporting.py",
     "tests/trainer/test_trainer_seq2seq.py",
 )
-WORKERS = str(min(os.cpu_count() or 1, 8) + 1)  # one more than cores: some tests wait, for hangs to be noticed and the like
+WORKERS = str(min(os.cpu_count() or 1, 8) + 1)  # some tests wait: for a hang to be noticed
 LANES = {
     "default": Lane(("-n", WORKERS, "--dist", "worksteal", "tests"), at_least=300),
     "extras": Lane(("-n", WORKERS, "--dist", "worksteal", *OPTIONAL), at_least=400),
