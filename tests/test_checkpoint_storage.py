@@ -310,25 +310,40 @@ def save_often(folder: Path, is_async: bool, count: int) -> list[tuple[str, list
     return seen
 
 
-@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize(("point", "interval"), [("write", 7), ("sync", 11), ("rename", 3)])
-def test_a_full_disk_at_any_point_leaves_the_last_checkpoint(
-    launch, tmp_path: Path, point: str, interval: int, is_async: bool
+WRITTEN = {  # by each rank, in this order
+    0: (
+        "model_0.safetensors",
+        "optimizer_0.safetensors",
+        "rank_0.json",
+        "optimizer.json",
+        "tensors.json",
+        "manifest.json",
+    ),
+    1: ("model_1.safetensors", "optimizer_1.safetensors", "rank_1.json"),
+}
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["in the loop", "beside it"])
+@pytest.mark.parametrize("point", ["write", "sync"])
+@pytest.mark.parametrize("rank", WRITTEN)
+def test_a_full_disk_at_each_file_in_turn_leaves_the_last_checkpoint(
+    launch, tmp_path: Path, rank: int, point: str, is_async: bool
 ) -> None:
-    faults = [disk_full(0, at=(point, number)) for number in range(interval, 12 * interval, interval)]
-    faults += [disk_full(1, at=("write", number)) for number in range(55, 72, 4)]
-    first, second = launch(2, save_often, tmp_path, is_async, 24, faults=faults).values
+    """One save goes well; the next fails at its last file, the one after it at the last but one, and so on."""
+    faults = [disk_full(rank, at=(point, save, name)) for save, name in enumerate(reversed(WRITTEN[rank]), 2)]
+    count = len(faults) + 2
+    faults.append(disk_full(0, at=("rename", 1, f"step_{count}")))
+    first, second = launch(2, save_often, tmp_path, is_async, count + 1, faults=faults).values
     assert first == second
-    failed = [said for said, _ in first if said]
-    assert 5 < len(failed) < 24
-    assert {"rank 0", "rank 1"} == {said.partition("failed: ")[2][:6] for said in failed}
-    assert all("No space left" in said for said in failed)
-    newest = 0
-    for step, (said, names) in enumerate(first, 1):
-        newest = newest if said and f"step_{step}" not in names else step
-        assert f"step_{newest}" in names
-        assert not any(name.endswith(".writing") for name in names)
-    assert not any(find_damage(folder) for folder in manifest.list_checkpoints(tmp_path))
+    whole, *failed, last = first
+    assert (whole, last) == (("", ["step_1"]), ("", [f"step_{count + 1}"]))
+    for said, names in failed:
+        assert "No space left on device" in said
+        assert names == ["step_1"]
+    assert [said.partition("failed: ")[2][:6] for said, _ in failed] == [f"rank {rank}"] * (count - 2) + ["rank 0"]
+    newest = tmp_path / f"step_{count + 1}"
+    assert {path.name for path in newest.iterdir()} == {name for names in WRITTEN.values() for name in names}
+    assert find_damage(newest) == []
 
 
 def test_a_checkpoint_is_exported_bit_for_bit(tmp_path: Path) -> None:
