@@ -110,8 +110,8 @@ class Events:
     def tell(self, event: str, done: int, total: int, seconds: float) -> None:
         """Tell the callbacks that have such a method how far something slow is: (args, state, done, total, seconds)."""
         for callback in self.handler.callbacks:
-            if listener := getattr(callback, event, None):
-                listener(self.args, self.state, done, total, seconds)
+            if hasattr(type(callback), event):  # not one that answers to every name
+                getattr(callback, event)(self.args, self.state, done, total, seconds)
 
 
 class DefaultFlowCallback(trainer_callback.DefaultFlowCallback):
