@@ -354,6 +354,15 @@ class TestGetDataLoader:
         assert sorted(read) == sorted(held)
         assert 0 < len(held) < 10
 
+    def test_going_on_late_in_an_epoch_reads_nothing_before_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        sampler = EpochSampler(1000)
+        sampler.set_epoch(3, start=990)
+        read: list[int] = []
+        plain = TokenStore.read
+        monkeypatch.setattr(TokenStore, "read", lambda store, rows: (read.extend(rows), plain(store, rows))[1])
+        assert len(list(self.loader([5] * 1000, sampler=sampler, batch_size=5))) == 2
+        assert sorted(read) == sorted(epoch_order(1000, 0, 3)[990:])
+
     def test_batches_of_more_ranks_than_samples(self) -> None:
         loader = self.loader(sampler=EpochSampler(10), rank=7, world_size=8, batch_size=4)
         assert [[mb["num_samples"] for mb in batch] for batch in loader] == [[0], [0], [0]]
