@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 
 from tests.fixtures.models import build_pack, packed_model, tiny_llama
 from tests.fixtures.ranks.faults import delay, disk_full
-from tests.fixtures.ranks.launch import faults_installed
 from tests.fixtures.runs import build_trainer, random_token_samples, weights_of, whole_tensors
 from trainer.arguments.training import TrainingArguments
 from trainer.checkpoint import manifest
@@ -195,14 +194,20 @@ def test_weights_alone_are_passed_over(tmp_path: Path, alone: Group) -> None:
     assert newest_whole(tmp_path, alone).passed_over == {"step_1": "it holds weights alone (save_only_model)"}
 
 
-@pytest.mark.parametrize("is_async", [False, True])
-def test_how_far_a_save_is_can_be_told(tmp_path: Path, alone: Group, is_async: bool) -> None:
+def told_of_a_save(folder: Path, is_async: bool) -> list[tuple[int, int, float]]:
     told: list[tuple[int, int, float]] = []
-    writer = CheckpointWriter(tmp_path, alone, is_async=is_async, limit=None, tell=lambda *share: told.append(share))
     tensors = {str(number): torch.ones(100) for number in range(3)}
-    with faults_installed([delay(0, 1.0, at=("write", 2))]):
+    with Group.join(TrainingArguments(use_cpu=True)) as group:
+        writer = CheckpointWriter(folder, group, is_async=is_async, limit=None, tell=lambda *share: told.append(share))
         writer.save(Contents(1, {"model": tensors, "optimizer": tensors}, {}))
         writer.wait()
+    return told
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_how_far_a_save_is_can_be_told(launch, tmp_path: Path, is_async: bool) -> None:
+    slow_file = delay(0, 1.0, at=("write", 1, "optimizer_0.safetensors"))
+    (told,) = launch(1, told_of_a_save, tmp_path, is_async, faults=[slow_file]).values
     assert told[-1][:2] == (2400, 2400)
     assert any(0 < done < 2400 for done, _, _ in told)
     assert told == sorted(told)

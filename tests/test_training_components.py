@@ -168,6 +168,8 @@ class TestTopology:
         environment = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
         topology = Topology.from_environment(environment)
         assert (topology.rank, topology.local_rank, topology.is_lead, topology.is_local_lead) == (5, 1, False, False)
+        assert topology.restart == 0
+        assert Topology.from_environment(environment | {"TORCHELASTIC_RESTART_COUNT": "2"}).restart == 2
 
     @pytest.mark.parametrize("environment", [{"RANK": "two"}, {"RANK": "2", "WORLD_SIZE": "2"}, {"WORLD_SIZE": "-1"}])
     def test_nonsense_is_refused(self, environment: dict[str, str]) -> None:

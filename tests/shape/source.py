@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
+
+import pytest
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "trainer"
 
 
-def of_each(things: Iterable[T]) -> Callable[[Callable[[T], None]], Callable[[], None]]:
+def of_each(things: Collection[T]) -> Callable[[Callable[[T], None]], Callable[[], None]]:
     """Make a check of one thing a test of them all, which says which ones fail: one item instead of hundreds."""
 
     def decorate(check: Callable[[T], None]) -> Callable[[], None]:
@@ -22,8 +24,9 @@ def of_each(things: Iterable[T]) -> Callable[[Callable[[T], None]], Callable[[],
             for thing in things:
                 try:
                     check(thing)
-                except AssertionError as error:
+                except (AssertionError, pytest.fail.Exception) as error:
                     faults[str(thing)] = str(error)
+            assert things, "there is nothing to check"
             assert not faults, "\n".join(f"{thing}: {fault}" for thing, fault in faults.items())
 
         test.__name__, test.__doc__ = check.__name__, check.__doc__

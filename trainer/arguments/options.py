@@ -88,6 +88,11 @@ def describe(hint: Any) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
 
 
+def as_list(given: str | Iterable[str] | None) -> list[str]:
+    """Give one word, several or none as a list."""
+    return [given] if isinstance(given, str) else list(given or ())
+
+
 def plain(value: Any) -> Any:
     """Write a torch dtype, as scripts' own options may be, by its name; all else is as it is."""
     return str(value).removeprefix("torch.") if type(value).__qualname__ == "dtype" else value

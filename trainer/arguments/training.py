@@ -34,7 +34,7 @@ from trainer.arguments.groups import (
     ScriptArguments,
 )
 from trainer.arguments.huggingface import check_foreign, foreign_value
-from trainer.arguments.options import check_options, parse_json, plain, types_of, unknown_option
+from trainer.arguments.options import as_list, check_options, parse_json, plain, types_of, unknown_option
 from trainer.arguments.process import ProcessWords
 from trainer.arguments.setters import OptionSetters
 from trainer.errors import UsageError
@@ -122,7 +122,7 @@ class TrainingArguments(  # the last base's options come first
             self.output_dir = ExportArguments.output_dir
         if isinstance(self.output_dir, str | os.PathLike):
             self.output_dir = os.path.expanduser(self.output_dir)
-        self.report_to = [] if self.report_to in (None, "none", ["none"]) else _as_list(self.report_to)
+        self.report_to = [] if self.report_to in (None, "none", ["none"]) else as_list(self.report_to)
 
     def _derived(self) -> dict[str, Any]:
         """Give what options are that are not given, by others; scripts read them."""
@@ -356,7 +356,3 @@ class TrainingArguments(  # the last base's options come first
     def from_yaml(cls, path: str | Path) -> Self:
         """Build from a YAML file."""
         return cls.from_mapping(read_yaml(path))
-
-
-def _as_list(value: str | list[str]) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)

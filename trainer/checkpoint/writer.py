@@ -170,12 +170,7 @@ class CheckpointWriter:
 
     def _on_lead(self, act: Callable[[], object], step: int, hidden: Path | None = None) -> None:
         """Have the lead do something; if it fails, it fails on every rank."""
-        error: Exception | None = None
-        if self.group.is_lead:
-            try:
-                act()
-            except (OSError, CheckpointError) as caught:
-                error = caught
+        _, error = self.group.try_on_lead(act, OSError, CheckpointError)
         self._agree(error, step, hidden)
 
     def _retire(self) -> None:

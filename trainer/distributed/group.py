@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,8 @@ from trainer.arguments.groups import MachineArguments
 from trainer.distributed.blame import announce, blame, is_loss_of_peer
 from trainer.distributed.topology import Topology
 from trainer.errors import PeerError, RankError
+
+Given = TypeVar("Given")
 
 
 class Group:
@@ -99,6 +101,18 @@ class Group:
     def barrier(self) -> None:
         """Wait until every rank has come here."""
         self.any(False)
+
+    def try_on_lead(self, act: Callable[[], Given], *kinds: type[Exception]) -> tuple[Given | None, Exception | None]:
+        """Have the lead do something: (what came of it, None), or (None, the error) if it is of these kinds.
+
+        The other ranks get (None, None): `first_error` tells them.
+        """
+        if not self.is_lead:
+            return None, None
+        try:
+            return act(), None
+        except kinds as error:
+            return None, error
 
     def first_error(self, error: BaseException | None) -> str | None:
         """Say what went wrong on the first rank where something did, naming it; None where nothing did.

@@ -6,15 +6,16 @@ on all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
 from transformers.modelcard import TrainingSummary, parse_log_history
 
+from trainer.arguments.options import as_list
 from trainer.arguments.training import TrainingArguments
-from trainer.distributed.group import Group
+from trainer.distributed.group import Given, Group
 from trainer.errors import OutputError
 from trainer.training.surface import TrainerSurface
 
@@ -30,7 +31,6 @@ ON_CARD = {  # options, under the names that transformers' cards give them
     "lr_scheduler_warmup_steps": "warmup_steps",
     "num_epochs": "num_train_epochs",
 }
-Given = TypeVar("Given")
 
 
 class TrainerHub(TrainerSurface):
@@ -90,11 +90,6 @@ class TrainerHub(TrainerSurface):
         return as_list(getattr(self.model, "model_tags", None))
 
 
-def as_list(given: str | Sequence[str] | None) -> list[str]:
-    """Give one word, several or none as a list."""
-    return [given] if isinstance(given, str) else list(given or ())
-
-
 def repository_name(args: TrainingArguments) -> str:
     """Give the name that the options give a repository: that of the output folder where they give none."""
     return args.hub_model_id or Path(args.output_dir).absolute().name
@@ -135,13 +130,7 @@ def on_lead(group: Group, do: Callable[[], Given], what: str) -> Given | None:
     Raises:
         OutputError: on all ranks, where it failed.
     """
-    error: Exception | None = None
-    done: Given | None = None
-    if group.is_lead:
-        try:
-            done = do()
-        except Exception as caught:  # noqa: BLE001 - its transport, and so what it raises, changes with the version
-            error = caught
+    done, error = group.try_on_lead(do, Exception)  # its transport, and so what it raises, changes with the version
     if (said := group.first_error(error)) is not None:
         raise OutputError(f"{what}: {said}; log in with `hf auth login`, or give hub_token") from error
     return done
@@ -158,18 +147,14 @@ def write_card(path: Path, args: TrainingArguments, history: list[dict[str, floa
     former = ModelCard.load(path).data.tags or [] if path.is_file() else []
     tags = list(dict.fromkeys(["generated_from_trainer", *as_list(facts.pop("tags", None)), *former]))
     _, lines, results = parse_log_history(history)
+    options = args.to_dict()  # with enumerations of transformers where a script gave them
     summary = TrainingSummary(
         model_name=facts.pop("model_name", None) or repository_name(args).rpartition("/")[2],
         tags=tags,
         eval_lines=lines,
         eval_results=results,
-        hyperparameters={word: plain(args.to_dict(), name) for word, name in ON_CARD.items()},
+        hyperparameters={word: getattr(value := options[name], "value", value) for word, name in ON_CARD.items()},
         **facts,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(summary.to_model_card(), encoding="utf-8")
-
-
-def plain(options: Mapping[str, Any], name: str) -> Any:
-    """Give an option as plain value: enumerations by what they mean."""
-    return getattr(options[name], "value", options[name])

@@ -47,12 +47,9 @@ def continue_output_dir(args: TrainingArguments, group: Group, metrics_bytes: in
     Raises:
         CheckpointError: the lead rank could not, or metrics.jsonl is shorter than it was.
     """
-    error: Exception | None = None
-    if group.is_lead:
-        try:
-            _continue(Path(args.output_dir), args, metrics_bytes or 0, step)
-        except (OSError, CheckpointError) as caught:
-            error = caught
+    _, error = group.try_on_lead(
+        lambda: _continue(Path(args.output_dir), args, metrics_bytes or 0, step), OSError, CheckpointError
+    )
     if (said := group.first_error(error)) is not None:
         raise CheckpointError(f"output_dir = {args.output_dir!r} cannot be gone on with: {said}") from error
 
