@@ -181,7 +181,7 @@ class TestCompilation:
 
     @pytest.mark.parametrize("by_autocast", [True, False])
     def test_ten_lengths_cost_one_graph(self, by_autocast):
-        model, compiler = gpu_llama(by_autocast, num_hidden_layers=3), torch._dynamo.testing.CompileCounter()
+        model, compiler = gpu_llama(by_autocast, num_hidden_layers=2), torch._dynamo.testing.CompileCounter()
         token_loss_sum(model, build_pack([4]))  # measures the head
         compile_blocks(model, backend=compiler)
         for lengths in PACKS:
@@ -190,7 +190,7 @@ class TestCompilation:
         assert not counters["graph_break"]
 
     def test_ten_lengths_on_a_cpu_cost_what_the_first_does(self):
-        model, compiler = tiny_llama(num_hidden_layers=3).train(), torch._dynamo.testing.CompileCounter()
+        model, compiler = tiny_llama().train(), torch._dynamo.testing.CompileCounter()
         use_packed_attention(model)
         compile_blocks(model, backend=compiler)
         counts = []

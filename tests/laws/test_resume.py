@@ -42,7 +42,7 @@ class StopAfter(TrainerCallback):
 
 def build(folder: Path, stop_after: int | None = None, **options: Any) -> Trainer:
     """A run with dropout, evaluated after each epoch, that saves after every step."""
-    model = options.pop("model", None) or tiny_llama(attention_dropout=0.1)
+    model = options.pop("model", None) or tiny_llama(num_hidden_layers=1, attention_dropout=0.1)
     defaults = {
         "batch_size": 2,
         "num_train_epochs": NUM_STEPS / 12,

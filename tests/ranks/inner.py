@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = "tests.fixtures.ranks.plugin"
@@ -28,13 +29,10 @@ def reduce(n=2):
 
 @dataclasses.dataclass
 class Run:
-    """One finished inner pytest."""
+    """One finished inner pytest: what it wrote, and what pytest knows about it where it ran in this process."""
 
-    result: pytest.RunResult
-
-    @property
-    def text(self) -> str:
-        return self.result.stdout.str()
+    text: str
+    result: pytest.RunResult | None = None
 
     def outcome(self, name: str) -> str:
         """passed, failed, error, skipped, xfailed: what the inner pytest says about one test."""
@@ -58,7 +56,8 @@ class Run:
 def collect(pytester: pytest.Pytester, body: str, *args: str) -> Run:
     """Only collect tests with the harness, in this process: nothing is forked, so no new interpreter is needed."""
     pytester.makepyfile(test_inner="import pytest\n" + textwrap.dedent(body))
-    return Run(pytester.runpytest_inprocess("--collect-only", "-Werror", *LOAD, "-o", "rank_preload=", *args))
+    result = pytester.runpytest_inprocess("--collect-only", "-Werror", *LOAD, "-o", "rank_preload=", *args)
+    return Run(result.stdout.str(), result)
 
 
 def run(pytester: pytest.Pytester, body: str, *args: str, header: str = HEADER) -> Run:
@@ -69,4 +68,15 @@ def run(pytester: pytest.Pytester, body: str, *args: str, header: str = HEADER) 
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
         patch.setenv("OMP_NUM_THREADS", "1")
         options = ["-v", "-Werror", *LOAD, "-o", "rank_preload="]
-        return Run(pytester.runpytest_subprocess(*options, *args))
+        result = pytester.runpytest_subprocess(*options, *args)
+        return Run(result.stdout.str(), result)
+
+
+def run_once(name: str, factory: pytest.TempPathFactory, pytester: pytest.Pytester, body: str, *args: str) -> Run:
+    """Run tests for all workers of pytest-xdist: the first one runs them, the others wait for what it got."""
+    folder = factory.getbasetemp()
+    written = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / f"{name}.txt"
+    with FileLock(f"{written}.lock"):
+        if not written.exists():
+            written.write_text(run(pytester, body, *args).text)
+    return Run(written.read_text())

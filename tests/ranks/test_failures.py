@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.ranks.inner import run
+from tests.ranks.inner import run_once
 
 pytest_plugins = "pytester"
 
@@ -124,15 +124,11 @@ def test_group_destroyed(ranks):
 def test_after_group_destroyed(ranks): reduce()
 """
 
-_runs = {}
-
 
 @pytest.fixture
-def failures(pytester):
+def failures(pytester, tmp_path_factory):
     """One inner run for all tests below."""
-    if "failures" not in _runs:
-        _runs["failures"] = run(pytester, FAILURES, "-p", "no:faulthandler")
-    return _runs["failures"]
+    return run_once("failures", tmp_path_factory, pytester, FAILURES, "-p", "no:faulthandler")
 
 
 def test_the_rank_that_asserts_comes_first_in_pytests_own_rendering(failures):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks.inner import HEADER, LOAD, ROOT, Run, collect, run
+from tests.ranks.inner import HEADER, LOAD, ROOT, collect, run
 
 pytest_plugins = "pytester"
 
@@ -121,10 +121,10 @@ def test_what_lacks_hardware_is_listed(pytester, monkeypatch):
     """
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     pytester.makepyfile("import pytest\n" + textwrap.dedent(body))
-    listed = Run(pytester.runpytest_inprocess("-Werror", *LOAD))
-    listed.result.assert_outcomes(skipped=2)
-    assert "cells not run for lack of hardware" in listed.text
-    assert "nccl-64 needs 64 GPUs, there are 0 (1 test)" in listed.text
+    listed = pytester.runpytest_inprocess("-Werror", *LOAD)
+    listed.assert_outcomes(skipped=2)
+    assert "cells not run for lack of hardware" in listed.stdout.str()
+    assert "nccl-64 needs 64 GPUs, there are 0 (1 test)" in listed.stdout.str()
 
 
 @pytest.mark.parametrize(

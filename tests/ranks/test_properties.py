@@ -8,7 +8,7 @@ import torch.distributed as dist
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tests.ranks.inner import run
+from tests.ranks.inner import run_once
 
 pytest_plugins = "pytester"
 
@@ -47,14 +47,11 @@ def test_draws_inside(ranks, data): pass
 def test_after(ranks, n): reduce()
 """
 
-_runs = {}
-
 
 @pytest.fixture
-def failures(pytester):
-    if "failures" not in _runs:
-        _runs["failures"] = run(pytester, FAILING)
-    return _runs["failures"]
+def failures(pytester, tmp_path_factory):
+    """One inner run for all tests below."""
+    return run_once("properties", tmp_path_factory, pytester, FAILING)
 
 
 @given(xs=st.lists(st.integers(0, 1000)))

@@ -7,20 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers.trainer_callback import TrainerCallback
 
-from tests.fixtures.models import tiny_llama
+from tests.fixtures.killed import check_as_if_never_killed, check_what_is_there, draw_faults, job
 from tests.fixtures.ranks.faults import Fault, disk_full, kill, nan, stop, throw
 from tests.fixtures.ranks.launch import Outcomes
-from tests.fixtures.runs import build_trainer, random_token_samples, read_metrics, weights_of
 from trainer.checkpoint import manifest
 from trainer.checkpoint.find import find_damage
-from trainer.distributed import blame
 from trainer.errors import CheckpointError, NonFiniteError, RankError
 
-SAMPLES = random_token_samples([3 + i * 5 % 8 for i in range(20)])
-NUM_STEPS = 12  # 2.4 epochs of 5
 KILLS_PER_RUN = 5
 RUNS, SLOW_RUNS = 8, 90  # with those under torchrun 50 kills by default, 500 in all with RUN_SLOW=1
 SECONDS_TO_END = 30
@@ -30,50 +24,12 @@ PATIENCE = 2.0  # seconds until a collective gives up
 IN_A_HURRY = {"async_save": False, "seconds_to_speak": 1.0}
 
 
-class Slowly(TrainerCallback):
-    """Leaves the writing thread some time between two steps, so that kills meet it at work."""
-
-    def on_step_begin(self, args, state, control, **_: Any) -> None:
-        time.sleep(0.002)
-
-
-def job(folder: Path, options: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Train from wherever the run stands to its end, saving after every second step; gives the weights."""
-    model = tiny_llama(num_hidden_layers=1, attention_dropout=0.1)
-    blame.SECONDS_TO_SPEAK = options.pop("seconds_to_speak", blame.SECONDS_TO_SPEAK)
-    defaults = {"num_train_epochs": NUM_STEPS / 5, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
-    trainer = build_trainer(folder, SAMPLES, model, callbacks=[Slowly()], use_cpu=True, **{**defaults, **options})
-    try:
-        trainer.train(resume_from_checkpoint="auto")
-        return weights_of(trainer.model)
-    finally:
-        trainer.group.close()
-
-
-def draw_faults(source: random.Random, world_size: int) -> list[Fault]:
-    """Kill one rank, or all of them, somewhere."""
-    point = source.choice(["step", "forward", "backward", "collective", "write", "sync", "rename"])
-    last = {"collective": 120, "write": 25, "sync": 25, "rename": 6}.get(point, 6)
-    victims = range(world_size) if source.random() < 0.3 else [source.randrange(world_size)]
-    return [kill(rank, at=(point, source.randint(1, last))) for rank in victims]
-
-
-def check_what_is_there(folder: Path) -> None:
-    for checkpoint in manifest.list_checkpoints(folder / manifest.FOLDER):
-        assert find_damage(checkpoint) == []
-
-
 def check_blame(outcomes: Outcomes) -> None:
     """Those that live say when it was, and which rank."""
     for outcome in outcomes:
         if outcome.error is not None:
             assert isinstance(outcome.error, RankError), outcomes.report()
             assert re.search(r"(step \d+|before the first step): .*rank", str(outcome.error))
-
-
-def straight(launch: Any, folder: Path, world_size: int) -> dict[str, torch.Tensor]:
-    never = {"save_strategy": "no", "save_steps": 500, "save_total_limit": None}
-    return launch(world_size, job, folder, never).values[0]
 
 
 def kill_until_done(launch: Any, folder: Path, seed: int) -> None:
@@ -87,16 +43,14 @@ def kill_until_done(launch: Any, folder: Path, seed: int) -> None:
             break
         check_blame(outcomes)
     weights = launch(world_size, job, folder / "killed", options).values[0]
-    expected = straight(launch, folder / "straight", world_size)
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    assert read_metrics(folder / "killed") == read_metrics(folder / "straight")
+    check_as_if_never_killed(launch, folder, world_size, weights)
+    assert not list((folder / "killed" / manifest.FOLDER).glob(".*"))
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", range(RUNS))
 def test_killed_anywhere_a_run_ends_bit_for_bit_as_if_it_had_not(launch, tmp_path: Path, seed: int) -> None:
     kill_until_done(launch, tmp_path, seed)
-    assert not list((tmp_path / "killed" / manifest.FOLDER).glob(".*"))
 
 
 @pytest.mark.slow
@@ -104,7 +58,6 @@ def test_killed_anywhere_a_run_ends_bit_for_bit_as_if_it_had_not(launch, tmp_pat
 @pytest.mark.parametrize("seed", range(RUNS, RUNS + SLOW_RUNS))
 def test_killed_anywhere_many_times(launch, tmp_path: Path, seed: int) -> None:
     kill_until_done(launch, tmp_path, seed)
-    assert not list((tmp_path / "killed" / manifest.FOLDER).glob(".*"))
 
 
 def run_with(launch: Any, folder: Path, *faults: Fault) -> tuple[Outcomes, float]:

@@ -13,9 +13,8 @@ import pytest
 import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from tests.fixtures.killed import check_as_if_never_killed, draw_faults, job
 from tests.fixtures.ranks.launch import Launch, faults_installed
-from tests.fixtures.runs import read_metrics
-from tests.system.test_faults import check_what_is_there, draw_faults, job, straight
 
 KILLS = 5  # of one rank or of both
 
@@ -55,7 +54,4 @@ def test_restarted_by_torchrun_a_killed_run_ends_bit_for_bit(
     (ended,) = launch(1, run_under_torchrun, world_size, tmp_path / "killed", seed, group=False, timeout=200).values
     restarts, weights = ended
     assert restarts >= KILLS - 1  # a fault may come too late
-    check_what_is_there(tmp_path / "killed")
-    expected = straight(launch, tmp_path / "straight", world_size)
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    assert read_metrics(tmp_path / "killed") == read_metrics(tmp_path / "straight")
+    check_as_if_never_killed(launch, tmp_path, world_size, weights)
