@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
 from tests.fixtures.models import DENSE, build_model, build_pack, packed_model, save_model, tiny_llama
@@ -263,9 +264,12 @@ def trained_weights(model, osft, num_steps=3):
     return {name: merged_weight(layer) for name, layer in osft_layers(model).items()}, reports
 
 
-def check_same_as_one_process(directory, ranks, mesh):
+def check_same_as_one_process(directory, ranks, mesh, is_compiled=False):
     """Every rank trains on the same packs, so gradients are those of one process times the number of ranks."""
     model, osft = load_split(directory, mesh, torch.float64)
+    if is_compiled:
+        for block in model.model.layers:
+            block.mlp.compile(backend="eager")  # as it is traced: inductor's C++ takes a minute
     alone, alone_osft = load_split(directory, None, torch.float64)
     for layer, other in zip(osft.layers, alone_osft.layers, strict=True):
         local, region = local_part(layer.osft_protected)
@@ -290,6 +294,20 @@ def test_ranks_train_what_one_process_trains(ranks, name):
         save_model(ranks.tmp_path, name, dtype=torch.float64)
     ranks.barrier()
     check_same_as_one_process(ranks.tmp_path, ranks, ranks.mesh())
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own tracing asks
+def test_compiled_shards_train_what_one_process_trains(ranks):
+    if ranks.is_lead:
+        save_model(ranks.tmp_path, dtype=torch.float64)
+    ranks.barrier()
+    torch._dynamo.reset()
+    try:
+        check_same_as_one_process(ranks.tmp_path, ranks, ranks.mesh(), is_compiled=True)
+        assert counters["stats"]["unique_graphs"] > 0
+    finally:
+        torch._dynamo.reset()
 
 
 @pytest.mark.world_size(4)

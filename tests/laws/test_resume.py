@@ -133,10 +133,10 @@ def is_tiny(name: str) -> bool:
     return is_installed(spec) and not (spec.target_options or spec.not_on_cpu or spec.package == "torchao")
 
 
-def check_going_on(folder: Path, optim: str, barrier: Callable[[], None] = lambda: None) -> None:
+def check_going_on(folder: Path, optim: str, barrier: Callable[[], None] = lambda: None, **more: Any) -> None:
     """Two steps and two more, by one process or by two after each other: weights and state are the same."""
     spec = OPTIMIZERS[optim]
-    options: dict[str, Any] = {"optim": optim, "max_steps": 4, "num_train_epochs": 3, "save_steps": 2}
+    options: dict[str, Any] = {"optim": optim, "max_steps": 4, "num_train_epochs": 3, "save_steps": 2} | more
     options |= {"eval_strategy": "no", "max_grad_norm": 0 if spec.steps_in_backward else 1}
     if spec.averages_weights:
         options |= {"lr_scheduler_type": "constant", "warmup_steps": 0}

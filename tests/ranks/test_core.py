@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 
 import pytest
 import torch
@@ -25,6 +26,13 @@ def test_parametrisation_and_fixtures_work_inside(ranks, n, tmp_path, monkeypatc
     (ranks.tmp_path / f"{ranks.rank}").write_text("x")
     ranks.barrier()
     assert sorted(path.name for path in ranks.tmp_path.iterdir()) == ["0", "1"]
+
+
+@pytest.mark.filterwarnings("ignore:let me pass")
+def test_filters_of_warnings_hold_inside(ranks):
+    warnings.warn("let me pass", stacklevel=1)
+    with pytest.raises(UserWarning, match="me not"):  # as pyproject.toml says
+        warnings.warn("me not", stacklevel=1)
 
 
 def test_fsdp2(ranks):
