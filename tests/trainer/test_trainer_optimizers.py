@@ -136,6 +136,7 @@ class TestConformance:
 
     @every
     @pytest.mark.world_size(2)
+    @pytest.mark.rank_timeout(300)  # some compile
     def test_sharded(self, name: str, ranks: Any) -> None:
         """Sharded over ranks it takes the steps of one process, or is refused with the reason."""
         alone, model = Regression(), Regression()
@@ -165,6 +166,7 @@ class TestConformance:
 
     @every
     @pytest.mark.world_size(2)
+    @pytest.mark.rank_timeout(300)  # some compile
     def test_resumes_sharded(self, name: str, ranks: Any) -> None:
         """The same on every rank's shard, through a checkpoint on disk."""
         if OPTIMIZERS[name].not_sharded:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._functorch import config as functorch_config
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -99,12 +100,16 @@ class TorchaoState(ObjectState):
             group["lr"] = rate
 
     def step(self, closure: Any = None) -> Any:
-        """Step with the learning rates as tensors."""
+        """Step with the learning rates as tensors.
+
+        Not with what was compiled for other state: torch 2.13 takes the 8-bit step from disk for the 4-bit one, and fails.
+        """
         rates = [group["lr"] for group in self.param_groups]
         for group, rate in zip(self.param_groups, rates, strict=True):
             group["lr"] = torch.tensor(rate, dtype=torch.float32)
         try:
-            return plain_step(super().step)(closure)
+            with functorch_config.patch(enable_autograd_cache=False):
+                return plain_step(super().step)(closure)
         finally:
             for group, rate in zip(self.param_groups, rates, strict=True):
                 group["lr"] = rate

@@ -140,8 +140,7 @@ _TORCHAO = Spec(
     package="torchao",
     takes=ADAM,
     mixins=(TorchaoState,),
-    note="compiles on its first step; resumes at the same world size only; torchao 0.18 on torch 2.13: on 2 ranks, "
-    "what compiling leaves behind fails the harness, and two such optimizers in one process fail in inductor",
+    note="compiles on its first step; resumes at the same world size only",
 )
 _GALORE = Spec(
     "galore_torch:GaLoreAdamW",
