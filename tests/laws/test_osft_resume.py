@@ -23,7 +23,7 @@ SPLIT = {"osft": True, "osft_unfreeze_rank_ratio": 0.5, "num_train_epochs": NUM_
 
 
 def build_split(folder: Path, stop_after: int | None = None, **options: Any) -> Trainer:
-    return build(folder, stop_after, **{**SPLIT, **options})
+    return build(folder, stop_after, **{"model": tiny_llama(attention_dropout=0.1), **SPLIT, **options})
 
 
 def without_starts(checkpoint: Path) -> Any:

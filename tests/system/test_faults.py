@@ -32,7 +32,7 @@ def check_blame(outcomes: Outcomes) -> None:
             assert re.search(r"(step \d+|before the first step): .*rank", str(outcome.error))
 
 
-def kill_until_done(launch: Any, folder: Path, seed: int) -> None:
+def check_killed_until_done(launch: Any, folder: Path, seed: int) -> None:
     source = random.Random(seed)
     world_size = 1 + seed % 2
     options = {"async_save": bool(seed % 4 < 2), "seconds_to_speak": 1.0}  # who is dead stays silent for long enough
@@ -50,14 +50,14 @@ def kill_until_done(launch: Any, folder: Path, seed: int) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", range(RUNS))
 def test_killed_anywhere_a_run_ends_bit_for_bit_as_if_it_had_not(launch, tmp_path: Path, seed: int) -> None:
-    kill_until_done(launch, tmp_path, seed)
+    check_killed_until_done(launch, tmp_path, seed)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", range(RUNS, RUNS + SLOW_RUNS))
 def test_killed_anywhere_many_times(launch, tmp_path: Path, seed: int) -> None:
-    kill_until_done(launch, tmp_path, seed)
+    check_killed_until_done(launch, tmp_path, seed)
 
 
 def run_with(launch: Any, folder: Path, *faults: Fault) -> tuple[Outcomes, float]:

@@ -102,7 +102,7 @@ class TorchaoState(ObjectState):
     def step(self, closure: Any = None) -> Any:
         """Step with the learning rates as tensors.
 
-        Not with what was compiled for other state: torch 2.13 takes the 8-bit step from disk for the 4-bit one, and fails.
+        Not with what was compiled for other state: torch 2.13 takes the 8-bit step from disk for 4 bits, and fails.
         """
         rates = [group["lr"] for group in self.param_groups]
         for group, rate in zip(self.param_groups, rates, strict=True):
