@@ -1,0 +1,33 @@
+"""Chat JSONL to samples, beside the limit and a peer: `python benchmarks/bench_preparation.py --rounds 5`.
+
+A peer that is not installed is reported and left out; `tox -e bench-peers` installs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from compare import compare, table, versions
+from preparation_contenders import CONTENDERS, write_chats
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--num-samples", type=int, default=100_000)
+    parser.add_argument("--tiny", action="store_true", help="only show that it runs")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
+    options = parser.parse_args()
+    num_samples = 400 if options.tiny else options.num_samples
+    script = str(Path(__file__).with_name("preparation_contenders.py"))
+    with tempfile.TemporaryDirectory() as folder:
+        write_chats(Path(folder), num_samples)
+        results = compare({name: [script, name, folder] for name in options.only}, options.rounds)
+    print(f"{num_samples} chats, {options.rounds} rounds; {versions('tokenizers', 'trl')}\n")
+    print(table(results, "tokens_per_second", ("tokens",)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""One way from chat JSONL to samples with trained tokens marked: tokens a second, on all cores.
+
+`python benchmarks/preparation_contenders.py NAME FOLDER` prints one JSON object; `write_chats` has filled the folder.
+The limit is the tokenizer's own batch encoding of texts that are in memory and rendered already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+START, END = "<|im_start|>", "<|im_end|>"
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.role == 'assistant' %}{% generation %}"
+    "{{ message.content }}<|im_end|>{% endgeneration %}{% else %}{{ message.content }}<|im_end|>{% endif %}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NUM_WORDS, VOCABULARY, WORDS_PER_MESSAGE = 5000, 8192, 60
+TEXTS_AT_ONCE = 1000
+
+Prepare = Callable[[], int]  # gives the number of tokens
+
+
+def write_chats(folder: Path, num_samples: int) -> None:
+    """Write chats of made-up words, as frequent as those of a language, and a byte-level BPE tokenizer of them."""
+    rng = np.random.default_rng(0)
+    syllables = [a + b for a in "bcdfglmnprstv" for b in ("a", "e", "i", "o", "u", "an", "er", "in")]
+    words = ["".join(rng.choice(syllables, rng.integers(1, 5))) for _ in range(NUM_WORDS)]
+    frequencies = 1 / np.arange(1, NUM_WORDS + 1)
+    lengths = rng.lognormal(np.log(WORDS_PER_MESSAGE), 0.7, (num_samples, 2)).astype(int) + 1
+    drawn = iter(rng.choice(words, lengths.sum(), p=frequencies / frequencies.sum()).tolist())
+    with (folder / "chats.jsonl").open("w") as file:
+        for user, assistant in lengths.tolist():
+            contents = {"user": _text(drawn, user), "assistant": _text(drawn, assistant)}
+            messages = [{"role": role, "content": content} for role, content in contents.items()]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    _train_tokenizer(folder)
+
+
+def _text(words: Iterator[str], length: int) -> str:
+    return " ".join(next(words) for _ in range(length)).capitalize() + "."
+
+
+def _train_tokenizer(folder: Path) -> None:
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    trained = ByteLevelBPETokenizer()
+    contents = (message["content"] for chat in read(folder) for message in chat["messages"])
+    special = [START, END]
+    trained.train_from_iterator(contents, vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
+    trained.save(str(folder / "bpe.json"))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "bpe.json"), eos_token=END, pad_token=END, chat_template=TEMPLATE
+    )
+    tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def read(folder: Path) -> Iterator[dict[str, Any]]:
+    with (folder / "chats.jsonl").open() as file:
+        yield from map(json.loads, file)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder / "tokenizer")
+
+
+def batch_encoding(folder: Path) -> Prepare:
+    tokenizer = load_tokenizer(folder)
+    texts = [tokenizer.apply_chat_template(chat["messages"], tokenize=False) for chat in read(folder)]
+
+    def prepare() -> int:
+        encode = tokenizer.backend_tokenizer.encode_batch_fast
+        batches = (encode(texts[i : i + TEXTS_AT_ONCE]) for i in range(0, len(texts), TEXTS_AT_ONCE))
+        return sum(len(encoding.ids) for encodings in batches for encoding in encodings)
+
+    return prepare
+
+
+def ours(folder: Path) -> Prepare:
+    from trainer.arguments.groups import DataArguments
+    from trainer.data.prepare import prepare
+
+    tokenizer = load_tokenizer(folder)
+
+    def run() -> int:
+        with tempfile.TemporaryDirectory() as cache:
+            args = DataArguments(data_cache_dir=cache, dataset_num_proc=os.cpu_count())
+            return int(prepare(folder / "chats.jsonl", tokenizer, args).lengths.sum())
+
+    return run
+
+
+def trl(folder: Path) -> Prepare:
+    import workload
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer, model = load_tokenizer(folder), workload.build_model("tiny")
+    model.resize_token_embeddings(len(tokenizer))
+
+    def prepare() -> int:
+        with tempfile.TemporaryDirectory() as cache:
+            args = SFTConfig(
+                output_dir=cache,
+                assistant_only_loss=True,
+                dataset_num_proc=os.cpu_count(),
+                max_length=None,
+                use_cpu=True,
+                bf16=False,
+                report_to=[],
+            )
+            data = Dataset.from_json(str(folder / "chats.jsonl"), cache_dir=cache)
+            trainer = SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer)
+            return sum(map(len, trainer.train_dataset["input_ids"]))
+
+    return prepare
+
+
+CONTENDERS: dict[str, Callable[[Path], Prepare]] = {"batch-encoding": batch_encoding, "ours": ours, "trl": trl}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=CONTENDERS)
+    parser.add_argument("folder", type=Path)
+    options = parser.parse_args()
+    prepare = CONTENDERS[options.name](options.folder)
+    started = time.perf_counter()
+    num_tokens = prepare()
+    print(json.dumps({"tokens_per_second": num_tokens / (time.perf_counter() - started), "tokens": num_tokens}))
+
+
+if __name__ == "__main__":
+    main()
