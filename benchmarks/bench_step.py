@@ -6,6 +6,8 @@ Peers that are not installed are reported and left out; `tox -e bench-peers` ins
 from __future__ import annotations
 
 import argparse
+import math
+import statistics
 from pathlib import Path
 
 from compare import compare, table, versions
@@ -28,6 +30,8 @@ def main() -> None:
     packages = versions("trl", "rhai-innovation-mini-trainer")
     print(f"model {model}, {options.dtype}, {options.rounds} rounds; {packages}\n")
     print(table(results, "tokens_per_second", ("peak_memory_mb", "gemm_share_percent")))
+    waits = [run["data_wait_percent"] for run in results.get("ours", [])]
+    print(f"\nours waits for data in {statistics.median(waits or [math.nan]):.2f} % of the time of a step")
 
 
 if __name__ == "__main__":

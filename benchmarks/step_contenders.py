@@ -33,11 +33,14 @@ class Stopwatch(TrainerCallback):
         self.load = load
         self.num_tokens = 0
         self.first_step_seconds = 0.0
+        self.data_seconds = 0.0  # that timed steps of ours waited for data
         self._started = (time.perf_counter(), 0)
         self.measured: tuple[float, int] = (0.0, 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.num_tokens += kwargs["report"].num_tokens if "report" in kwargs else 0
+        if "report" in kwargs and state.global_step > self.load.warm_up_steps:
+            self.data_seconds += kwargs["report"].data_seconds
         if state.global_step not in (1, self.load.warm_up_steps, self.load.num_steps):
             return
         now = clock(), self.num_tokens
@@ -292,6 +295,7 @@ def measure(job: Job, train: Callable[[Job], None]) -> dict[str, float]:
         "tokens_per_second": num_tokens / seconds,
         "tflops_per_second": useful / 1e12,
         "gemm_share_percent": 100 * useful / gemm_flops_per_second(job),
+        "data_wait_percent": 100 * job.watch.data_seconds / seconds,
         "peak_memory_mb": peak_memory_mb(),
         "first_step_seconds": job.watch.first_step_seconds,
     }

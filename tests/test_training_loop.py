@@ -4,6 +4,8 @@ import json
 import math
 import os
 import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,16 @@ from tests.fixtures.models import tiny_llama
 from tests.fixtures.oracles import count_loss_tokens
 from tests.fixtures.runs import Calls, build_trainer, random_token_samples, read_metrics, step_lines, weights_of
 from tests.fixtures.tolerances import LAYOUT_FLOAT64
+from trainer.data.prefetch import prefetched
 from trainer.data.sampler import epoch_order
 from trainer.errors import DataError, NonFiniteError, UsageError
+from trainer.training.metrics import timed
 
 LENGTHS = (9, 3, 17, 5, 30, 2, 11, 7, 24, 4)
 SAMPLES = random_token_samples(LENGTHS)
 HELD_OUT = random_token_samples((8, 13, 5), seed=9)
 STEPS_PER_EPOCH = 3  # 10 samples, 4 a step
+SLOW_SECONDS = 0.05
 
 
 class SignalAt(TrainerCallback):
@@ -249,6 +254,29 @@ class TestBadInput:
     def test_a_sample_over_the_budget_is_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="29"):
             build_trainer(tmp_path, SAMPLES, max_tokens_per_rank=29).train()
+
+
+class TestWaiting:
+    def test_what_is_waited_for_is_told(self, tmp_path: Path) -> None:
+        build_trainer(tmp_path, SAMPLES, max_steps=3).train()
+        told = [line["data_seconds"] for line in map(json.loads, (tmp_path / "metrics.jsonl").open())]
+        assert len(told) == 3
+        assert all(seconds > 0 for seconds in told)
+        assert min(seconds for _, seconds in timed(slow_items())) >= SLOW_SECONDS
+
+    def test_what_comes_during_a_step_is_not_waited_for(self) -> None:
+        told = []
+        for _, seconds in timed(prefetched(slow_items())):
+            told.append(seconds)
+            time.sleep(4 * SLOW_SECONDS)
+        assert told[0] >= SLOW_SECONDS
+        assert min(told) < SLOW_SECONDS
+
+
+def slow_items() -> Iterator[int]:
+    for item in range(4):
+        time.sleep(SLOW_SECONDS)
+        yield item
 
 
 class TestRecord:

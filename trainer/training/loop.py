@@ -19,7 +19,7 @@ from trainer.data.length import RunLength
 from trainer.training.callbacks import Events, RunState
 from trainer.training.checkpoints import Checkpoints
 from trainer.training.crash import CrashRecorder
-from trainer.training.metrics import StepReport, now, peak_memory_bytes, throughput
+from trainer.training.metrics import StepReport, now, peak_memory_bytes, throughput, timed
 from trainer.training.signals import StopRequest
 from trainer.training.step import Engine, GlobalBatch, StepResult, take_step
 
@@ -125,8 +125,8 @@ def train_epoch(run: Run, stop: StopRequest) -> None:
     window = log_window(run)
     run.state.epoch_end_is_due = True
     run.events.emit("on_epoch_begin")
-    for batch in run.batches.epoch(epoch, start):
-        window.add(train_batch(run, batch, stop))
+    for batch, waited in timed(run.batches.epoch(epoch, start)):
+        window.add(train_batch(run, batch, waited, stop))
         act(run)
         if run.control.should_training_stop or run.control.should_epoch_stop or run.is_over:
             break
@@ -166,8 +166,8 @@ def end_of_data(run: Run, epoch: int, start: int) -> None:
     run.state.end_epoch()
 
 
-def train_batch(run: Run, batch: GlobalBatch, stop: StopRequest) -> StepReport:
-    """Take one step, move the position past it, and report it."""
+def train_batch(run: Run, batch: GlobalBatch, waited: float, stop: StopRequest) -> StepReport:
+    """Take one step on a batch that took so many seconds to come, move the position past it, and report it."""
     run.events.emit("on_step_begin")
     started = now()
     random = generator_states(run.engine.group.device)
@@ -178,7 +178,7 @@ def train_batch(run: Run, batch: GlobalBatch, stop: StopRequest) -> StepReport:
     run.state.advance(counts["num_samples"], counts.get("num_loss_tokens", 0))
     run.state.total_flos += counts.pop("num_operations")
     run.state.num_input_tokens_seen += counts.get("num_tokens", 0)
-    report = report_step(run, result, counts, now() - started)
+    report = report_step(run, result, counts | {"data_seconds": waited}, now() - started)
     if not report.is_skipped:
         run.state.loss_sum += report.loss * report.weight
         run.state.loss_weight += report.weight

@@ -8,13 +8,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from trainer.data.collate import MicroBatch
 from trainer.distributed.group import Group
+
+T = TypeVar("T")
 
 
 class BatchMetrics:
@@ -53,6 +56,7 @@ class StepReport:
     num_samples: int
     num_micro_batches: int
     samples_per_second: float
+    data_seconds: float  # that the lead rank waited for the batch, before the step
     step_seconds: float
     peak_memory_bytes: int  # of the lead rank's device, or of its process on the CPU
     num_loss_tokens: int | None = None  # these four: of token data alone
@@ -94,6 +98,18 @@ def throughput(counts: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Give tokens, where they are counted, and samples per second of a step over all ranks."""
     tokens = {"tokens_per_second": counts["num_tokens"] / seconds} if "num_tokens" in counts else {}
     return {**tokens, "samples_per_second": counts["num_samples"] / seconds, "step_seconds": seconds}
+
+
+def timed(items: Iterable[T]) -> Iterator[tuple[T, float]]:
+    """Give each item with the seconds that it was waited for."""
+    iterator = iter(items)
+    while True:
+        started = now()
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        yield item, now() - started
 
 
 def peak_memory_bytes(device: torch.device) -> int:
