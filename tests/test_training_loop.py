@@ -259,7 +259,8 @@ class TestBadInput:
 class TestWaiting:
     def test_what_is_waited_for_is_told(self, tmp_path: Path) -> None:
         build_trainer(tmp_path, SAMPLES, max_steps=3).train()
-        told = [line["data_seconds"] for line in map(json.loads, (tmp_path / "metrics.jsonl").open())]
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        told = [json.loads(line)["data_seconds"] for line in lines]
         assert len(told) == 3
         assert all(seconds > 0 for seconds in told)
         assert min(seconds for _, seconds in timed(slow_items())) >= SLOW_SECONDS
