@@ -246,8 +246,8 @@ class TestBatchingEfficiency:
     @pytest.mark.slow
     @pytest.mark.timeout(3600)
     @pytest.mark.parametrize("cost", COSTS.values(), ids=COSTS)
-    def test_so_they_are_from_64_samples_to_8192_and_from_1_rank_to_512(self, cost: CostModel) -> None:
-        every = instances((64, 256, 1024, 8192), (1, 2, 8, 64, 512), self.BUDGETS)
+    def test_so_they_are_from_64_samples_to_8192_and_from_2_ranks_to_512(self, cost: CostModel) -> None:
+        every = instances((64, 256, 1024, 8192), (2, 8, 64, 512), self.BUDGETS)
         share_at_bound, above_bound = distance_to_bounds(every, cost)
         print(f"\n{cost}: {share_at_bound:.2%} at the bound, steps {above_bound:.2%} above theirs on average")
         assert share_at_bound >= tolerances.PACKING_SHARE_AT_BOUND
