@@ -83,8 +83,8 @@ def row(outcomes: list[Outcome]) -> str:
     """One line of the table: means over seeds, and the range of what is retained."""
     retained = [outcome.retained for outcome in outcomes]
     accuracy = statistics.mean(outcome.accuracy for outcome in outcomes)
-    steps = [outcome.num_steps for outcome in outcomes if outcome.num_steps is not None]
-    needed = f"{statistics.mean(steps):.0f}" if len(steps) == len(outcomes) else "never"
+    steps = mean_steps(outcomes)
+    needed = "never" if steps is None else f"{steps:.0f}"
     kept = f"{statistics.mean(retained):.3f} ({min(retained):.2f} to {max(retained):.2f})"
     return f"| {outcomes[0].method} | {outcomes[0].learning_rate:g} | {kept} | {accuracy:.3f} | {needed} |"
 
@@ -107,24 +107,33 @@ def front(outcomes: list[Outcome]) -> list[str]:
     return [row(runs) for runs in sorted(best.values(), key=mean_retained, reverse=True)]
 
 
+def mean_steps(outcomes: list[Outcome]) -> float | None:
+    """Steps until B was learned; None if some seed never learned it."""
+    steps = [outcome.num_steps for outcome in outcomes if outcome.num_steps is not None]
+    return statistics.mean(steps) if len(steps) == len(outcomes) else None
+
+
 def mean_retained(outcomes: list[Outcome]) -> float:
     return statistics.mean(outcome.retained for outcome in outcomes)
 
 
 def plot(outcomes: list[Outcome], path: Path) -> None:
+    """Draw what is left of A against what was learned of B, and against the steps that B took."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots()
+    figure, (by_accuracy, by_steps) = pyplot.subplots(1, 2, sharey=True, figsize=(10, 4.5), layout="constrained")
     for method in METHODS:
         runs = [runs for (name, _), runs in groups(outcomes).items() if name == method]
-        if runs:
-            accuracies = [statistics.mean(o.accuracy for o in each) for each in runs]
-            axes.plot(accuracies, [mean_retained(each) for each in runs], "o-", label=method)
-    axes.set(xlabel="accuracy on B", ylabel="accuracy left on A")
-    axes.legend()
+        learned = [(steps, mean_retained(each)) for each in runs if (steps := mean_steps(each)) is not None]
+        accuracies = [statistics.mean(o.accuracy for o in each) for each in runs]
+        by_accuracy.plot(accuracies, [mean_retained(each) for each in runs], "o-", label=method)
+        by_steps.plot([steps for steps, _ in learned], [retained for _, retained in learned], "o-", label=method)
+    by_accuracy.set(xlabel="accuracy on B", ylabel="accuracy left on A")
+    by_steps.set(xlabel=f"steps until B reached {GOAL}", xscale="log")
+    by_accuracy.legend()
     figure.savefig(path)
 
 
