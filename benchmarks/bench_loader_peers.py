@@ -5,19 +5,15 @@ Peers that are not installed are reported and left out; `tox -e bench-peers` ins
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from compare import compare, table, versions
+from compare import command_line, compare, table, versions
 from loader_contenders import CONTENDERS
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__, CONTENDERS)
     parser.add_argument("--num-samples", type=int, default=20_000)
-    parser.add_argument("--tiny", action="store_true", help="only show that it runs")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
     options = parser.parse_args()
     num_samples = 400 if options.tiny else options.num_samples
     script = str(Path(__file__).with_name("loader_contenders.py"))

@@ -5,20 +5,16 @@ A peer that is not installed is reported and left out; `tox -e bench-peers` inst
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 
-from compare import compare, table, versions
+from compare import command_line, compare, table, versions
 from preparation_contenders import CONTENDERS, write_chats
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--num-samples", type=int, default=100_000)
-    parser.add_argument("--tiny", action="store_true", help="only show that it runs")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
+    parser = command_line(__doc__, CONTENDERS)
+    parser.add_argument("--num-samples", type=int, default=20_000)
     options = parser.parse_args()
     num_samples = 400 if options.tiny else options.num_samples
     script = str(Path(__file__).with_name("preparation_contenders.py"))

@@ -6,7 +6,6 @@ how long `trainer --help` and `trainer train --help` take, the goal for the firs
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from compare import REPOSITORY, compare, table, versions
+from compare import REPOSITORY, command_line, compare, table, versions
 from step_contenders import CONTENDERS
 
 
@@ -29,11 +28,7 @@ def help_seconds(words: Sequence[str], rounds: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tiny", action="store_true", help="only show that it runs")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
-    options = parser.parse_args()
+    options = command_line(__doc__, CONTENDERS).parse_args()
     for words in (["--help"], ["train", "--help"]):
         print(f"trainer {' '.join(words)}: {help_seconds(words, options.rounds):.2f} s")
     script = str(Path(__file__).with_name("step_contenders.py"))

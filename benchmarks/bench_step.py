@@ -5,22 +5,17 @@ Peers that are not installed are reported and left out; `tox -e bench-peers` ins
 
 from __future__ import annotations
 
-import argparse
-import math
 import statistics
 from pathlib import Path
 
-from compare import compare, table, versions
+from compare import command_line, compare, table, versions
 from step_contenders import CONTENDERS
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__, CONTENDERS)
     parser.add_argument("--model", choices=["small", "wide"], default="small")
-    parser.add_argument("--tiny", action="store_true", help="only show that it runs")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
     options = parser.parse_args()
     script = str(Path(__file__).with_name("step_contenders.py"))
     model, load = ("tiny", "tiny") if options.tiny else (options.model, "cpu")
@@ -30,8 +25,9 @@ def main() -> None:
     packages = versions("trl", "rhai-innovation-mini-trainer")
     print(f"model {model}, {options.dtype}, {options.rounds} rounds; {packages}\n")
     print(table(results, "tokens_per_second", ("peak_memory_mb", "gemm_share_percent")))
-    waits = [run["data_wait_percent"] for run in results.get("ours", [])]
-    print(f"\nours waits for data in {statistics.median(waits or [math.nan]):.2f} % of the time of a step")
+    if "ours" in results:
+        waits = statistics.median(run["data_wait_percent"] for run in results["ours"])
+        print(f"\nours waits for data in {waits:.2f} % of the time of a step")
 
 
 if __name__ == "__main__":

@@ -5,18 +5,28 @@ Owns how things are compared, not what: a contender is a command that prints one
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 Measured = dict[str, Any]
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def command_line(about: str | None, contenders: Collection[str]) -> argparse.ArgumentParser:
+    """The options that every comparison has."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--tiny", action="store_true", help="only show that it runs")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="*", choices=[*contenders], default=[*contenders])
+    return parser
 
 
 def compare(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[Measured]]:

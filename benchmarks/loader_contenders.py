@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import workload
 
@@ -33,7 +32,7 @@ def ours(data: Path) -> Callable[[], Batches]:
 
     folder = data.with_suffix(".store")
     with StoreWriter(folder) as writer:
-        for sample in read(data):
+        for sample in workload.read_jsonl(data):
             writer.append(sample["input_ids"], sample["labels"])
 
     def opened() -> Batches:
@@ -66,7 +65,7 @@ def transformers(data: Path, order: str) -> Callable[[], Batches]:
     from step_contenders import pad
     from transformers import Trainer, TrainingArguments
 
-    Dataset.from_list(list(read(data))).save_to_disk(data.with_suffix(".arrow"))
+    Dataset.from_list(list(workload.read_jsonl(data))).save_to_disk(data.with_suffix(".arrow"))
 
     def opened() -> Batches:
         args = TrainingArguments(
@@ -91,7 +90,7 @@ def trl_packing(data: Path) -> Callable[[], Batches]:
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     names = ["input_ids", "labels"]
-    Dataset.from_list(list(read(data))).select_columns(names).save_to_disk(data.with_suffix(".arrow"))
+    Dataset.from_list(list(workload.read_jsonl(data))).select_columns(names).save_to_disk(data.with_suffix(".arrow"))
 
     def opened() -> Batches:
         dataset = Dataset.load_from_disk(data.with_suffix(".arrow"))
@@ -125,11 +124,6 @@ def measure(opened: Callable[[], Batches]) -> dict[str, float]:
         "tokens_per_second": (num_tokens or first) / (seconds if num_tokens else first_seconds),
         "first_batch_milliseconds": 1000 * first_seconds,
     }
-
-
-def read(data: Path) -> Iterator[dict[str, Any]]:
-    with data.open(encoding="utf-8") as file:
-        yield from map(json.loads, file)
 
 
 def main() -> None:

@@ -125,7 +125,7 @@ def plot(outcomes: list[Outcome], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (by_accuracy, by_steps) = pyplot.subplots(1, 2, sharey=True, figsize=(10, 4.5), layout="constrained")
-    for method in METHODS:
+    for method in dict.fromkeys(outcome.method for outcome in outcomes):
         runs = [runs for (name, _), runs in groups(outcomes).items() if name == method]
         learned = [(steps, mean_retained(each)) for each in runs if (steps := mean_steps(each)) is not None]
         accuracies = [statistics.mean(o.accuracy for o in each) for each in runs]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import workload
 
 START, END = "<|im_start|>", "<|im_end|>"
 TEMPLATE = (
@@ -25,6 +26,7 @@ TEMPLATE = (
 )
 NUM_WORDS, VOCABULARY, WORDS_PER_MESSAGE = 5000, 8192, 60
 TEXTS_AT_ONCE = 1000
+CHATS = "chats.jsonl"
 
 Prepare = Callable[[], int]  # gives the number of tokens
 
@@ -37,7 +39,7 @@ def write_chats(folder: Path, num_samples: int) -> None:
     frequencies = 1 / np.arange(1, NUM_WORDS + 1)
     lengths = rng.lognormal(np.log(WORDS_PER_MESSAGE), 0.7, (num_samples, 2)).astype(int) + 1
     drawn = iter(rng.choice(words, lengths.sum(), p=frequencies / frequencies.sum()).tolist())
-    with (folder / "chats.jsonl").open("w") as file:
+    with (folder / CHATS).open("w") as file:
         for user, assistant in lengths.tolist():
             contents = {"user": _text(drawn, user), "assistant": _text(drawn, assistant)}
             messages = [{"role": role, "content": content} for role, content in contents.items()]
@@ -54,7 +56,7 @@ def _train_tokenizer(folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     trained = ByteLevelBPETokenizer()
-    contents = (message["content"] for chat in read(folder) for message in chat["messages"])
+    contents = (message["content"] for chat in workload.read_jsonl(folder / CHATS) for message in chat["messages"])
     special = [START, END]
     trained.train_from_iterator(contents, vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
     trained.save(str(folder / "bpe.json"))
@@ -62,11 +64,6 @@ def _train_tokenizer(folder: Path) -> None:
         tokenizer_file=str(folder / "bpe.json"), eos_token=END, pad_token=END, chat_template=TEMPLATE
     )
     tokenizer.save_pretrained(folder / "tokenizer")
-
-
-def read(folder: Path) -> Iterator[dict[str, Any]]:
-    with (folder / "chats.jsonl").open() as file:
-        yield from map(json.loads, file)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -77,7 +74,9 @@ def load_tokenizer(folder: Path) -> Any:
 
 def batch_encoding(folder: Path) -> Prepare:
     tokenizer = load_tokenizer(folder)
-    texts = [tokenizer.apply_chat_template(chat["messages"], tokenize=False) for chat in read(folder)]
+    texts = [
+        tokenizer.apply_chat_template(chat["messages"], tokenize=False) for chat in workload.read_jsonl(folder / CHATS)
+    ]
 
     def prepare() -> int:
         encode = tokenizer.backend_tokenizer.encode_batch_fast
@@ -96,13 +95,12 @@ def ours(folder: Path) -> Prepare:
     def run() -> int:
         with tempfile.TemporaryDirectory() as cache:
             args = DataArguments(data_cache_dir=cache, dataset_num_proc=os.cpu_count())
-            return int(prepare(folder / "chats.jsonl", tokenizer, args).lengths.sum())
+            return int(prepare(folder / CHATS, tokenizer, args).lengths.sum())
 
     return run
 
 
 def trl(folder: Path) -> Prepare:
-    import workload
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -120,7 +118,7 @@ def trl(folder: Path) -> Prepare:
                 bf16=False,
                 report_to=[],
             )
-            data = Dataset.from_json(str(folder / "chats.jsonl"), cache_dir=cache)
+            data = Dataset.from_json(str(folder / CHATS), cache_dir=cache)
             trainer = SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer)
             return sum(map(len, trainer.train_dataset["input_ids"]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,12 @@ def write_jsonl(path: Path, vocab_size: int, num_samples: int) -> Path:
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(sample) + "\n" for sample in samples(vocab_size, num_samples))
     return path
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Read one JSON object a line."""
+    with path.open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
 
 
 def build_model(name: str, device: str = "cpu") -> Any:
