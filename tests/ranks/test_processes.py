@@ -91,15 +91,18 @@ def test_nothing_outlives_pytest(tmp_path, number):
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(("--rank-zygote=exec",), id="exec"),
+        pytest.param(("--rank-zygote=exec", "-n", "1"), id="exec-xdist"),
         pytest.param(("--rank-zygote=off",), id="off", marks=pytest.mark.slow),
         pytest.param(("--rank-isolation=fork",), id="isolated", marks=pytest.mark.slow),
+        pytest.param(("--rank-zygote=exec",), id="exec", marks=pytest.mark.slow),
         pytest.param(("-n", "2"), id="xdist", marks=pytest.mark.slow),  # as the default lane runs everything
     ],
 )
 def test_ranks_start_in_other_ways(pytester, options):
     preload = ("-o", "rank_preload=torch.distributed")
-    run(pytester, PASSING, *preload, *options, header="").result.assert_outcomes(passed=3)
+    found = run(pytester, PASSING, *preload, *options, header="")
+    found.result.assert_outcomes(passed=3)
+    assert "ranks: 2 runs on several ranks (gloo-2: 2)" in found.text  # the test and the launched job
 
 
 def test_options_choose_cells(pytester):
