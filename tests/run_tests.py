@@ -62,6 +62,8 @@ LANES = {
     },
 }
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # workers and ranks share the cores; more threads would spin against each other
+# Every worker and every process that a test starts would else compile all sources and rewrite all assertions anew.
+COMPILED_ONCE = {"PYTHONDONTWRITEBYTECODE": ""}
 COMPARISON = (sys.executable, "tests/test_batch_lengths_to_minibatches.py")
 
 
@@ -102,7 +104,7 @@ def run_lane(
         report.unlink(missing_ok=True)
         started = time.monotonic()
         command = [sys.executable, "-m", "pytest", *words, *extra, f"--junitxml={report}"]
-        code = subprocess.run(command, cwd=root, env=ONE_THREAD | os.environ).returncode
+        code = subprocess.run(command, cwd=root, env=ONE_THREAD | os.environ | COMPILED_ONCE).returncode
         counts = count(report)
     ran = counts["tests"] - counts["skipped"]
     return Result(
