@@ -310,13 +310,13 @@ def test_a_split_that_leaves_a_side_empty_is_refused() -> None:
         split_validation(TokenStore.from_samples([([1, 2], [1, 2])]), 0.5, seed=0)
 
 
-def test_preparing_loads_no_torch(tmp_path: Path) -> None:
+def test_preparing_loads_neither_torch_nor_pandas(tmp_path: Path) -> None:
     path = write_chats(tmp_path / "c.jsonl", 3)
     code = (
         "import sys; from tests.fixtures.tokenizers import build_tokenizer; from trainer.data.prepare import prepare;"
         "from trainer.arguments.groups import DataArguments;"
         f"prepare({str(path)!r}, build_tokenizer(), DataArguments(data_cache_dir={str(tmp_path / 'cache')!r}));"
-        "sys.exit('torch' in sys.modules)"
+        "sys.exit('torch' in sys.modules or 'pandas' in sys.modules)"
     )
     root = Path(__file__).parents[1]
     subprocess.run([sys.executable, "-W", "error::DeprecationWarning:trainer", "-c", code], check=True, cwd=root)

@@ -215,7 +215,7 @@ class StoreWriter:
     def _flush(self) -> None:
         if self._num_pending:
             columns = [np.concatenate([getattr(b, name) for b in self._pending]) for name in _TOKENS_SCHEMA.names]
-            self._writer.write_batch(pa.record_batch(columns, schema=_TOKENS_SCHEMA))
+            self._writer.write_batch(_record_batch(columns, _TOKENS_SCHEMA))
             self._chunk_tokens.append(self._num_pending)
         self._pending, self._num_pending = [], 0
 
@@ -225,9 +225,7 @@ class StoreWriter:
             pa.OSFile(str(self._temporary / "index.arrow"), "wb") as file,
             pa.ipc.new_file(file, _INDEX_SCHEMA) as writer,
         ):
-            writer.write_batch(
-                pa.record_batch([index.lengths, index.num_loss_tokens, index.documents], schema=_INDEX_SCHEMA)
-            )
+            writer.write_batch(_record_batch(index, _INDEX_SCHEMA))
         facts = {
             "format_version": FORMAT_VERSION,
             "num_samples": len(index.lengths),
@@ -247,6 +245,18 @@ class StoreWriter:
             raise DataError(
                 f"cannot be published ({error.strerror})", "a folder of that name may exist", self.directory
             ) from error
+
+
+def _record_batch(columns: Iterable[NDArray[Any]], schema: pa.Schema) -> pa.RecordBatch:
+    """Arrow's view of these columns; `pa.array` would first import pandas, where it is installed: a second."""
+    typed = [
+        np.ascontiguousarray(column, kind.to_pandas_dtype()) for column, kind in zip(columns, schema.types, strict=True)
+    ]
+    arrays = [
+        pa.Array.from_buffers(kind, len(column), [None, pa.py_buffer(column)])
+        for column, kind in zip(typed, schema.types, strict=True)
+    ]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
 class _Index(NamedTuple):
@@ -318,7 +328,13 @@ def _columns(batch: Any, schema: Any, num_rows: int) -> list[NDArray[Any]]:
     batch.validate()
     if batch.schema != schema or batch.num_rows != num_rows or any(column.null_count for column in batch.columns):
         raise ValueError(f"{batch.num_rows} rows of {batch.schema.names}, not {num_rows} of {schema.names}")
-    return [column.to_numpy(zero_copy_only=True) for column in batch.columns]
+    return [_numbers(column) for column in batch.columns]
+
+
+def _numbers(column: Any) -> NDArray[Any]:
+    """What lies in the column, where it lies; its own `to_numpy` would import pandas too."""
+    kind = column.type.to_pandas_dtype()
+    return np.frombuffer(column.buffers()[1] or b"", kind, len(column), column.offset * column.type.byte_width)
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:
