@@ -116,7 +116,7 @@ def test_a_leak_ends_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.world_size(1, 2, 3)
 def test_a_run_is_the_run_by_hand(ranks: Any, tmp_path: Path) -> None:
-    losses, weights = by_hand()
+    losses, weights = ranks.once(by_hand)
     trainer = osft_trainer(tmp_path, tiny_llama().double(), osft_svd_dtype="float64", max_tokens_per_rank=48)
     trainer.train()
     if ranks.is_lead:

@@ -3,6 +3,7 @@
 `RUN_SLOW=1 pytest -s -k shows_in_numbers tests/laws/test_layout_invariance.py` prints the differences.
 """
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -32,33 +33,35 @@ def first_batch(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[float
     return loss, gradients_of(trainer.model), len(batch)
 
 
+@functools.cache
+def one_after_another(smoothing: float = 0.0) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradient of all samples in float64."""
+    reference, samples = tiny_llama().double(), random_token_samples(LENGTHS)
+    return mean_loss(reference, samples, smoothing).item(), gradients(reference, samples, smoothing)
+
+
 @pytest.mark.world_size(1, 2, 3)
 @pytest.mark.backend("gloo", "nccl")
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_gradient_is_that_of_one_sample_after_another(ranks, tmp_path: Path, dtype: torch.dtype, budget: int) -> None:
-    reference = tiny_llama().double()
-    samples = random_token_samples(LENGTHS)
     loss, found, _ = first_batch(tmp_path, dtype, max_tokens_per_rank=budget)
-    expected = gradients(reference, samples)
-    expected_loss = mean_loss(reference, samples).item()
+    expected_loss, expected = ranks.once(one_after_another)
     assert loss == pytest.approx(expected_loss, rel=TOLERANCES[dtype])
     assert relative_difference({name: g.double().cpu() for name, g in found.items()}, expected) < TOLERANCES[dtype]
 
 
 @pytest.mark.world_size(1, 2, 3)
 def test_label_smoothing_is_laid_out_alike(ranks, tmp_path: Path) -> None:
-    samples, smoothing = random_token_samples(LENGTHS), 0.1
-    _, found, _ = first_batch(tmp_path, torch.float64, max_tokens_per_rank=48, label_smoothing_factor=smoothing)
-    expected = gradients(tiny_llama().double(), samples, smoothing)
-    assert relative_difference(found, expected) < LAYOUT_FLOAT64
+    _, found, _ = first_batch(tmp_path, torch.float64, max_tokens_per_rank=48, label_smoothing_factor=0.1)
+    assert relative_difference(found, ranks.once(lambda: one_after_another(0.1))[1]) < LAYOUT_FLOAT64
 
 
 @pytest.mark.world_size(1, 2, 3)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_a_run_is_the_run_by_hand(ranks, tmp_path: Path, tied: bool) -> None:
     samples = random_token_samples(LENGTHS)
-    losses, weights = by_hand(tiny_llama(tie_word_embeddings=tied).double(), samples)
+    losses, weights = ranks.once(lambda: by_hand(tiny_llama(tie_word_embeddings=tied).double(), samples))
     model = tiny_llama(tie_word_embeddings=tied).double()
     trainer = build_trainer(tmp_path, samples, model, num_train_epochs=2, weight_decay=0.1)
     trainer.train()
@@ -94,7 +97,7 @@ def by_hand(model: torch.nn.Module, samples: list[Sample]) -> tuple[list[float],
 
 def rows_of_differences(folder: Path, world_size: int) -> list[str]:
     """What every dtype and token budget makes of the gradient, as rows of a table."""
-    expected = gradients(tiny_llama().double(), random_token_samples(LENGTHS))
+    _, expected = one_after_another()
     rows = []
     for dtype in TOLERANCES:
         for budget in BUDGETS:

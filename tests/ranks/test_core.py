@@ -28,6 +28,14 @@ def test_parametrisation_and_fixtures_work_inside(ranks, n, tmp_path, monkeypatc
     assert sorted(path.name for path in ranks.tmp_path.iterdir()) == ["0", "1"]
 
 
+@pytest.mark.world_size(1, 3)
+@pytest.mark.backend("gloo", "threads")
+def test_what_is_right_on_one_rank_is_given_to_all(ranks):
+    computed = []
+    answer = ranks.once(lambda: computed.append(ranks.rank) or {"of": ranks.rank})
+    assert (answer, computed) == ({"of": 0}, [0] if ranks.is_lead else [])
+
+
 @pytest.mark.filterwarnings("ignore:let me pass")
 def test_filters_of_warnings_hold_inside(ranks):
     warnings.warn("let me pass", stacklevel=1)

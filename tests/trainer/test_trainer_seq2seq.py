@@ -67,7 +67,7 @@ def test_ranks_generate_before_while_and_after_they_train(ranks: Any, tmp_path: 
 def test_answers_are_those_of_each_question_alone(ranks: Any, tmp_path: Path, name: str) -> None:
     model = build_seq2seq_model(name, seed=3, vocab_size=VOCABULARY)
     questions = sequence_task()[1][:7]
-    wanted = [answer_alone(model, question) for question in questions]
+    wanted = ranks.once(lambda: [answer_alone(model, question) for question in questions])
     width = max(map(len, wanted))
     for size in (2, 4):
         trainer = build(tmp_path, model=model, per_device_eval_batch_size=size, generation_max_length=12)
@@ -109,7 +109,7 @@ class KeepsGradients(TrainerCallback):
 def test_a_step_is_that_of_the_whole_batch(ranks: Any, tmp_path: Path, name: str, size: int, accumulation: int) -> None:
     model = build_seq2seq_model(name, vocab_size=VOCABULARY)
     samples = sequence_task()[0][: 8 * ranks.world_size]  # of several lengths
-    wanted, keeper = gradients_by_hand(model, samples), KeepsGradients()
+    wanted, keeper = ranks.once(lambda: gradients_by_hand(model, samples)), KeepsGradients()
     model.zero_grad()
     batches = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "max_steps": 1}
     args = Seq2SeqTrainingArguments(str(tmp_path), max_grad_norm=0, save_strategy="no", export_final=False, **batches)
