@@ -14,11 +14,11 @@ pytest_plugins = "pytester"
 
 FAILING = """
 from hypothesis import given, settings, strategies as st
-number, small = st.integers(0, 1000), st.integers(0, 40)
+number, small = st.integers(0, 1000), st.integers(0, 15)  # each failing example costs new ranks
 settings.register_profile("inner", max_examples=30, derandomize=True, database=None)
 settings.load_profile("inner")
 
-@given(xs=st.lists(number))
+@given(xs=st.lists(st.integers(0, 120), max_size=3))
 def test_on_one_rank(ranks, xs):
     if ranks.rank == 1:
         assert all(x <= 100 for x in xs)
@@ -35,7 +35,7 @@ def test_killed(ranks, n):
     if n > 9 and ranks.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
 
-@given(n=number)
+@given(n=small)
 def test_other_collectives(ranks, n):
     x = torch.ones(4, dtype=[torch.float32, torch.int32][ranks.rank if n > 5 else 0])
     dist.all_reduce(x)
