@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import LRScheduler
 
+from tests.fixtures.models import tiny_llama
 from tests.fixtures.optimizers import Regression, build_for
 from tests.fixtures.oracles import learning_rate
 from tests.fixtures.runs import build_trainer, random_token_samples, step_lines
@@ -90,7 +91,8 @@ def test_what_a_run_logs_is_the_closed_form(name: str, ranks: Any) -> None:
     tokens = 24 if BY_STEP[name] else 64  # several micro-batches, or one
     options = {"lr_scheduler_type": name, "lr_scheduler_kwargs": BY_STEP[name], "warmup_steps": warmup}
     folder = ranks.tmp_path / "run"
-    build_trainer(folder, SAMPLES, max_tokens_per_rank=tokens, num_train_epochs=2, **options).train()
+    model = tiny_llama(num_hidden_layers=1)
+    build_trainer(folder, SAMPLES, model, max_tokens_per_rank=tokens, num_train_epochs=2, **options).train()
     if ranks.is_lead:
         found = [line["learning_rate"] for line in step_lines(folder)]
         expected = [learning_rate(name, step, 1e-2, warmup, 6, **BY_STEP[name]) for step in range(1, 7)]

@@ -1,5 +1,6 @@
 """L7: what is logged is what a recomputation by hand gives; what the plan foretells is what the run does."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def batches() -> list[list[int]]:
     return [order[start : start + BATCH_SIZE] for order in orders for start in range(0, len(order), BATCH_SIZE)]
 
 
+@functools.cache
 def lines_of_a_run(ranks: Ranks) -> list[dict[str, Any]]:
     """What all ranks together log of a run that packs by tokens alone."""
     folder = ranks.tmp_path / "run"
