@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from trainer.data import chat as chat_module
 from trainer.data.chat import ChatFormat, TemplateError, generation_prompt
 from trainer.data.encode import Encoder
 from trainer.data.jsonl import Document, FileKind
+from trainer.data.time_limit import limited_time
 from trainer.data.tokenise import Recipe, Tokeniser
 from trainer.errors import DataError, UsageError
 
@@ -263,6 +265,15 @@ def test_a_template_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(TemplateError, match="refuses it: it was still at work after 0.2 s"):
         ChatFormat.from_tokenizer(tokenizer).render(TALK)
     assert before == (signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)[0] > 0)
+
+
+def test_each_piece_of_work_has_its_own_time() -> None:
+    with limited_time(0.4):
+        for _ in range(4):
+            with limited_time(0.4):
+                time.sleep(0.15)
+    with pytest.raises(TimeoutError), limited_time(0.1), limited_time(0.1):
+        time.sleep(5)
 
 
 @pytest.mark.parametrize("template", ["marks", "plain"])

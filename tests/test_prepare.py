@@ -26,7 +26,7 @@ from tests.fixtures.corpora import (
 from tests.fixtures.tokenizers import END, START, TEMPLATES, TEXT_END, build_tokenizer
 from trainer.arguments.groups import DataArguments
 from trainer.data.cache import cache_home
-from trainer.data.jsonl import detect_file_kind, read_documents
+from trainer.data.jsonl import FileKind, detect_file_kind, read_documents
 from trainer.data.prepare import prepare, split_validation
 from trainer.data.store import TokenStore
 from trainer.data.tokenise import Recipe
@@ -156,12 +156,26 @@ def test_several_processes_prepare_what_one_does(tmp_path: Path, options: Any, m
     assert one.metadata == several.metadata
 
 
-def test_an_error_in_another_process_names_file_and_line(tmp_path: Path, options: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("trainer.data.prepare.CHUNK_BYTES", 2_000)
+@pytest.mark.parametrize("num_chunks", [2, 160], ids=["worker", "caller"])
+def test_an_error_in_any_process_names_file_and_line(
+    tmp_path: Path, options: Any, monkeypatch: Any, num_chunks: int
+) -> None:
     path = write_malformed(tmp_path / "c.jsonl", 150, num_documents=160)
+    monkeypatch.setattr("trainer.data.prepare.CHUNK_BYTES", path.stat().st_size // num_chunks)
     with pytest.raises(DataError, match=r"c.jsonl:150: not JSON"):
         prepare(path, TOKENIZER, options(dataset_num_proc=2))
     assert not [file for file in (tmp_path / "cache").iterdir() if file.suffix != ".lock"]
+
+
+def test_the_first_error_of_the_file_is_told_whoever_finds_one_first(tmp_path: Path, options: Any) -> None:
+    path = write_chats(tmp_path / "c.jsonl", 5)
+    begin, end = "{", "nothing"
+    path.write_text("\n".join([begin, *path.read_text().splitlines(), end]))
+    recipe = Recipe.build(FileKind("messages", 2), TOKENIZER, options(), None)
+    whole = path.stat().st_size
+    with TokeniserPool(recipe, str(path), 1) as pool, pytest.raises(DataError, match=r"c.jsonl:1: not JSON"):
+        # The worker has two chunks to do when the caller finds the last line.
+        list(pool.map([Chunk(0, 1, 1), Chunk(2, whole - len(end) - 2, 2), Chunk(whole - len(end), len(end), 7)]))
 
 
 def test_a_process_that_dies_is_reported(tmp_path: Path, options: Any) -> None:

@@ -7,16 +7,13 @@ verified to be a prefix. Must not know token ids. Invariant: a span is right or 
 from __future__ import annotations
 
 import re
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from trainer.data.time_limit import limited_time
 from trainer.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -34,9 +31,6 @@ _PROBE = "Zx7qPW"
 _MARKS_REMEDY = (
     "give a chat_template with {% generation %} marks around what the assistant writes, or use train_on='all'"
 )
-
-
-_PLAIN_FIELDS = {"role", "content"}
 
 
 class TemplateError(Exception):
@@ -105,11 +99,13 @@ class ChatFormat:
 
     def render(self, messages: Sequence[Message], tools: Any = None, prompt: bool = False) -> tuple[str, list[Span]]:
         """Return the chat as text and its marked spans; with `prompt`, ending where the assistant begins to write."""
-        given = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        is_plain = not tools and all(message.keys() <= _PLAIN_FIELDS for message in given)
+        is_plain = not tools and all(map(_is_plain, messages))
         try:
-            with _limited_time():
-                text, spans = self._render_plain(given, prompt) if is_plain else self._render_any(given, tools, prompt)
+            with limited_time(RENDER_SECONDS):
+                if is_plain:
+                    return self._render_plain(messages, prompt)
+                given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+                text, spans = self._render_any(given, tools, prompt)
         except Exception as error:  # noqa: BLE001  a template is a program: it may raise anything
             raise TemplateError(f"the chat template refuses it: {str(error) or type(error).__name__}") from error
         parts = [message["content"] for message in given if isinstance(message.get("content"), list)]
@@ -132,8 +128,8 @@ class ChatFormat:
         )
         return rendered[0][0], list(rendered[1][0]) if self.has_marks else []
 
-    def _render_plain(self, messages: list[Message], prompt: bool) -> tuple[str, list[Span]]:
-        """Do the same for messages of a role and a content, to which the function above does nothing beforehand.
+    def _render_plain(self, messages: Sequence[Message], prompt: bool) -> tuple[str, list[Span]]:
+        """Do the same for messages of a role and a text, to which the function above does nothing beforehand.
 
         Its copying and renaming of fields takes as long as the template itself.
         """
@@ -202,25 +198,6 @@ class ChatFormat:
         return Rendered(text, tuple(stretched), num_open)
 
 
-@contextmanager
-def _limited_time() -> Iterator[None]:
-    """Stop a template that is still at work after so long; only in a main thread, where Python hears signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"it was still at work after {RENDER_SECONDS} s")
-
-    handler = signal.signal(signal.SIGALRM, stop)
-    timer = signal.setitimer(signal.ITIMER_REAL, RENDER_SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, *timer)
-        signal.signal(signal.SIGALRM, handler)
-
-
 def generation_prompt(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
@@ -253,6 +230,11 @@ def _marked_spans(marked: list[Span], turns: list[int], trained: list[int]) -> l
 def _first_token(text: str, tokens: Sequence[str]) -> str | None:
     places = [(text.find(token), -len(token), token) for token in tokens if token in text]
     return min(places)[2] if places else None
+
+
+def _is_plain(message: Message) -> bool:
+    """Whether it is a role and a text, and nothing else."""
+    return len(message) == 2 and "role" in message and isinstance(message.get("content"), str)
 
 
 def _content_text(message: Message) -> str:

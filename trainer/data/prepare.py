@@ -13,7 +13,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +25,8 @@ from trainer.data.blocks import BlockCutter, end_with_eos
 from trainer.data.cache import fingerprint, open_or_build
 from trainer.data.jsonl import detect_file_kind
 from trainer.data.store import StoreWriter, TokenBatch, TokenStore
-from trainer.data.tokenise import Recipe, Tokeniser
-from trainer.data.worker import Chunk, Tokenised, TokeniserPool, tokenise_chunk
+from trainer.data.tokenise import Recipe
+from trainer.data.worker import Chunk, Tokenised, TokeniserPool
 from trainer.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) as a file is tokenised."""
 
-CHUNK_BYTES = 2**20
+CHUNK_BYTES = 2**18
 _BYTES_PER_PROCESS = 2**24
 """A process takes about as long to start as tokenising so much."""
 
@@ -136,8 +135,9 @@ class _Job:
 
     def build(self, directory: Path) -> None:
         report = Counter(dict.fromkeys(_COUNTS, 0))
-        with StoreWriter(directory) as writer, _tokenised(self.source, self.recipe, self._num_processes()) as results:
-            for batch in self._with_blocks(self._counted(results, report)):
+        pool = TokeniserPool(self.recipe, str(self.source.path), self._num_processes() - 1)
+        with StoreWriter(directory) as writer, pool:
+            for batch in self._with_blocks(self._counted(pool.map(self.source.chunks), report)):
                 # A block of nothing but its first token, or of prompts alone, has nothing to train.
                 trainable = batch.count_loss_tokens() > 0
                 report.update(untrainable_blocks_dropped=int((~trainable).sum()))
@@ -190,17 +190,6 @@ class _Job:
             "template_reads_clock": self.recipe.chat is not None and self.recipe.chat.reads_clock,
             "report": {**counts, "ignored_fields": ignored},
         }
-
-
-@contextmanager
-def _tokenised(source: _Source, recipe: Recipe, num_processes: int) -> Iterator[Iterator[Tokenised]]:
-    path = str(source.path)
-    if num_processes == 1:
-        tokeniser = Tokeniser(recipe)
-        yield (tokenise_chunk(tokeniser, path, chunk) for chunk in source.chunks)
-    else:
-        with TokeniserPool(recipe, path, num_processes) as pool:
-            yield pool.map(source.chunks)
 
 
 def _scan(path: Path) -> _Source:

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer.data.chat import ChatFormat, Rendered, TemplateError
+from trainer.data.chat import RENDER_SECONDS, ChatFormat, Rendered, TemplateError
 from trainer.data.encode import Encoded, Encoder
 from trainer.data.jsonl import FIELDS, PRETRAIN_ROLE, Document, FileKind
 from trainer.data.store import Sample, TokenBatch
+from trainer.data.time_limit import limited_time
 from trainer.data.tokens import IGNORED, agrees_on_loss_tokens, read_tokens
 from trainer.errors import TrainerError, UsageError
 
@@ -114,7 +115,8 @@ class Tokeniser:
             return [self._read_tokens(document, report) for document in documents]
         has_control_text = self._encoder.has_control_text
         report["control_tokens_in_text"] += sum(any(map(has_control_text, _contents(d))) for d in documents)
-        rendered = [self._render(document, report) for document in documents]
+        with limited_time(RENDER_SECONDS):  # each of them
+            rendered = [self._render(document, report) for document in documents]
         encoded = self._encoder.encode([item.text for item in rendered], [item.spans for item in rendered])
         return [self._label(document, item) for document, item in zip(documents, encoded, strict=True)]
 

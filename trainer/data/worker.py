@@ -1,4 +1,4 @@
-"""Tokenising in other processes: plain subprocesses that speak JSON and raw arrays over their pipes.
+"""Tokenising in several processes: the caller, and subprocesses that speak JSON and raw arrays over their pipes.
 
 Owns the processes and the protocol. Must not know what a recipe does. Invariant: results come in the order of the file,
 and are those that one process would give. Subprocesses rather than `multiprocessing`: nothing is forked, nothing is
@@ -29,6 +29,7 @@ from trainer.errors import DataError
 
 Tokenised = tuple[TokenBatch, "Counter[str]"]
 
+_MOST_IN_ADVANCE = 8  # results that one process may keep ready; while others start, there are many
 _ARRAYS = (("input_ids", np.int32), ("labels", np.int32), ("lengths", np.int32), ("documents", np.int64))
 
 
@@ -49,15 +50,16 @@ def tokenise_chunk(tokeniser: Tokeniser, path: str, chunk: Chunk) -> Tokenised:
 
 
 class TokeniserPool:
-    """Some worker processes, started on entering and gone on leaving."""
+    """Tokenises in the caller, and in some worker processes that are started on entering and gone on leaving."""
 
-    def __init__(self, recipe: Recipe, path: str, num_processes: int) -> None:
-        self._recipe, self._path, self._num_processes = recipe, path, num_processes
+    def __init__(self, recipe: Recipe, path: str, num_workers: int) -> None:
+        self._recipe, self._path, self._num_workers = recipe, path, num_workers
+        self._tokeniser = Tokeniser(recipe)
         self._workers: list[_Worker] = []
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
 
     def __enter__(self) -> TokeniserPool:
-        for _ in range(self._num_processes):
+        for _ in range(self._num_workers):
             self._workers.append(_Worker(self._recipe, self._path))
             self._idle.put(self._workers[-1])
         return self
@@ -67,18 +69,29 @@ class TokeniserPool:
             worker.stop(at_once=error is not None)
 
     def map(self, chunks: Iterable[Chunk]) -> Iterator[Tokenised]:
-        """Yield what each chunk gives, in order, with no more than two chunks per process under way."""
-        with ThreadPoolExecutor(self._num_processes) as threads:
-            under_way: deque[Future[Tokenised]] = deque()
+        """Yield what each chunk gives, in order; the caller tokenises those for which no worker has time."""
+        in_advance = _MOST_IN_ADVANCE * (1 + self._num_workers)
+        with ThreadPoolExecutor(max(1, self._num_workers)) as threads:
+            results: deque[Future[Tokenised]] = deque()
             try:
                 for chunk in chunks:
-                    under_way.append(threads.submit(self._run, chunk))
-                    if len(under_way) >= 2 * self._num_processes:
-                        yield under_way.popleft().result()
-                while under_way:
-                    yield under_way.popleft().result()
+                    num_under_way = sum(not result.done() for result in results)
+                    has_time = num_under_way < 2 * self._num_workers
+                    results.append(threads.submit(self._run, chunk) if has_time else self._run_here(chunk))
+                    while results and (results[0].done() or len(results) >= in_advance):
+                        yield results.popleft().result()
+                while results:
+                    yield results.popleft().result()
             finally:
                 threads.shutdown(cancel_futures=True)
+
+    def _run_here(self, chunk: Chunk) -> Future[Tokenised]:
+        result: Future[Tokenised] = Future()
+        try:
+            result.set_result(tokenise_chunk(self._tokeniser, self._path, chunk))
+        except DataError as error:  # raised when its turn comes: a chunk before it may hold one as well
+            result.set_exception(error)
+        return result
 
     def _run(self, chunk: Chunk) -> Tokenised:
         worker = self._idle.get()
