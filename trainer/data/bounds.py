@@ -6,6 +6,8 @@ above what some valid plan reaches.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,48 +22,42 @@ Integers = NDArray[np.int64]
 def least_packs(lengths: Integers, capacity: int) -> int:
     """A lower bound on the number of packs of `capacity` tokens that hold all samples.
 
-    The greatest of three: Martello and Toth's L2 (which contains the total), the number of samples of at least one
-    length that a pack can hold, and the dual feasible functions of Fekete and Schepers.
+    The greater of two: what dual feasible functions weigh, and the number of samples of at least one length that a pack
+    can hold.
     """
     lengths = lengths[lengths > 0]
-    if lengths.size == 0:
-        return 0
-    return max(
-        _martello_toth(lengths, capacity),
-        _by_count(lengths, capacity),
-        _dual_feasible(lengths, capacity),
-    )
+    return max(_dual_feasible(lengths, capacity), _by_count(lengths, capacity)) if lengths.size else 0
 
 
-def _martello_toth(lengths: Integers, capacity: int) -> int:
-    """L2: samples over half a pack need one each; what then finds no room beside them needs more.
+def _dual_feasible(lengths: Integers, capacity: int) -> int:
+    """Samples are weighed such that no pack that fits weighs more than one pack (Fekete and Schepers, 2001).
 
-    For a threshold t <= capacity / 2, samples longer than capacity - t share with none of the samples of t and more.
+    By their length; and rounded to k-ths of a pack, for some k. On top of each, for every threshold t up to half a
+    pack, those shorter than t weigh nothing and those longer than capacity - t, which can share with no other, a whole
+    pack. With the first and the last of the weights this is Martello and Toth's bound L2.
     """
-    totals = np.concatenate(([0], np.cumsum(lengths)))
-    num_large = _count_longer(lengths, capacity // 2)
-    thresholds = np.unique(np.append(lengths[num_large:], 1)) if num_large < lengths.size else np.ones(1, np.int64)
+    thresholds = np.unique(np.append(lengths[lengths <= capacity // 2], 1))
     num_alone = _counts_longer(lengths, capacity - thresholds)
     num_counted = _counts_longer(lengths, thresholds - 1)
-    beside = (num_large - num_alone) * capacity - (totals[num_large] - totals[num_alone])
-    rest = np.maximum(totals[num_counted] - totals[num_large] - beside, 0)
-    return int((num_large - (-rest // capacity)).max())
+    best = 0
+    for weights, of_a_pack in _weights(lengths, capacity):
+        totals = np.concatenate(([0], np.cumsum(weights)))
+        heaviest = int((num_alone * of_a_pack + totals[num_counted] - totals[num_alone]).max())
+        best = max(best, -(-heaviest // of_a_pack))
+    return best
+
+
+def _weights(lengths: Integers, capacity: int) -> Iterator[tuple[Integers, int]]:
+    yield lengths, capacity
+    for k in range(LARGEST_DUAL_FEASIBLE_STEP, 0, -1):
+        whole, remainder = np.divmod((k + 1) * lengths, capacity)
+        yield np.where(remainder == 0, k * lengths, whole * capacity), k * capacity
 
 
 def _by_count(lengths: Integers, capacity: int) -> int:
     """The j longest samples are all at least as long as the j-th, and only so many of that length fit one pack."""
     j = np.arange(1, lengths.size + 1)
     return int((-(-j // (capacity // lengths))).max())
-
-
-def _dual_feasible(lengths: Integers, capacity: int) -> int:
-    """u_k rounds each length to a k-th of a pack such that any pack that fits still fits."""
-    best = 0
-    for k in range(2, LARGEST_DUAL_FEASIBLE_STEP + 1):
-        whole, remainder = np.divmod((k + 1) * lengths, capacity)
-        rounded = np.where(remainder == 0, k * lengths, whole * capacity)
-        best = max(best, -(-int(rounded.sum()) // (k * capacity)))
-    return best
 
 
 def floor_costs(lengths: Integers, capacity: int, num_ranks: int, num_micro_batches: int, cost: CostModel) -> Integers:
