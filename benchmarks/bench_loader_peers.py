@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from compare import command_line, compare, table, versions
+from compare import command_line, compare, report
 from loader_contenders import CONTENDERS
 
 
@@ -19,9 +19,7 @@ def main() -> None:
     script = str(Path(__file__).with_name("loader_contenders.py"))
     commands = {name: [script, name, "--num-samples", str(num_samples)] for name in options.only}
     results = compare(commands, options.rounds)
-    packages = versions("trl", "rhai-innovation-mini-trainer")
-    print(f"{num_samples} samples, {options.rounds} rounds; {packages}\n")
-    print(table(results, "tokens_per_second", ("first_batch_milliseconds",)))
+    report(options, f"loading {num_samples:,} samples", results, "tokens_per_second", ("first_batch_milliseconds",))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from compare import command_line, compare, table, versions
+from compare import command_line, compare, report
 from preparation_contenders import CONTENDERS, write_chats
 
 
@@ -21,8 +21,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_chats(Path(folder), num_samples)
         results = compare({name: [script, name, folder] for name in options.only}, options.rounds)
-    print(f"{num_samples} chats, {options.rounds} rounds; {versions('tokenizers', 'trl')}\n")
-    print(table(results, "tokens_per_second", ("tokens",)))
+    report(options, f"preparing {num_samples:,} chats", results, "tokens_per_second", ("tokens",))
 
 
 if __name__ == "__main__":

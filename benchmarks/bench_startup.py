@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from compare import REPOSITORY, command_line, compare, table, versions
+from compare import REPOSITORY, command_line, compare, report
 from step_contenders import CONTENDERS
 
 
@@ -35,8 +35,8 @@ def main() -> None:
     model, load = ("tiny", "tiny") if options.tiny else ("small", "first-step")
     commands = {name: [script, name, "--model", model, "--load", load] for name in options.only}
     results = compare(commands, options.rounds)
-    print(f"model {model}, {options.rounds} rounds; {versions('trl', 'rhai-innovation-mini-trainer')}\n")
-    print(table(results, "first_step_seconds", ("peak_memory_mb",), is_cost=True))
+    title = f"launch to the first step, {model} Llama"
+    report(options, title, results, "first_step_seconds", ("peak_memory_mb",), is_cost=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from compare import command_line, compare, table, versions
+from compare import command_line, compare, report
 from step_contenders import CONTENDERS
 
 
@@ -22,9 +22,8 @@ def main() -> None:
     setting = ["--model", model, "--dtype", options.dtype, "--load", load]
     commands = {name: [script, name, *setting] for name in options.only}
     results = compare(commands, options.rounds)
-    packages = versions("trl", "rhai-innovation-mini-trainer")
-    print(f"model {model}, {options.dtype}, {options.rounds} rounds; {packages}\n")
-    print(table(results, "tokens_per_second", ("peak_memory_mb", "gemm_share_percent")))
+    title = f"steps of the {model} Llama, {options.dtype}"
+    report(options, title, results, "tokens_per_second", ("peak_memory_mb", "gemm_share_percent"))
     if "ours" in results:
         waits = statistics.median(run["data_wait_percent"] for run in results["ours"])
         print(f"\nours waits for data in {waits:.2f} % of the time of a step")

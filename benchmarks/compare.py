@@ -26,6 +26,7 @@ def command_line(about: str | None, contenders: Collection[str]) -> argparse.Arg
     parser.add_argument("--tiny", action="store_true", help="only show that it runs")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", choices=[*contenders], default=[*contenders])
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON of every round, for plot_peers.py")
     return parser
 
 
@@ -66,6 +67,23 @@ def _failure(said: str) -> Measured:
     return {"failed": said[-1500:]}
 
 
+def report(
+    options: argparse.Namespace,
+    title: str,
+    results: Mapping[str, list[Measured]],
+    measure: str,
+    others: Sequence[str] = (),
+    *,
+    is_cost: bool = False,
+) -> None:
+    """Print the table, and write all that was measured where `--output` says."""
+    print(f"{title}, {options.rounds} rounds; {versions('tokenizers', 'trl', 'rhai-innovation-mini-trainer')}\n")
+    print(table(results, measure, others, is_cost=is_cost))
+    if options.output is not None:
+        whole = {"title": title, "measure": measure, "is_cost": is_cost, "results": results}
+        options.output.write_text(json.dumps(whole, indent=1) + "\n")
+
+
 def table(
     results: Mapping[str, list[Measured]], measure: str, others: Sequence[str] = (), *, is_cost: bool = False
 ) -> str:
@@ -74,18 +92,20 @@ def table(
     More is better, unless the measure is a cost.
     """
     first = next(iter(results))
-    ahead = {name: paired_ratio(results[first], runs, measure) for name, runs in results.items()}
     lines = [f"| contender | {measure} | {first} is ahead | {' | '.join(others)} |", "|---" * (3 + len(others)) + "|"]
     for name, runs in results.items():
         cells = [f"{statistics.median(run[key] for run in runs):,.1f}" for key in (measure, *others)]
-        times = 1 / ahead[name] if is_cost else ahead[name]
-        lines.append(f"| {name} | {cells[0]} | {times:.2f} times | {' | '.join(cells[1:])} |")
+        ahead = statistics.median(times_ahead(results[first], runs, measure, is_cost=is_cost))
+        lines.append(f"| {name} | {cells[0]} | {ahead:.2f} times | {' | '.join(cells[1:])} |")
     return "\n".join(lines)
 
 
-def paired_ratio(first: Sequence[Measured], second: Sequence[Measured], rate: str) -> float:
-    """The median over rounds of first / second: what slows the machine in a round slows both."""
-    return statistics.median(a[rate] / b[rate] for a, b in zip(first, second, strict=True))
+def times_ahead(
+    first: Sequence[Measured], second: Sequence[Measured], measure: str, *, is_cost: bool = False
+) -> list[float]:
+    """How many times the first is ahead of the second, in each round: what slows the machine in one slows both."""
+    ratios = (a[measure] / b[measure] for a, b in zip(first, second, strict=True))
+    return [1 / ratio if is_cost else ratio for ratio in ratios]
 
 
 def versions(*packages: str) -> str:

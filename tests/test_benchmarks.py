@@ -1,5 +1,6 @@
 """The benchmark scripts run, and report what fails in place of its numbers."""
 
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -36,6 +37,24 @@ def test_a_table_is_of_those_that_ran_every_round(compare: ModuleType) -> None:
         "| two | 2.0 | 3.00 times |  |",
     ]
     assert "| two | 2.0 | 0.33 times |" in compare.table(results, "rate", is_cost=True)
+
+
+def test_what_was_compared_is_kept_and_drawn(
+    compare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    import plot_peers
+
+    file, picture = tmp_path / "speed.json", tmp_path / "speed.png"
+    options = compare.command_line(None, ["one", "two"]).parse_args(["--rounds", "2", "--output", str(file)])
+    results = {"one": [{"seconds": 1}, {"seconds": 1}], "two": [{"seconds": 2}, {"seconds": 4}]}
+    compare.report(options, "a race", results, "seconds", is_cost=True)
+    assert "a race, 2 rounds; " in capsys.readouterr().out
+    kept = json.loads(file.read_text())
+    assert (kept["results"], kept["is_cost"]) == (results, True)
+    monkeypatch.setattr("sys.argv", ["plot_peers.py", str(file), "--plot", str(picture)])
+    plot_peers.main()
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_gpu_benchmark_runs_anywhere(compare: ModuleType) -> None:

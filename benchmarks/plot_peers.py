@@ -1,0 +1,62 @@
+"""Pictures of comparisons: `python benchmarks/plot_peers.py STEP.json LOADER.json ... --plot docs/images/peers.png`.
+
+Each file, written by a comparison's `--output`, gets a panel: how many times the first contender is ahead of each, as
+a bar for the median and a dot for every round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from compare import times_ahead
+
+COLUMNS, PANEL_INCHES = 2, (5.5, 2.2)
+TICKS = (0.5, 1, 1.5, 2, 3, 5, 7, 10, 20, 50, 100)
+
+
+def draw(axes: Any, comparison: dict[str, Any]) -> None:
+    """One comparison, the first contender on top."""
+    results = comparison["results"]
+    first, *others = results
+    for place, name in enumerate(others):
+        ahead = times_ahead(results[first], results[name], comparison["measure"], is_cost=comparison["is_cost"])
+        axes.barh(place, statistics.median(ahead) - 1, left=1, color="tab:blue", alpha=0.6)
+        axes.plot(ahead, [place] * len(ahead), "k.", markersize=3)
+        axes.annotate(f" {statistics.median(ahead):.1f}", (max(ahead), place), va="center")
+    axes.set(title=comparison["title"], xscale="log", xlabel=f"times that {first} is ahead")
+    axes.set_yticks(range(len(others)), others)
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.margins(x=0.15)
+    least, most = axes.get_xlim()
+    axes.set_xticks([tick for tick in TICKS if least < tick < most], minor=False)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
+
+
+def main() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--plot", type=Path, required=True)
+    options = parser.parse_args()
+    rows = -(-len(options.files) // COLUMNS)
+    size = (PANEL_INCHES[0] * COLUMNS, PANEL_INCHES[1] * rows)
+    figure, panels = pyplot.subplots(rows, COLUMNS, figsize=size, squeeze=False, layout="constrained")
+    for axes, file in zip(panels.flat, options.files, strict=False):
+        draw(axes, json.loads(file.read_text()))
+    for axes in panels.flat[len(options.files) :]:
+        axes.remove()
+    figure.savefig(options.plot)
+
+
+if __name__ == "__main__":
+    main()
