@@ -47,6 +47,7 @@ def parse(
         default=form(**defaults),
         prog=f"trainer {command} [CONFIG.yaml]",
         description=description,
+        config=(tyro.conf.HelptextFromCommentsOff,),  # else it reads sources for the title of each group: half the time
         registry=_registry,
     )
     given = {name: value for kind in groups for name, value in vars(getattr(parsed, _title(kind))).items()}
