@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,10 @@ from tests.fixtures.tokenizers import END, START, TEMPLATES, TEXT_END, build_tok
 from trainer.arguments.groups import DataArguments
 from trainer.data.cache import cache_home
 from trainer.data.jsonl import FileKind, detect_file_kind, read_documents
-from trainer.data.prepare import prepare, split_validation
-from trainer.data.store import TokenStore
-from trainer.data.tokenise import Recipe
-from trainer.data.worker import Chunk, TokeniserPool
+from trainer.data.prepare import prepare, scan, split_validation
+from trainer.data.store import TokenBatch, TokenStore
+from trainer.data.tokenise import Recipe, Tokeniser
+from trainer.data.worker import Chunk, TokeniserPool, tokenise_chunk
 from trainer.errors import DataError, UsageError
 
 TOKENIZER = build_tokenizer()
@@ -156,15 +158,51 @@ def test_several_processes_prepare_what_one_does(tmp_path: Path, options: Any, m
     assert one.metadata == several.metadata
 
 
-@pytest.mark.parametrize("num_chunks", [2, 160], ids=["worker", "caller"])
-def test_an_error_in_any_process_names_file_and_line(
-    tmp_path: Path, options: Any, monkeypatch: Any, num_chunks: int
+def test_workers_give_what_the_caller_would_in_the_order_of_the_file(
+    tmp_path: Path, options: Any, monkeypatch: Any
 ) -> None:
+    monkeypatch.setattr("trainer.data.prepare.CHUNK_BYTES", 2_000)
+    path = write_chats(tmp_path / "c.jsonl", 150)
+    chunks = scan(path).chunks
+    recipe = Recipe.build(detect_file_kind(path), TOKENIZER, options(), None)
+
+    def once_all_are_there() -> Iterator[Chunk]:
+        for worker in pool._workers:
+            worker.has_started.wait()
+        yield from chunks
+
+    with TokeniserPool(recipe, str(path), 2) as pool:
+        results = []
+        for result in pool.map(once_all_are_there()):
+            time.sleep(0.01)  # while the caller is busy, the workers take the next chunks
+            results.append(result)
+    assert len(results) == len(chunks) > 20
+    for (batch, report), chunk in zip(results, chunks, strict=True):
+        expected, expected_report = tokenise_chunk(Tokeniser(recipe), str(path), chunk)
+        assert report == expected_report
+        for field in dataclasses.fields(TokenBatch):
+            assert getattr(batch, field.name).tolist() == getattr(expected, field.name).tolist()
+
+
+def test_an_error_names_file_and_line_and_leaves_nothing(tmp_path: Path, options: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("trainer.data.prepare.CHUNK_BYTES", 2_000)
     path = write_malformed(tmp_path / "c.jsonl", 150, num_documents=160)
-    monkeypatch.setattr("trainer.data.prepare.CHUNK_BYTES", path.stat().st_size // num_chunks)
     with pytest.raises(DataError, match=r"c.jsonl:150: not JSON"):
         prepare(path, TOKENIZER, options(dataset_num_proc=2))
     assert not [file for file in (tmp_path / "cache").iterdir() if file.suffix != ".lock"]
+
+
+def test_an_error_in_a_worker_is_that_of_the_caller(tmp_path: Path, options: Any) -> None:
+    path = write_malformed(tmp_path / "c.jsonl", 3)
+    recipe = Recipe.build(FileKind("messages", 1), TOKENIZER, options(), None)
+    whole = Chunk(0, path.stat().st_size, 1)
+    with pytest.raises(DataError) as expected:
+        tokenise_chunk(Tokeniser(recipe), str(path), whole)
+    with TokeniserPool(recipe, str(path), 1) as pool:
+        pool._workers[0].wait_until_ready()
+        with pytest.raises(DataError) as raised:
+            pool._workers[0].tokenise(whole)
+    assert str(raised.value) == str(expected.value)
 
 
 def test_the_first_error_of_the_file_is_told_whoever_finds_one_first(tmp_path: Path, options: Any) -> None:
@@ -174,7 +212,6 @@ def test_the_first_error_of_the_file_is_told_whoever_finds_one_first(tmp_path: P
     recipe = Recipe.build(FileKind("messages", 2), TOKENIZER, options(), None)
     whole = path.stat().st_size
     with TokeniserPool(recipe, str(path), 1) as pool, pytest.raises(DataError, match=r"c.jsonl:1: not JSON"):
-        # The worker has two chunks to do when the caller finds the last line.
         list(pool.map([Chunk(0, 1, 1), Chunk(2, whole - len(end) - 2, 2), Chunk(whole - len(end), len(end), 7)]))
 
 
@@ -185,7 +222,7 @@ def test_a_process_that_dies_is_reported(tmp_path: Path, options: Any) -> None:
         pool._workers[0]._process.kill()
         pool._workers[0]._process.wait()
         with pytest.raises(DataError, match=r"c.jsonl:1: a tokenising process died \(exit status -9\)"):
-            list(pool.map([Chunk(0, path.stat().st_size, 1)]))
+            list(pool.map([Chunk(0, path.stat().st_size, 1)] * 100))
 
 
 def test_the_cache_knows_content_and_options(tmp_path: Path, options: Any) -> None:

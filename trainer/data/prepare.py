@@ -77,7 +77,7 @@ def prepare(
         return _open_prepared(path, tokenizer, args, limit)
     expected = detect_file_kind(path)
     recipe = Recipe.build(expected, tokenizer, args, limit)
-    source = _scan(path)
+    source = scan(path)
     key = fingerprint(source.digest, recipe.to_json(), args.validation_split if args.block_size else None)
     job = _Job(source, recipe, args, key, tokenizer, progress)
     store, cached = open_or_build(args.data_cache_dir, key, job.build)
@@ -111,7 +111,9 @@ def split_validation(store: TokenStore, fraction: float, seed: int) -> tuple[Tok
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
+    """A file as it was when it was looked through: its digest, its whole lines in pieces, its size and time."""
+
     path: Path
     digest: str
     chunks: list[Chunk]
@@ -119,6 +121,7 @@ class _Source:
 
     @property
     def num_bytes(self) -> int:
+        """Size of the file."""
         return self.stamp[0]
 
 
@@ -126,7 +129,7 @@ class _Source:
 class _Job:
     """All that building one store needs."""
 
-    source: _Source
+    source: Source
     recipe: Recipe
     args: DataArguments
     key: str
@@ -192,7 +195,7 @@ class _Job:
         }
 
 
-def _scan(path: Path) -> _Source:
+def scan(path: Path) -> Source:
     """Hash a file and find whole lines to hand out, in one pass."""
     digest, chunks, stamp = hashlib.sha256(), [], _stamp(path)
     begin = offset = 0
@@ -207,7 +210,7 @@ def _scan(path: Path) -> _Source:
             offset += len(block)
     if offset > begin:
         chunks.append(Chunk(begin, offset - begin, line))
-    return _Source(path, digest.hexdigest(), chunks, stamp)
+    return Source(path, digest.hexdigest(), chunks, stamp)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -95,6 +95,13 @@ class Tokeniser:
         assert self.recipe.backend is not None
         return Encoder(self.recipe.backend, self.recipe.split_special_tokens)
 
+    def load(self) -> None:
+        """Load what the first document would otherwise wait for, about a second."""
+        if self.recipe.backend is not None:
+            self._encoder  # noqa: B018
+        if self.recipe.chat is not None:
+            self.recipe.chat.ends_of_turn  # noqa: B018
+
     def tokenise(self, documents: Iterable[Document]) -> tuple[TokenBatch, Counter[str]]:
         """Return the samples of the documents in order, and the counts of what happened to them."""
         report: Counter[str] = Counter()

@@ -13,10 +13,10 @@ import os
 import subprocess
 import sys
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
-from queue import SimpleQueue
+from threading import Event, Lock, Semaphore, Thread
 from types import TracebackType
 from typing import IO, Any, NamedTuple
 
@@ -28,8 +28,9 @@ from trainer.data.tokenise import Recipe, Tokeniser
 from trainer.errors import DataError
 
 Tokenised = tuple[TokenBatch, "Counter[str]"]
+_Task = tuple["Chunk", "Future[Tokenised]"]
 
-_MOST_IN_ADVANCE = 8  # results that one process may keep ready; while others start, there are many
+_IN_ADVANCE = 8  # results that a process may have ready before they are asked for: the first of all may take longest
 _ARRAYS = (("input_ids", np.int32), ("labels", np.int32), ("lengths", np.int32), ("documents", np.int64))
 
 
@@ -50,55 +51,105 @@ def tokenise_chunk(tokeniser: Tokeniser, path: str, chunk: Chunk) -> Tokenised:
 
 
 class TokeniserPool:
-    """Tokenises in the caller, and in some worker processes that are started on entering and gone on leaving."""
+    """Tokenises in the caller, and in some worker processes that are started on entering and gone on leaving.
+
+    Each takes the next chunk as soon as it has time, a worker not before it has loaded what it needs.
+    """
 
     def __init__(self, recipe: Recipe, path: str, num_workers: int) -> None:
         self._recipe, self._path, self._num_workers = recipe, path, num_workers
         self._tokeniser = Tokeniser(recipe)
         self._workers: list[_Worker] = []
-        self._idle: SimpleQueue[_Worker] = SimpleQueue()
 
     def __enter__(self) -> TokeniserPool:
-        for _ in range(self._num_workers):
-            self._workers.append(_Worker(self._recipe, self._path))
-            self._idle.put(self._workers[-1])
+        self._workers = [_Worker(self._recipe, self._path) for _ in range(self._num_workers)]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         for worker in self._workers:
-            worker.stop(at_once=error is not None)
+            worker.kill()
+            worker.close()
 
     def map(self, chunks: Iterable[Chunk]) -> Iterator[Tokenised]:
-        """Yield what each chunk gives, in order; the caller tokenises those for which no worker has time."""
-        in_advance = _MOST_IN_ADVANCE * (1 + self._num_workers)
-        with ThreadPoolExecutor(max(1, self._num_workers)) as threads:
-            results: deque[Future[Tokenised]] = deque()
-            try:
-                for chunk in chunks:
-                    num_under_way = sum(not result.done() for result in results)
-                    has_time = num_under_way < 2 * self._num_workers
-                    results.append(threads.submit(self._run, chunk) if has_time else self._run_here(chunk))
-                    while results and (results[0].done() or len(results) >= in_advance):
-                        yield results.popleft().result()
-                while results:
-                    yield results.popleft().result()
-            finally:
-                threads.shutdown(cancel_futures=True)
-
-    def _run_here(self, chunk: Chunk) -> Future[Tokenised]:
-        result: Future[Tokenised] = Future()
+        """Yield what each chunk gives, in order."""
+        tasks = _Tasks(chunks, _IN_ADVANCE * (1 + self._num_workers))
+        threads = [Thread(target=_serve, args=(worker, tasks)) for worker in self._workers]
+        for thread in threads:
+            thread.start()
         try:
-            result.set_result(tokenise_chunk(self._tokeniser, self._path, chunk))
-        except DataError as error:  # raised when its turn comes: a chunk before it may hold one as well
-            result.set_exception(error)
+            while True:
+                if tasks.is_next_done:
+                    yield tasks.next_result()
+                elif (task := tasks.draw(wait=False)) is not None:
+                    _settle(task, lambda chunk: tokenise_chunk(self._tokeniser, self._path, chunk))
+                elif tasks.are_left:
+                    yield tasks.next_result()
+                else:
+                    break
+        finally:
+            tasks.close()
+            for worker, thread in zip(self._workers, threads, strict=True):
+                worker.kill()  # it may still be starting
+                thread.join()
+
+
+class _Tasks:
+    """Chunks in order, and the result of each in the same order; drawn by several threads, the results read by one."""
+
+    def __init__(self, chunks: Iterable[Chunk], most_in_advance: int) -> None:
+        self._chunks = iter(chunks)
+        self._lock = Lock()
+        self._room = Semaphore(most_in_advance)
+        self._results: deque[Future[Tokenised]] = deque()
+
+    def draw(self, *, wait: bool) -> _Task | None:
+        """Take the next chunk; None if there is none left, or no room for its result and waiting is not wanted."""
+        if not self._room.acquire(blocking=wait):
+            return None
+        with self._lock:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                self._room.release()  # lets others that wait find out too
+                return None
+            self._results.append(Future())
+            return chunk, self._results[-1]
+
+    @property
+    def are_left(self) -> bool:
+        """Whether results are still to be read."""
+        return bool(self._results)
+
+    @property
+    def is_next_done(self) -> bool:
+        """Whether the next result can be read without waiting."""
+        return bool(self._results) and self._results[0].done()
+
+    def next_result(self) -> Tokenised:
+        """Wait for the next result; raises what its chunk raised."""
+        result = self._results.popleft().result()
+        self._room.release()
         return result
 
-    def _run(self, chunk: Chunk) -> Tokenised:
-        worker = self._idle.get()
-        try:
-            return worker.tokenise(chunk)
-        finally:
-            self._idle.put(worker)
+    def close(self) -> None:
+        """Give out no more."""
+        with self._lock:
+            self._chunks = iter(())
+        self._room.release()
+
+
+def _serve(worker: _Worker, tasks: _Tasks) -> None:
+    """Let a worker take chunks until there are none."""
+    worker.wait_until_ready()
+    while (task := tasks.draw(wait=True)) is not None:
+        _settle(task, worker.tokenise)
+
+
+def _settle(task: _Task, tokenise: Callable[[Chunk], Tokenised]) -> None:
+    chunk, result = task
+    try:
+        result.set_result(tokenise(chunk))
+    except Exception as error:  # noqa: BLE001  raised when its turn comes: a chunk before it may hold an error as well
+        result.set_exception(error)
 
 
 class _Worker:
@@ -113,15 +164,21 @@ class _Worker:
             cwd=Path(__file__).parents[2],
             start_new_session=True,
         )
-        self._task = json.dumps(os.path.abspath(path)) + "\n" + recipe.to_json() + "\n"
+        self._job = json.dumps(os.path.abspath(path)) + "\n" + recipe.to_json() + "\n"
+        self.has_started = Event()  # or died
+
+    def wait_until_ready(self) -> None:
+        """Hand over the job and wait until the worker can begin. That it died is told by the next chunk."""
+        with contextlib.suppress(OSError):
+            self._write(self._job)
+            assert self._process.stdout is not None
+            self._process.stdout.readline()
+        self.has_started.set()
 
     def tokenise(self, chunk: Chunk) -> Tokenised:
-        assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
-            self._process.stdin.write((self._task + json.dumps(chunk) + "\n").encode())
-            self._process.stdin.flush()
-            self._task = ""
+            self._write(json.dumps(chunk) + "\n")
             return self._receive(self._process.stdout)
         except (OSError, EOFError, ValueError) as error:
             if isinstance(error, DataError):
@@ -143,11 +200,19 @@ class _Worker:
         ]
         return TokenBatch(*arrays), Counter(head["report"])
 
-    def stop(self, at_once: bool) -> None:
-        if at_once:
-            self._process.kill()
+    def _write(self, text: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(text.encode())
+        self._process.stdin.flush()
+
+    def kill(self) -> None:
+        """End it at once; what it did lies with the caller."""
+        self._process.kill()
+
+    def close(self) -> None:
+        """Close its pipes and wait for its end."""
         with contextlib.suppress(BrokenPipeError), self._process:
-            pass  # leaving closes the pipes, upon which the process ends, and waits for it
+            pass
 
 
 def main() -> None:
@@ -159,6 +224,8 @@ def main() -> None:
         if path is None:
             return
         tokeniser = Tokeniser(Recipe.from_json(sys.stdin.buffer.readline().decode()))
+        tokeniser.load()
+        _send(results, {"ready": True}, [])
         for line in sys.stdin.buffer:
             _answer(results, tokeniser, path, Chunk(*json.loads(line)))
 
