@@ -18,7 +18,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     options = parser.parse_args()
     script = str(Path(__file__).with_name("step_contenders.py"))
-    model, load = ("tiny", "tiny") if options.tiny else (options.model, "cpu")
+    model = "tiny" if options.tiny else options.model
+    load = {"tiny": "tiny", "small": "cpu", "wide": "cpu-wide"}[model]
     setting = ["--model", model, "--dtype", options.dtype, "--load", load]
     commands = {name: [script, name, *setting] for name in options.only}
     results = compare(commands, options.rounds)

@@ -33,6 +33,7 @@ class Load:
 
 LOADS = {
     "cpu": Load(48, 8, 8192, warm_up_steps=1, timed_steps=3, num_samples=20_000),
+    "cpu-wide": Load(16, 4, 4096, warm_up_steps=1, timed_steps=2, num_samples=20_000),
     "gpu": Load(368, 16, 32_768, warm_up_steps=3, timed_steps=5, num_samples=4096),
     "first-step": Load(48, 8, 8192, warm_up_steps=0, timed_steps=1, num_samples=20_000),
     "tiny": Load(8, 4, 1024, warm_up_steps=1, timed_steps=1, num_samples=64),
