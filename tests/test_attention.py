@@ -79,6 +79,19 @@ def test_packed_attention_is_what_the_formula_says(options):
     torch.testing.assert_close(output[0].transpose(0, 1).double(), expected, rtol=0, atol=tolerances.ISOLATION_FP32)
 
 
+@pytest.mark.parametrize("is_autocast", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_cpu_rounds_once_what_it_is_given_in_bfloat16(is_autocast, masked):
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 2, 9, 8, generator=generator).bfloat16() for _ in range(3)]
+    mask = torch.zeros(9, 9, dtype=torch.bfloat16).masked_fill(~torch.ones(9, 9).tril().bool(), -torch.inf)
+    options = {"attention_mask": mask if masked else None, "cu_seq_lens_q": torch.tensor([0, 4, 9])}
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+        output, _ = packed_sdpa(Layer(), *inputs, **options)
+    exact, _ = packed_sdpa(Layer(), *(tensor.float() for tensor in inputs), **options)
+    assert torch.equal(output, exact.bfloat16())
+
+
 def test_a_mask_holds_within_each_sample():
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 2, 9, 8, generator=generator) for _ in range(3))

@@ -13,8 +13,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from trainer.errors import MissingPackageError, ModelError
+from trainer.model.precision import accumulation_dtype
 
 PACKED_SDPA = "packed_sdpa"
 VARLEN = "varlen"
@@ -124,18 +126,42 @@ def packed_sdpa(
         )
     is_whole = query.shape[2] == key.shape[2]
     borders = _borders(module, query, attention_mask, options) if is_whole else []
+    dtype = query.dtype
+    with _computing_format(query) as compute_dtype:
+        inputs = [tensor.to(compute_dtype) for tensor in (query, key, value)]
+        output = _attend_apart(module, inputs, attention_mask, borders, options)
+    return output.to(dtype).transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def _computing_format(query: Tensor) -> Iterator[torch.dtype]:
+    """A CPU's kernel takes up to three times as long in bfloat16 as in float32, others the format they are given."""
+    if query.device.type != "cpu":
+        yield query.dtype
+        return
+    with torch.autocast("cpu", enabled=False):
+        yield accumulation_dtype(query.dtype)
+
+
+def _attend_apart(
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    mask: Tensor | None,
+    borders: Sequence[int],
+    options: Mapping[str, Any],
+) -> Tensor:
+    """Attention of queries, keys and values within each part of a row, in (B,H,T,E)."""
     if len(borders) <= 2:
-        output = _attend(module, query, key, value, attention_mask, options)
-    else:
-        sizes = [stop - start for start, stop in zip(borders, borders[1:], strict=False)]
-        # Split, not slices: the gradient of a slice is as large as the whole pack, for every sample of it.
-        samples = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
-        parts = []
-        for start, stop, (q, k, v) in zip(borders, borders[1:], samples, strict=False):
-            mask = None if attention_mask is None else attention_mask[..., start:stop, start:stop]
-            parts.append(_attend(module, q, k, v, mask, options))
-        output = torch.cat(parts, dim=2)
-    return output.transpose(1, 2).contiguous(), None
+        query, key, value = inputs
+        return _attend(module, query, key, value, mask, options)
+    sizes = [stop - start for start, stop in pairwise(borders)]
+    # Split, not slices: the gradient of a slice is as large as the whole pack, for every sample of it.
+    samples = zip(*(tensor.split(sizes, dim=2) for tensor in inputs), strict=True)
+    parts = []
+    for (start, stop), (q, k, v) in zip(pairwise(borders), samples, strict=True):
+        part_mask = None if mask is None else mask[..., start:stop, start:stop]
+        parts.append(_attend(module, q, k, v, part_mask, options))
+    return torch.cat(parts, dim=2)
 
 
 def packed_mask(batch_size: int, q_length: int, kv_length: int, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -189,6 +215,8 @@ def _attend(
     causal = getattr(module, "is_causal", True) if causal is None else causal
     dropout, scale = options.get("dropout", 0.0), options.get("scaling")
     num_queries, num_keys = query.shape[2], key.shape[2]
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(query.dtype)
     if mask is None and causal and window is not None and num_keys > window:
         mask = _window_mask(num_queries, num_keys, window, query.device)
     if options.get("softcap") is not None or options.get("s_aux") is not None:
