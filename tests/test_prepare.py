@@ -166,15 +166,18 @@ def test_workers_give_what_the_caller_would_in_the_order_of_the_file(
     chunks = scan(path).chunks
     recipe = Recipe.build(detect_file_kind(path), TOKENIZER, options(), None)
 
-    def once_all_are_there() -> Iterator[Chunk]:
-        for worker in pool._workers:
-            worker.has_started.wait()
-        yield from chunks
+    drawers = set()
+
+    def drawn() -> Iterator[Chunk]:
+        for chunk in chunks:
+            drawers.add(threading.current_thread())
+            yield chunk
 
     with TokeniserPool(recipe, str(path), 2) as pool:
         results = []
-        for result in pool.map(once_all_are_there()):
-            time.sleep(0.01)  # while the caller is busy, the workers take the next chunks
+        for result in pool.map(drawn()):
+            while len(drawers) < 2:  # the caller is busy until a worker has started and takes the next chunks
+                time.sleep(0.01)
             results.append(result)
     assert len(results) == len(chunks) > 20
     for (batch, report), chunk in zip(results, chunks, strict=True):

@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from threading import Event, Lock, Semaphore, Thread
+from threading import Lock, Semaphore, Thread
 from types import TracebackType
 from typing import IO, Any, NamedTuple
 
@@ -165,7 +165,6 @@ class _Worker:
             start_new_session=True,
         )
         self._job = json.dumps(os.path.abspath(path)) + "\n" + recipe.to_json() + "\n"
-        self.has_started = Event()  # or died
 
     def wait_until_ready(self) -> None:
         """Hand over the job and wait until the worker can begin. That it died is told by the next chunk."""
@@ -173,7 +172,6 @@ class _Worker:
             self._write(self._job)
             assert self._process.stdout is not None
             self._process.stdout.readline()
-        self.has_started.set()
 
     def tokenise(self, chunk: Chunk) -> Tokenised:
         assert self._process.stdout is not None
