@@ -68,22 +68,26 @@ def pytest_in_terminal(folder: Path, body: str, *words: str) -> Iterator[tuple[D
     os.close(ours)
 
 
-def test_one_rank_at_a_time_has_the_terminal_and_the_clocks_stop(tmp_path: Path) -> None:
-    with pytest_in_terminal(tmp_path, STOPS + FAILS, "--pdb") as (person, process):
+def test_a_breakpoint_stops_the_clocks(tmp_path: Path) -> None:
+    with pytest_in_terminal(tmp_path, STOPS) as (person, process):
         person.wait_for("rank 1 of 2 (gloo)")
         person.wait_for("(Pdb)")
         time.sleep(1.5)  # longer than the test's limit
         person.say("p answer * 1000")
         person.wait_for("42000")
-        person.wait_for("(Pdb)")
         person.say("c")
-        for _ in range(2):  # both ranks of the test that fails
+        person.wait_for("1 passed")
+        assert process.wait(SECONDS) == 0
+
+
+def test_pdb_on_failure_lends_the_terminal_to_one_rank_at_a_time(tmp_path: Path) -> None:
+    with pytest_in_terminal(tmp_path, FAILS, "--pdb") as (person, process):
+        for _ in range(2):
             person.wait_for("(Pdb)")
             person.say("p 'value', answer")
             person.wait_for("('value', 4")
-            person.wait_for("(Pdb)")
             person.say("c")
-        person.wait_for("1 failed, 1 passed")
+        person.wait_for("1 failed")
         assert process.wait(SECONDS) == 1
     assert "('value', 40)" in person.text
     assert "('value', 41)" in person.text
