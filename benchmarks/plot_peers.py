@@ -39,10 +39,7 @@ def draw(axes: Any, comparison: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", type=Path)
@@ -50,7 +47,8 @@ def main() -> None:
     options = parser.parse_args()
     rows = -(-len(options.files) // COLUMNS)
     size = (PANEL_INCHES[0] * COLUMNS, PANEL_INCHES[1] * rows)
-    figure, panels = pyplot.subplots(rows, COLUMNS, figsize=size, squeeze=False, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(rows, COLUMNS, squeeze=False)
     for axes, file in zip(panels.flat, options.files, strict=False):
         draw(axes, json.loads(file.read_text()))
     for axes in panels.flat[len(options.files) :]:
