@@ -42,6 +42,7 @@ def publish(path):
 
 def own_group():
     dist.init_process_group("gloo")
+    dist.barrier()  # the first rank holds the store, which the others need until they have met
     return dist.get_world_size(), os.environ["LOCAL_RANK"], os.environ["FLAVOUR"]
 
 
