@@ -52,18 +52,18 @@ def all_reduce() -> None:
 
 
 def fsdp2() -> None:
-    """Shard a 2-layer Llama, one forward, backward, clip and step."""
+    """Shard a 2-layer Llama, one forward, backward, clip and step of the optimizer that runs have by default."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
     )
-    model = LlamaForCausalLM(config)
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
-    optimizer = torch.optim.AdamW(model.parameters())
+    model, mesh = LlamaForCausalLM(config), init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     tokens = torch.arange(8)[None]
     model(input_ids=tokens, labels=tokens).loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
