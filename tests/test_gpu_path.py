@@ -20,6 +20,7 @@ from tests.fixtures.varlen import NeverReads
 from trainer.arguments.training import TrainingArguments
 from trainer.errors import ModelError, UsageError
 from trainer.model.attention import VARLEN, packed_sdpa, use_packed_attention
+from trainer.model.isolation import check_isolation
 from trainer.model.loss import token_loss_sum
 from trainer.model.precision import use_compute_dtype
 from trainer.model.shard import PRODUCTS, checkpoint_activations, compile_blocks, shard_model
@@ -180,10 +181,11 @@ class TestCompilation:
         torch._dynamo.reset()
 
     @pytest.mark.parametrize("by_autocast", [True, False])
-    def test_ten_lengths_cost_one_graph(self, by_autocast):
+    def test_ten_lengths_cost_one_graph_and_the_probes_none(self, by_autocast):
         model, compiler = gpu_llama(by_autocast, num_hidden_layers=2), torch._dynamo.testing.CompileCounter()
-        token_loss_sum(model, build_pack([4]))  # measures the head
         compile_blocks(model, backend=compiler)
+        check_isolation(model)
+        assert compiler.frame_count == 0
         for lengths in PACKS:
             token_loss_sum(model, build_pack(lengths)).backward()
         assert compiler.frame_count == 1

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from trainer.distributed.blame import is_loss_of_peer
 from trainer.errors import IsolationError, ModelError
 from trainer.model.attention import packed_inputs
+from trainer.model.modes import uncompiled
 from trainer.model.precision import compute_context, compute_dtype
 from trainer.model.shard import inference
 
@@ -35,7 +36,7 @@ def check_isolation(model: PreTrainedModel) -> None:
     """
     (before, sample, after), (other, _, another) = _probe_samples(model, seed=0), _probe_samples(model, seed=1)
     try:
-        with inference(model), compute_context(model):
+        with inference(model), uncompiled(), compute_context(model):
             packed = _logits(model, [before, sample, after])[1]
             exchanged = _logits(model, [other, sample, another])[1]
             alone = _logits(model, [sample])[0]

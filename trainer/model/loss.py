@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from trainer.errors import ModelError
 from trainer.model.attention import borders_given, packed_inputs
 from trainer.model.cross_entropy import HeadOutput, cross_entropy_sum, linear_cross_entropy_sum
-from trainer.model.modes import evaluating
+from trainer.model.modes import evaluating, uncompiled
 from trainer.model.precision import accumulation_dtype, compute_context
 
 IGNORED_LABEL = -100
@@ -115,7 +115,7 @@ def measure_head(model: PreTrainedModel) -> HeadOutput | None:
         "cu_seq_lens": torch.tensor([0, PROBE_LENGTH], dtype=torch.int32, device=device),
         "max_length": PROBE_LENGTH,
     }
-    with torch.no_grad(), evaluating(model), _replaced(head, replacement):
+    with torch.no_grad(), evaluating(model), uncompiled(), _replaced(head, replacement):
         logits = model.forward(**packed_inputs(model, pack)).logits
     torch.clear_autocast_cache()  # of weights cast without a gradient, which the forward pass at hand would take
     if shapes != [(1, PROBE_LENGTH, head.in_features)] or logits.shape != known.shape:
