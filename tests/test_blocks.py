@@ -13,7 +13,8 @@ from tests.fixtures.corpora import write_jsonl
 from tests.fixtures.tokenizers import build_tokenizer
 from trainer.arguments.groups import DataArguments
 from trainer.data.blocks import BlockCutter, end_with_eos
-from trainer.data.prepare import prepare, split_validation
+from trainer.data.prepare import prepare
+from trainer.data.split import split_validation
 from trainer.data.store import Sample, TokenBatch
 from trainer.errors import UsageError
 

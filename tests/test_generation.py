@@ -10,7 +10,8 @@ from tests.fixtures.corpora import write_chats, write_jsonl
 from tests.fixtures.models import tiny_llama
 from tests.fixtures.runs import build_arguments
 from tests.fixtures.tokenizers import build_tokenizer
-from trainer.data.prepare import prepare, split_validation
+from trainer.data.prepare import prepare
+from trainer.data.split import split_validation
 from trainer.data.store import TokenStore
 from trainer.errors import UsageError
 from trainer.training.generation import Answer, Question, questions_of

@@ -189,7 +189,7 @@ def test_saving_changes_nothing(tmp_path: Path) -> None:
 
 def train_on(folder: Path, stop_after: int | None) -> dict[str, torch.Tensor]:
     """Go on from the newest checkpoint, in float64 without dropout."""
-    trainer = build(folder, stop_after, model=tiny_llama(dtype=torch.float64), use_cpu=True)
+    trainer = build(folder, stop_after, model=tiny_llama(dtype=torch.float64, num_hidden_layers=1), use_cpu=True)
     trainer.train(resume_from_checkpoint="auto")
     weights = weights_of(trainer.model)
     trainer.group.close()

@@ -14,7 +14,7 @@ from trainer.data.costs import CostModel, cost_model_from_config
 from trainer.data.forecast import EpochForecast, Layout, forecast
 from trainer.data.length import run_length
 from trainer.data.packing import TOKENS
-from trainer.data.prepare import split_validation
+from trainer.data.split import split_validation
 from trainer.data.store import TokenStore
 
 console = Console()

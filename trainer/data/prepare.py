@@ -1,6 +1,6 @@
 """A data file to a store of samples: tokenised in parallel, cached by content, everything refused counted.
 
-Owns the order of preparing, the report and the split for validation. Must not know what a training step is. Invariant:
+Owns the order of preparing and the report. Must not know what a training step is. Invariant:
 the same data, tokenizer, template and options give the same store, whoever prepares it, however often, in however many
 processes.
 """
@@ -17,16 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from trainer.arguments.groups import DataArguments
 from trainer.data.blocks import BlockCutter, end_with_eos
 from trainer.data.cache import fingerprint, open_or_build
 from trainer.data.jsonl import detect_file_kind
+from trainer.data.source import Source
+from trainer.data.split import are_held_out
 from trainer.data.store import StoreWriter, TokenBatch, TokenStore
 from trainer.data.tokenise import Recipe
-from trainer.data.worker import Chunk, Tokenised, TokeniserPool
+from trainer.data.worker import Tokenised, TokeniserPool
 from trainer.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) as a file is tokenised."""
 
-CHUNK_BYTES = 2**18
 _BYTES_PER_PROCESS = 2**24
 """A process takes about as long to start as tokenising so much."""
 
@@ -77,7 +75,7 @@ def prepare(
         return _open_prepared(path, tokenizer, args, limit)
     expected = detect_file_kind(path)
     recipe = Recipe.build(expected, tokenizer, args, limit)
-    source = scan(path)
+    source = Source.scan(path)
     key = fingerprint(source.digest, recipe.to_json(), args.validation_split if args.block_size else None)
     job = _Job(source, recipe, args, key, tokenizer, progress)
     store, cached = open_or_build(args.data_cache_dir, key, job.build)
@@ -85,44 +83,6 @@ def prepare(
     if len(store) == 0:
         raise DataError(f"no sample is left to train on ({store.metadata['report']})", "at least one is needed", path)
     return store
-
-
-def split_validation(store: TokenStore, fraction: float, seed: int) -> tuple[TokenStore, TokenStore]:
-    """Return (training, validation): disjoint, complete, and no document on both sides.
-
-    Blocks hold parts of several documents, so their documents were divided when the store was prepared, by the
-    fraction it was prepared with; the seed decides for all other stores.
-    """
-    if store.metadata.get("block_size"):
-        if store.metadata["validation_split"] != fraction:
-            found = (
-                f"validation_split={fraction}, but the blocks were prepared with {store.metadata['validation_split']}"
-            )
-            raise UsageError(f"{found}: prepare them again with this one")
-        held_out = _are_held_out(store.documents, fraction)
-    else:
-        documents = np.unique(store.documents)
-        num_held_out = max(1, round(fraction * len(documents)))
-        order = np.argsort(_hash(documents, seed), kind="stable")
-        held_out = np.isin(store.documents, documents[order[:num_held_out]])
-    if held_out.all() or not held_out.any():
-        raise UsageError(f"validation_split={fraction} of {len(store)} samples leaves one side without any")
-    return store.select(np.flatnonzero(~held_out)), store.select(np.flatnonzero(held_out))
-
-
-@dataclass(frozen=True)
-class Source:
-    """A file as it was when it was looked through: its digest, its whole lines in pieces, its size and time."""
-
-    path: Path
-    digest: str
-    chunks: list[Chunk]
-    stamp: tuple[int, int]
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the file."""
-        return self.stamp[0]
 
 
 @dataclass(frozen=True)
@@ -148,7 +108,7 @@ class _Job:
                 loss_tokens = int(batch.count_loss_tokens().sum())
                 report.update(samples=len(batch.lengths), tokens=len(batch.input_ids), loss_tokens=loss_tokens)
                 writer.append_batch(batch)
-            if _stamp(self.source.path) != self.source.stamp:
+            if self.source.has_changed():
                 raise DataError("the file changed while it was read", "prepare it again", self.source.path)
             writer.metadata.update(self._facts(report))
 
@@ -170,7 +130,7 @@ class _Job:
         sides = (BlockCutter(self.args.block_size), BlockCutter(self.args.block_size))
         for batch in batches:
             joined = end_with_eos(batch, self.recipe.eos_id)
-            held_out = _are_held_out(joined.documents, self.args.validation_split)
+            held_out = are_held_out(joined.documents, self.args.validation_split)
             yield from (side.cut(joined.where(held_out == bool(k))) for k, side in enumerate(sides))
         yield from (side.finish() for side in sides)
 
@@ -193,29 +153,6 @@ class _Job:
             "template_reads_clock": self.recipe.chat is not None and self.recipe.chat.reads_clock,
             "report": {**counts, "ignored_fields": ignored},
         }
-
-
-def scan(path: Path) -> Source:
-    """Hash a file and find whole lines to hand out, in one pass."""
-    digest, chunks, stamp = hashlib.sha256(), [], _stamp(path)
-    begin = offset = 0
-    line = 1
-    with path.open("rb") as file:
-        while block := file.read(CHUNK_BYTES):
-            digest.update(block)
-            end = offset + block.rfind(b"\n") + 1
-            if end > offset:
-                chunks.append(Chunk(begin, end - begin, line))
-                begin, line = end, line + block.count(b"\n")
-            offset += len(block)
-    if offset > begin:
-        chunks.append(Chunk(begin, offset - begin, line))
-    return Source(path, digest.hexdigest(), chunks, stamp)
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
 
 
 def _open_prepared(
@@ -241,15 +178,3 @@ def _open_prepared(
 def _vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of which token each id stands for."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-
-
-def _are_held_out(documents: NDArray[np.int64], fraction: float) -> NDArray[np.bool_]:
-    return _hash(documents, 0) < np.uint64(int(fraction * 2**64))
-
-
-def _hash(documents: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
-    """Spread line numbers evenly over 64 bits (SplitMix64)."""
-    x = documents.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64((seed * 0xD1342543DE82EF95) % 2**64)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

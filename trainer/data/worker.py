@@ -18,36 +18,26 @@ from concurrent.futures import Future
 from pathlib import Path
 from threading import Lock, Semaphore, Thread
 from types import TracebackType
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 
 from trainer.data.jsonl import parse_documents
+from trainer.data.source import Chunk
 from trainer.data.store import TokenBatch
 from trainer.data.tokenise import Recipe, Tokeniser
 from trainer.errors import DataError
 
 Tokenised = tuple[TokenBatch, "Counter[str]"]
-_Task = tuple["Chunk", "Future[Tokenised]"]
+_Task = tuple[Chunk, "Future[Tokenised]"]
 
 _IN_ADVANCE = 8  # results that a process may have ready before they are asked for: the first of all may take longest
 _ARRAYS = (("input_ids", np.int32), ("labels", np.int32), ("lengths", np.int32), ("documents", np.int64))
 
 
-class Chunk(NamedTuple):
-    """Whole lines of a file: where they begin, how many bytes they are, and the number of the first."""
-
-    offset: int
-    size: int
-    first_line: int
-
-
 def tokenise_chunk(tokeniser: Tokeniser, path: str, chunk: Chunk) -> Tokenised:
     """Tokenise some lines of a file."""
-    with Path(path).open("rb") as file:
-        file.seek(chunk.offset)
-        lines = file.read(chunk.size).split(b"\n")
-    return tokeniser.tokenise(parse_documents(lines, path, chunk.first_line, tokeniser.recipe.expected))
+    return tokeniser.tokenise(parse_documents(chunk.read(path), path, chunk.first_line, tokeniser.recipe.expected))
 
 
 class TokeniserPool:

@@ -13,7 +13,8 @@ from transformers.trainer_utils import enable_full_determinism
 from trainer.arguments.training import TrainingArguments
 from trainer.data.costs import CostModel, cost_model_from_config
 from trainer.data.packing import TOKENS
-from trainer.data.prepare import Progress, prepare, split_validation
+from trainer.data.prepare import Progress, prepare
+from trainer.data.split import split_validation
 from trainer.data.store import TokenStore
 from trainer.distributed.group import Group
 from trainer.errors import DataError, ModelError, UsageError
