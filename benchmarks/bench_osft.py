@@ -234,12 +234,10 @@ def effective_weight(layer: nn.Module, num_inputs: int) -> Tensor:
 
 
 def plot(steps: list[int], curves: dict[str, list[float]], path: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots()
+    figure = Figure()
+    axes = figure.subplots()
     for name, curve in curves.items():
         axes.semilogy(steps, curve, "o-", label=name)
     axes.set(xlabel="steps of AdamW", ylabel="share of the change in protected directions")

@@ -119,12 +119,10 @@ def mean_retained(outcomes: list[Outcome]) -> float:
 
 def plot(outcomes: list[Outcome], path: Path) -> None:
     """Draw what is left of A against what was learned of B, and against the steps that B took."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (by_accuracy, by_steps) = pyplot.subplots(1, 2, sharey=True, figsize=(10, 4.5), layout="constrained")
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    by_accuracy, by_steps = figure.subplots(1, 2, sharey=True)
     for method in dict.fromkeys(outcome.method for outcome in outcomes):
         runs = [runs for (name, _), runs in groups(outcomes).items() if name == method]
         learned = [(steps, mean_retained(each)) for each in runs if (steps := mean_steps(each)) is not None]
