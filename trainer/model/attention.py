@@ -15,6 +15,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -126,25 +127,20 @@ def packed_sdpa(
         )
     is_whole = query.shape[2] == key.shape[2]
     borders = _borders(module, query, attention_mask, options) if is_whole else []
-    attend = _attend_in_float32 if query.device.type == "cpu" else _attend_apart
-    output = attend(module, (query, key, value), attention_mask, borders, options)
-    return output.transpose(1, 2).contiguous(), None
+    attend = partial(_attend_apart, module, borders=borders, options=options)
+    if query.device.type == "cpu":
+        attend = partial(_in_float32, attend)
+    return attend((query, key, value), attention_mask).transpose(1, 2).contiguous(), None
 
 
-def _attend_in_float32(
-    module: nn.Module,
-    inputs: Sequence[Tensor],
-    mask: Tensor | None,
-    borders: Sequence[int],
-    options: Mapping[str, Any],
-) -> Tensor:
-    """Attend apart in float32 at least, and round once: a CPU takes up to three times as long in bfloat16."""
+def _in_float32(attend: Callable[..., Tensor], inputs: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    """Attend in float32 at least, and round once: a CPU takes up to three times as long in bfloat16."""
     rounded = autocast_dtype(inputs[0])
     precise = [tensor.to(accumulation_dtype(tensor.dtype)) for tensor in inputs]
     if mask is not None and mask.is_floating_point():
         mask = mask.to(precise[0].dtype)
     with torch.autocast("cpu", enabled=False):
-        return _attend_apart(module, precise, mask, borders, options).to(rounded)
+        return attend(precise, mask).to(rounded)
 
 
 def _attend_apart(
