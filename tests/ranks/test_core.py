@@ -2,6 +2,8 @@
 
 import os
 import sys
+import threading
+import time
 import warnings
 
 import pytest
@@ -15,6 +17,12 @@ def test_every_rank_runs_the_body(ranks):
     dist.all_reduce(x)
     assert x.item() == sum(range(1, ranks.world_size + 1))
     assert dist.get_rank() == ranks.rank
+
+
+def test_a_thread_that_is_about_to_end_is_not_left_behind(ranks):
+    thread = threading.Thread(target=time.sleep, args=(0.1,))
+    thread.start()
+    assert thread.is_alive()  # when the test ends; that it passes is what is asked
 
 
 @pytest.mark.parametrize("n", [3, 5])
