@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from tests.fixtures.models import tiny_llama
+from tests.fixtures.ranks.launch import Launch
 from tests.fixtures.runs import build_arguments, build_trainer, random_token_samples
 from tests.fixtures.tolerances import CLIPPED_NORM, LAYOUT_FLOAT64
 from trainer.arguments.groups import MachineArguments, OptimizerArguments, ScheduleArguments
@@ -33,6 +35,34 @@ from trainer.training.step import find_non_finite
 
 def one_process() -> Group:
     return Group.join(MachineArguments(use_cpu=True))
+
+
+def policies_of_threads() -> dict[str, int]:
+    """How Linux schedules this thread and, by name, the others of this process."""
+    tasks = Path("/proc/self/task").iterdir()
+    policies = {(task / "comm").read_text().strip(): os.sched_getscheduler(int(task.name)) for task in tasks}
+    return {"": os.sched_getscheduler(0), **policies}
+
+
+def policies_in_a_group() -> dict[str, int]:
+    with one_process():
+        return policies_of_threads()
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux schedules so")
+class TestScheduling:
+    """Threads of gloo give way to those that compute, whoever starts the group."""
+
+    def check(self, policies: dict[str, int]) -> None:
+        assert {policies[name] for name in policies if "gloo" in name} == {os.SCHED_BATCH}
+        assert policies[""] == os.SCHED_OTHER
+
+    def test_of_a_trainer(self, launch: Launch) -> None:
+        for policies in launch(2, policies_in_a_group, group=False).values:
+            self.check(policies)
+
+    def test_of_a_test(self, ranks) -> None:
+        self.check(policies_of_threads())
 
 
 class TestGradients:

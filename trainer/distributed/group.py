@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trainer.arguments.groups import MachineArguments
 from trainer.distributed.blame import announce, blame, is_loss_of_peer
+from trainer.distributed.scheduling import threads_that_give_way
 from trainer.distributed.topology import Topology
 from trainer.errors import PeerError, RankError
 
@@ -45,14 +46,15 @@ class Group:
         if topology.world_size > 1:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             timeout = timedelta(seconds=args.ddp_timeout)
-            dist.init_process_group(
-                backend,
-                store=_store_of_this_start(topology, timeout),
-                rank=topology.rank,
-                world_size=topology.world_size,
-                timeout=timeout,
-                device_id=device if device.type == "cuda" else None,
-            )
+            with threads_that_give_way():
+                dist.init_process_group(
+                    backend,
+                    store=_store_of_this_start(topology, timeout),
+                    rank=topology.rank,
+                    world_size=topology.world_size,
+                    timeout=timeout,
+                    device_id=device if device.type == "cuda" else None,
+                )
         return cls(topology, device, owns_process_group=topology.world_size > 1)
 
     @property
