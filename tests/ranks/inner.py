@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from tests.fixtures.ranks import worker
+from tests.fixtures.ranks.launch import Launch
+
 ROOT = Path(__file__).parents[2]
 PLUGIN = "tests.fixtures.ranks.plugin"
 INSTALLED = "trainer_ranks"  # the same plugin where this distribution is installed
 LOAD = ("-p", f"no:{INSTALLED}", "-p", PLUGIN, "-p", "no:cacheprovider")
+OPTIONS = ("-v", "-Werror", *LOAD, "-o", "rank_preload=")
 HEADER = """
 import os, signal, sys, threading, time
 import pytest, torch
@@ -55,28 +59,44 @@ class Run:
 
 def collect(pytester: pytest.Pytester, body: str, *args: str) -> Run:
     """Only collect tests with the harness, in this process: nothing is forked, so no new interpreter is needed."""
-    pytester.makepyfile(test_inner="import pytest\n" + textwrap.dedent(body))
+    _write(pytester.path, "import pytest\n" + textwrap.dedent(body))
     result = pytester.runpytest_inprocess("--collect-only", "-Werror", *LOAD, "-o", "rank_preload=", *args)
     return Run(result.stdout.str(), result)
 
 
-def run(pytester: pytest.Pytester, body: str, *args: str, header: str = HEADER) -> Run:
-    """Run tests with the harness; `body` follows the header."""
-    pytester.makepyfile(test_inner=header + textwrap.dedent(body))
+def run(launch: Launch, folder: Path, body: str, *args: str) -> Run:
+    """Run tests with the harness in a fork of this process, which has imported torch; `body` follows the header."""
+    _write(folder, HEADER + textwrap.dedent(body))
+    (ended,) = launch(1, _pytest, folder, (*OPTIONS, *args), group=False, timeout=600)
+    return Run(ended.log)
+
+
+def _pytest(folder: Path, words: tuple[str, ...]) -> int:
+    os.chdir(folder)
+    worker._server = None  # this process is not a rank of the outer pytest but the controller of an inner one
+    return int(pytest.main(list(words)))
+
+
+def run_anew(pytester: pytest.Pytester, body: str, *args: str) -> Run:
+    """Run tests with the harness in a fresh interpreter."""
+    _write(pytester.path, textwrap.dedent(body))
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
         patch.setenv("OMP_NUM_THREADS", "1")
-        options = ["-v", "-Werror", *LOAD, "-o", "rank_preload="]
-        result = pytester.runpytest_subprocess(*options, *args)
+        result = pytester.runpytest_subprocess(*OPTIONS, *args)
         return Run(result.stdout.str(), result)
 
 
-def run_once(name: str, factory: pytest.TempPathFactory, pytester: pytest.Pytester, body: str, *args: str) -> Run:
+def run_once(name: str, factory: pytest.TempPathFactory, launch: Launch, body: str, *args: str) -> Run:
     """Run tests for all workers of pytest-xdist: the first one runs them, the others wait for what it got."""
-    folder = factory.getbasetemp()
-    written = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / f"{name}.txt"
+    base = factory.getbasetemp()
+    written = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"{name}.txt"
     with FileLock(f"{written}.lock"):
         if not written.exists():
-            written.write_text(run(pytester, body, *args).text)
+            written.write_text(run(launch, factory.mktemp(name), body, *args).text)
     return Run(written.read_text())
+
+
+def _write(folder: Path, text: str) -> None:
+    (folder / "test_inner.py").write_text(text)

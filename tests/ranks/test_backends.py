@@ -18,15 +18,10 @@ def test_threads_compute_what_processes_compute(ranks):
     assert dist.get_rank() == ranks.rank
 
 
-torn_down = []
-
-
 @pytest.fixture
 def own_list(ranks):
     """One for each rank."""
-    values = [ranks.rank]
-    yield values
-    torn_down.append(values)
+    return [ranks.rank]
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +32,14 @@ def shared_list():
 
 @pytest.mark.world_size(3)
 @pytest.mark.backend("threads")
-@pytest.mark.isolation("warm")  # the second test looks at what the first one left
-class TestFixturesOnThreads:
-    @pytest.mark.parametrize("n", [4])
-    def test_each_rank_has_its_own(self, ranks, own_list, shared_list, tmp_path, n):
-        assert own_list == [ranks.rank]
-        own_list.append(n)
-        (tmp_path / "mine").touch(exist_ok=False)
-        shared_list.append(ranks.rank)
-        ranks.barrier()
-        assert sorted(shared_list) == [0, 1, 2]
-
-    def test_each_is_torn_down(self, ranks):
-        assert sorted(torn_down) == [[0, 4], [1, 4], [2, 4]]
+@pytest.mark.parametrize("n", [4])
+def test_each_thread_has_fixtures_of_its_own(ranks, own_list, shared_list, tmp_path, n):
+    assert own_list == [ranks.rank]
+    own_list.append(n)
+    (tmp_path / "mine").touch(exist_ok=False)
+    shared_list.append(ranks.rank)
+    ranks.barrier()
+    assert sorted(shared_list) == [0, 1, 2]
 
 
 @pytest.mark.world_size(8, 256, 4096)

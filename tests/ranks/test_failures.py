@@ -6,8 +6,6 @@ import pytest
 
 from tests.ranks.inner import run_once
 
-pytest_plugins = "pytester"
-
 FAILURES = """
 def test_one_asserts(ranks):
     print(f"rank {ranks.rank} is here")
@@ -122,13 +120,27 @@ def test_group_destroyed(ranks):
     dist.destroy_process_group()
 
 def test_after_group_destroyed(ranks): reduce()
+
+torn_down = []
+
+@pytest.fixture
+def own_list(ranks):
+    values = [ranks.rank]
+    yield values
+    torn_down.append(values)
+
+@pytest.mark.backend("threads")
+def test_own_list(ranks, own_list): own_list.append(4)
+
+@pytest.mark.backend("threads")
+def test_after_own_list(ranks): assert sorted(torn_down) == [[0, 4], [1, 4]]
 """
 
 
 @pytest.fixture
-def failures(pytester, tmp_path_factory):
+def failures(launch, tmp_path_factory):
     """One inner run for all tests below."""
-    return run_once("failures", tmp_path_factory, pytester, FAILURES, "-p", "no:faulthandler")
+    return run_once("failures", tmp_path_factory, launch, FAILURES, "-p", "no:faulthandler")
 
 
 def test_the_rank_that_asserts_comes_first_in_pytests_own_rendering(failures):
@@ -231,6 +243,6 @@ def test_setup_and_teardown_fail_as_errors_of_the_rank(failures):
 
 
 def test_the_next_test_always_passes(failures):
-    names = re.findall(r"::(test_after_\w+\[gloo-\d\]) PASSED", failures.text)
+    names = re.findall(r"::(test_after_\w+\[\w+-\d\]) PASSED", failures.text)
     assert len(names) == len(re.findall(r"def test_after_", FAILURES))
     assert failures.outcome("test_group_destroyed[gloo-2]") == "passed"

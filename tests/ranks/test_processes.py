@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks.inner import HEADER, LOAD, ROOT, collect, run
+from tests.ranks.inner import HEADER, LOAD, ROOT, collect, run_anew
 
 pytest_plugins = "pytester"
 
@@ -100,7 +100,7 @@ def test_nothing_outlives_pytest(tmp_path, number):
 )
 def test_ranks_start_in_other_ways(pytester, options):
     preload = ("-o", "rank_preload=torch.distributed")
-    found = run(pytester, PASSING, *preload, *options, header="")
+    found = run_anew(pytester, PASSING, *preload, *options)
     found.result.assert_outcomes(passed=3)
     assert "ranks: 2 runs on several ranks (gloo-2: 2)" in found.text  # the test and the launched job
 
@@ -158,5 +158,5 @@ def test_coverage_counts_what_ranks_run(pytester):
     import measured
     def test_f(ranks): measured.f(ranks.rank)
     """
-    covered = run(pytester, body, "-p", "unmeasured", "--cov=measured", "--cov-branch", "--cov-report=term")
+    covered = run_anew(pytester, body, "-p", "unmeasured", "--cov=measured", "--cov-branch", "--cov-report=term")
     assert "100%" in covered.text

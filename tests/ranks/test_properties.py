@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 
 from tests.ranks.inner import run_once
 
-pytest_plugins = "pytester"
-
 FAILING = """
 from hypothesis import given, settings, strategies as st
 number, small = st.integers(0, 1000), st.integers(0, 15)  # each failing example costs new ranks
@@ -49,9 +47,9 @@ def test_after(ranks, n): reduce()
 
 
 @pytest.fixture
-def failures(pytester, tmp_path_factory):
+def failures(launch, tmp_path_factory):
     """One inner run for all tests below."""
-    return run_once("properties", tmp_path_factory, pytester, FAILING)
+    return run_once("properties", tmp_path_factory, launch, FAILING)
 
 
 @given(xs=st.lists(st.integers(0, 1000)))

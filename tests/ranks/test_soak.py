@@ -8,8 +8,6 @@ import pytest
 
 from tests.ranks.inner import run
 
-pytest_plugins = "pytester"
-
 NUM_OUTCOMES = 500 if os.environ.get("RUN_SLOW") == "1" else 25
 KINDS = {
     "pass": ("passed", "reduce(); reduce()"),
@@ -26,14 +24,14 @@ WEIGHTS = [20, 10, 4, 4, 4, 1, 3, 4, 2]
 
 
 @pytest.mark.timeout(900)
-def test_no_verdict_is_wrong(pytester):
+def test_no_verdict_is_wrong(launch, tmp_path):
     draw = random.Random(NUM_OUTCOMES)
     kinds = draw.choices(list(KINDS), WEIGHTS, k=NUM_OUTCOMES)
     lines = [
         f"@pytest.mark.world_size({draw.choice([2, 2, 2, 3])})\ndef test_{number}_{kind}(ranks): {KINDS[kind][1]}\n"
         for number, kind in enumerate(kinds)
     ]
-    soaked = run(pytester, "\n".join(lines), "--tb=no", "--rank-timeout=60")
+    soaked = run(launch, tmp_path, "\n".join(lines), "--tb=no", "--rank-timeout=60")
     found = dict(re.findall(r"::test_(\d+)_\w+\[gloo-\d\] (PASSED|FAILED|SKIPPED|ERROR)", soaked.text))
     wrong = {
         f"{number} {kind}": found.get(str(number))

@@ -30,7 +30,7 @@ from trainer.distributed.launch import _cause, run_on_ranks
 from trainer.errors import RankError
 
 SECONDS_TO_NOTICE = 45  # from the death of a rank to the end of the job: idle machine 2, 30 if torchrun must insist
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=1")  # on more: test_torchrun.py
 HELP_COST = 4  # of `trainer train --help`, next to importing what reads the command line
 
 
@@ -179,7 +179,7 @@ def test_torchrun_starts_the_flags_of_mini_trainer_and_names_a_killed_rank(job: 
     words = [f"--{name}={value}" for name, value in (options | {name: job.options[name] for name in names}).items()]
     launcher = job.start(*TORCHRUN, "-m", "trainer.train", *words)
     job.wait_for_step(2)
-    victim = rank_process(launcher.pid, rank=1)
+    victim = rank_process(launcher.pid, rank=0)
     os.kill(victim, signal.SIGKILL)
     killed = time.monotonic()
     ended, output = job.finish()
