@@ -5,15 +5,18 @@ A sharded gradient (DTensor) is summed over ranks by FSDP2 already; that of one 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from torch.optim import Optimizer
 
 from trainer.distributed.group import Group
 from trainer.optim.in_backward import used_norms
+
+CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
 
 
 def sum_whole_gradients(parameters: Iterable[nn.Parameter], group: Group) -> None:
@@ -40,24 +43,35 @@ def global_norm(parameters: Iterable[nn.Parameter], optimizer: Optimizer | None 
     With an optimizer that steps during backward, the gradients that it used up count too.
     """
     gradients = [p.grad for p in parameters if p.grad is not None] + used_norms(optimizer)
-    norms = [_norm(kind) for kind in _by_kind(gradients)]
+    norms = [_norm(alike) for alike in _by_layout(gradients)]
     return norms[0] if len(norms) == 1 else nn.utils.get_total_norm(norms)
 
 
+@torch.no_grad()
 def clip(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
     """Scale the gradients in place so that their global norm, given as `norm`, is at most `max_norm`; 0 never clips."""
     if max_norm > 0:
-        for kind in _by_kind(list(parameters)):
-            nn.utils.clip_grads_with_norm_(kind, max_norm, norm)
+        scale = (max_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
+        torch._foreach_mul_([_local(p.grad) for p in parameters if p.grad is not None], scale)
 
 
-def _by_kind(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Sharded ones and whole ones: torch takes no mixed list."""
-    sharded: list[Tensor] = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
-    whole = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
-    return [kind for kind in (sharded, whole) if kind]
+def _by_layout(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Whole ones apart from sharded ones, and these by the ranks that share them."""
+    alike: dict[object, list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        alike[(tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None].append(tensor)
+    return list(alike.values())
 
 
-def _norm(gradients: list[Tensor]) -> Tensor:
-    norm = nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+@torch.no_grad()
+def _norm(alike: Sequence[Tensor]) -> Tensor:
+    """Norm of tensors that lie alike over ranks; the parts are plain tensors, for each of which torch has one way."""
+    norm = nn.utils.get_total_norm([_local(tensor) for tensor in alike])
+    if not isinstance(first := alike[0], DTensor):
+        return norm
+    placements = [placement if placement.is_replicate() else Partial() for placement in first.placements]
+    return DTensor.from_local(norm.square(), first.device_mesh, placements, run_check=False).full_tensor().sqrt()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
