@@ -42,10 +42,14 @@ def measure_all(jobs: list[tuple[str, str]], load: str, seconds_in_all: float) -
         measured = (
             run(f"{model} {name}", command(model, name, load), limit) if limit > 0 else {"failed": "no time left"}
         )
-        if "failed" not in measured:
-            measured["mfu_percent"] = round(100 * measured["tflops_per_second"] / PEAK_TFLOPS, 2)
-        rows.append({"model": model, "contender": name, **measured})
+        rows.append(row_of(model, name, measured))
     return rows
+
+
+def row_of(model: str, name: str, measured: Measured) -> Measured:
+    """What a contender said of itself, beside its name and with its share of the peak."""
+    share = {} if "failed" in measured else {"mfu_percent": round(100 * measured["tflops_per_second"] / PEAK_TFLOPS, 2)}
+    return {"model": model, "contender": name, **measured, **share}
 
 
 def table(rows: list[Measured]) -> str:

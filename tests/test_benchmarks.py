@@ -1,10 +1,13 @@
 """The benchmark scripts run, and report what fails in place of its numbers."""
 
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tests.fixtures.ranks.launch import Launch
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -57,14 +60,25 @@ def test_what_was_compared_is_kept_and_drawn(
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_gpu_benchmark_runs_anywhere(compare: ModuleType) -> None:
+def contend(*words: str) -> None:
+    """Run a contender as its command line does."""
+    sys.path.insert(0, str(BENCHMARKS))
+    sys.argv = list(words)
+    import step_contenders
+
+    step_contenders.main()
+
+
+def test_the_gpu_benchmark_runs_anywhere(compare: ModuleType, launch: Launch) -> None:
     import gpu
 
     jobs = gpu.plan(["tiny"])
     assert {name for _, name in jobs} == set(gpu.GPU_CONTENDERS)
-    rows = gpu.measure_all([job for job in jobs if job[1] == "ours-eager"], "tiny", 100)
-    assert rows[0].get("tokens_per_second", 0) > 0, rows[0]
-    assert rows[0]["first_step_seconds"] > 0
-    assert gpu.table(rows).splitlines()[2].startswith("| tiny | ours-eager | ")
+    job = next(job for job in jobs if job[1] == "ours-eager")
+    (ended,) = launch(1, contend, *gpu.command(*job, "tiny"), group=False)
+    row = gpu.row_of(*job, json.loads(ended.log.splitlines()[-1]))
+    assert row["tokens_per_second"] > 0
+    assert row["first_step_seconds"] > 0
+    assert gpu.table([row]).splitlines()[2].startswith("| tiny | ours-eager | ")
     [late] = gpu.measure_all(jobs[:1], "tiny", 0)
     assert late["failed"] == "no time left"
