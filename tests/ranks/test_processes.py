@@ -91,10 +91,10 @@ def test_nothing_outlives_pytest(tmp_path, number):
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(("--rank-zygote=exec", "-n", "1"), id="exec-xdist"),
+        pytest.param(("--rank-zygote=exec",), id="exec"),
+        pytest.param(("--rank-zygote=exec", "-n", "1"), id="exec-xdist", marks=pytest.mark.slow),
         pytest.param(("--rank-zygote=off",), id="off", marks=pytest.mark.slow),
         pytest.param(("--rank-isolation=fork",), id="isolated", marks=pytest.mark.slow),
-        pytest.param(("--rank-zygote=exec",), id="exec", marks=pytest.mark.slow),
         pytest.param(("-n", "2"), id="xdist", marks=pytest.mark.slow),  # as the default lane runs everything
     ],
 )

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -17,20 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from tests.fixtures.corpora import write_chats
 from tests.fixtures.models import save_model
-from tests.fixtures.ranks.faults import Fault, disk_full, send
-from tests.fixtures.ranks.launch import Launch, Outcomes
+from tests.fixtures.ranks.faults import Fault, disk_full, kill, send
+from tests.fixtures.ranks.launch import Launch, Outcomes, faults_installed
 from tests.fixtures.tokenizers import build_tokenizer
 from tests.fixtures.tolerances import LAYOUT_FP32
+from tests.fixtures.torchrun import under_torchrun
 from trainer.cli.main import COMMANDS, main
 from trainer.distributed.launch import _cause, run_on_ranks
 from trainer.errors import RankError
 
 SECONDS_TO_NOTICE = 45  # from the death of a rank to the end of the job: idle machine 2, 30 if torchrun must insist
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=1")  # on more: test_torchrun.py
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
 HELP_COST = 4  # of `trainer train --help`, next to importing what reads the command line
 
 
@@ -173,13 +175,38 @@ time.sleep(60)
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["signalled", "signalled"]
 
 
-def test_torchrun_starts_the_flags_of_mini_trainer_and_names_a_killed_rank(job: Job) -> None:
+def words_of_mini_trainer(job: Job) -> list[str]:
     options = {"max-tokens-per-gpu": 512, "learning-rate": 0.01, "max-steps": 100_000, "training-mode": "step"}
     names = ("data-path", "output-dir", "model-name-or-path", "batch-size")
-    words = [f"--{name}={value}" for name, value in (options | {name: job.options[name] for name in names}).items()]
+    return [f"--{name}={value}" for name, value in (options | {name: job.options[name] for name in names}).items()]
+
+
+def rank_of_mini_trainer(words: list[str]) -> None:
+    sys.argv = ["trainer.train", *words]
+    with faults_installed([kill(1, at=("step", 3))] if os.environ["RANK"] == "1" else []):
+        runpy.run_module("trainer.train", run_name="__main__")
+
+
+def mini_trainer_under_torchrun(words: list[str]) -> str:
+    with pytest.raises(ChildFailedError) as failed:
+        under_torchrun(2, rank_of_mini_trainer, words)
+    return str(failed.value)
+
+
+def test_torchrun_starts_the_flags_of_mini_trainer_and_names_a_killed_rank(launch: Launch, job: Job) -> None:
+    home = {"HOME": str(job.folder)}
+    (ended,) = launch(1, mini_trainer_under_torchrun, words_of_mini_trainer(job), group=False, env=home)
+    assert re.search(r"rank +: 1 ", ended.value)
+    assert "SIGKILL" in ended.value
+    assert [line["step"] for line in job.lines()][:2] == [1, 2]
+
+
+@pytest.mark.slow
+def test_in_fresh_interpreters_too(job: Job) -> None:
+    words = words_of_mini_trainer(job)
     launcher = job.start(*TORCHRUN, "-m", "trainer.train", *words)
     job.wait_for_step(2)
-    victim = rank_process(launcher.pid, rank=0)
+    victim = rank_process(launcher.pid, rank=1)
     os.kill(victim, signal.SIGKILL)
     killed = time.monotonic()
     ended, output = job.finish()

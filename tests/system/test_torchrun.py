@@ -1,21 +1,15 @@
-"""torchrun's own agent over ranks that are killed: it starts them anew, and the run goes on from its last checkpoint.
+"""Ranks that are killed under torchrun: it starts them anew, and the run goes on from its last checkpoint."""
 
-The ranks are forks of a process that has imported everything; all else (agent, rendezvous, store, restarts) is
-torchrun's own.
-"""
-
-import logging
 import os
 import random
 from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.elastic.rendezvous import dynamic_rendezvous
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tests.fixtures.killed import check_as_if_never_killed, draw_faults, job
 from tests.fixtures.ranks.launch import Launch, faults_installed
+from tests.fixtures.torchrun import under_torchrun
 
 KILLS = 5  # of one rank or of both
 
@@ -30,23 +24,8 @@ def rank_of_a_run(folder: Path, seed: int) -> tuple[int, dict[str, torch.Tensor]
         return attempt, job(folder, {"async_save": bool(attempt % 2), "seconds_to_speak": 1.0})
 
 
-def run_under_torchrun(world_size: int, folder: Path, seed: int) -> tuple[int, dict[str, torch.Tensor]]:
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    # Names callers in a log; to do so it searches the sources of all that is imported here.
-    dynamic_rendezvous.get_method_name = lambda depth=2: ""
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=world_size,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id=folder.name,
-        max_restarts=KILLS,
-        monitor_interval=0.05,
-        start_method="fork",
-    )
-    attempt, weights = elastic_launch(config, rank_of_a_run)(folder, seed)[0]
-    return attempt, weights
+def run_until_done(world_size: int, folder: Path, seed: int) -> tuple[int, dict[str, torch.Tensor]]:
+    return under_torchrun(world_size, rank_of_a_run, folder, seed, max_restarts=KILLS)[0]
 
 
 @pytest.mark.timeout(300)
@@ -54,7 +33,7 @@ def run_under_torchrun(world_size: int, folder: Path, seed: int) -> tuple[int, d
 def test_restarted_by_torchrun_a_killed_run_ends_bit_for_bit(
     launch: Launch, tmp_path: Path, world_size: int, seed: int
 ) -> None:
-    (ended,) = launch(1, run_under_torchrun, world_size, tmp_path / "killed", seed, group=False, timeout=200).values
+    (ended,) = launch(1, run_until_done, world_size, tmp_path / "killed", seed, group=False, timeout=200).values
     restarts, weights = ended
     assert restarts >= KILLS - 1  # a fault may come too late
     check_as_if_never_killed(launch, tmp_path, world_size, weights)
