@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +72,7 @@ def plan_batch(lengths: BatchLengths, max_tokens_per_rank: int, num_ranks: int, 
     batch = Batch(checked[order], max_tokens_per_rank, num_ranks, cost)
     ids, costs = order.tolist(), batch.costs
     packs = [(sum([costs[i] for i in members]), sorted([ids[i] for i in members])) for members in pack(batch)]
+    packs.sort(key=itemgetter(0), reverse=True)
     return Plan(_to_ranks(packs, num_ranks), num_ranks)
 
 

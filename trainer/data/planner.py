@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from heapq import heappop, heappush, heapreplace
 from itertools import count
+from math import isqrt
 from typing import cast
 
 import numpy as np
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from trainer.data.bounds import floor_costs, least_packs, least_step_cost, most_cost_within
 from trainer.data.costs import TOKENS, CostModel
 
-GOOD_ENOUGH = 1000  # search stops within 1 / GOOD_ENOUGH of the lower bound
+GOOD_ENOUGH = 300  # search stops within 1 / GOOD_ENOUGH of the lower bound
 SEARCH_SAMPLES = 4096  # samples placed by one search, over all its tries: bounds its time
 MOST_TRIES = 16
 
@@ -53,7 +54,7 @@ class Batch:
 
 
 def pack(batch: Batch) -> Packs:
-    """num_micro_batches * num_ranks packs, dearest first; none over the capacity, each sample in exactly one.
+    """num_micro_batches * num_ranks packs; none over the capacity, each sample in exactly one.
 
     A pack is empty only where there are fewer samples than packs.
     """
@@ -77,8 +78,7 @@ def _pack_into(batch: Batch, num_micro_batches: int) -> Packs | None:
     best = next(_solutions(batch, floors), None)
     if best is None:
         return None
-    best = _search(batch, floors, best, least_step_cost(*shape))
-    return sorted(best[1], key=lambda pack: -sum(batch.costs[i] for i in pack))
+    return _search(batch, floors, best, least_step_cost(*shape))[1]
 
 
 def _solutions(batch: Batch, floors: list[int]) -> Iterator[_Solution]:
@@ -179,8 +179,9 @@ def _fill_capped(batch: Batch, caps: list[int], packs: Packs) -> list[int]:
     lengths, costs = batch.length_list, batch.costs
     per_token, per_square = batch.cost.per_token, batch.cost.per_square
     width, tokens_left, cost_left = len(caps), [batch.capacity] * len(caps), list(caps)
-    longest_within = batch.cost.longest_within
-    rooms = sorted(min(batch.capacity, longest_within(cap)) * width + p for p, cap in enumerate(caps))
+    longest_within, at_zero, twice = batch.cost.longest_within, per_token**2, 2 * per_square
+    room_below = {cap: min(batch.capacity, longest_within(cap)) for cap in set(caps)}
+    rooms = sorted([room_below[cap] * width + p for p, cap in enumerate(caps)])
     left: list[int] = []
     for i, length in enumerate(lengths):
         at = bisect_left(rooms, length * width)
@@ -192,7 +193,8 @@ def _fill_capped(batch: Batch, caps: list[int], packs: Packs) -> list[int]:
         tokens_left[p] = tokens = tokens_left[p] - length
         cost_left[p] = cost = cost_left[p] - costs[i]
         if tokens * (per_token + per_square * tokens) > cost:
-            tokens = longest_within(cost)
+            # CostModel.longest_within, without the call
+            tokens = (isqrt(at_zero + 2 * twice * cost) - per_token) // twice if per_square else cost // per_token
         insort(rooms, tokens * width + p)
     return left
 
