@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+import trainer.train
 from tests.fixtures.corpora import write_chats
 from tests.fixtures.models import save_model
 from tests.fixtures.ranks.faults import Fault, disk_full, kill, send
@@ -184,7 +185,7 @@ def words_of_mini_trainer(job: Job) -> list[str]:
 def rank_of_mini_trainer(words: list[str]) -> None:
     sys.argv = ["trainer.train", *words]
     with faults_installed([kill(1, at=("step", 3))] if os.environ["RANK"] == "1" else []):
-        runpy.run_module("trainer.train", run_name="__main__")
+        runpy.run_path(trainer.train.__file__, run_name="__main__")
 
 
 def mini_trainer_under_torchrun(words: list[str]) -> str:
