@@ -80,6 +80,12 @@ class TestGradients:
         clip(parameters, global_norm(parameters), max_norm)
         assert global_norm(parameters).item() == pytest.approx(left, rel=CLIPPED_NORM)
 
+    def test_where_there_are_none_the_norm_is_0_and_nothing_is_clipped(self) -> None:
+        parameters = [torch.nn.Parameter(torch.zeros(2))]
+        norm = global_norm(parameters)
+        clip(parameters, norm, max_norm=1.0)
+        assert (norm.item(), parameters[0].grad) == (0.0, None)
+
     @pytest.mark.world_size(2)
     def test_the_norm_of_sharded_gradients_is_that_of_the_whole(self, ranks) -> None:
         from torch.distributed.tensor import Shard, distribute_tensor

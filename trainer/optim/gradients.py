@@ -50,9 +50,9 @@ def global_norm(parameters: Iterable[nn.Parameter], optimizer: Optimizer | None 
 @torch.no_grad()
 def clip(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
     """Scale the gradients in place so that their global norm, given as `norm`, is at most `max_norm`; 0 never clips."""
-    if max_norm > 0:
-        scale = (max_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
-        torch._foreach_mul_([_local(p.grad) for p in parameters if p.grad is not None], scale)
+    gradients = [_local(p.grad) for p in parameters if p.grad is not None]
+    if gradients and max_norm > 0:
+        torch._foreach_mul_(gradients, (max_norm / (norm + CLIP_EPSILON)).clamp(max=1.0))
 
 
 def _by_layout(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
