@@ -19,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 
 from trainer.arguments.groups import ModelArguments
 from trainer.errors import ModelError, UsageError, named_error
@@ -118,10 +119,11 @@ def build_on_meta(config: Any, *, trust_remote_code: bool = False) -> PreTrained
     """
     stored_dtype = config.dtype
     try:
-        with _parameters_on_meta():
+        with _parameters_on_meta(), no_init_weights():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=trust_remote_code
             )
+        model.tie_weights()  # which `no_init_weights` leaves out too
     except Exception as error:  # noqa: BLE001  a config may say anything
         reason = str(error).partition("Model type should be one of")[0]  # a list of hundreds follows
         raise ModelError(
