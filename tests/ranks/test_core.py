@@ -59,3 +59,13 @@ def test_fsdp2(ranks):
     fully_shard(model, mesh=ranks.mesh())
     model(torch.ones(1, 4)).sum().backward()
     assert torch.equal(model.weight.grad.full_tensor(), torch.ones(4, 4))
+
+
+def test_a_sharded_parameter_is_of_its_own_rank(ranks):
+    """Of the shapes that `preheat` has sharded before, as rank 0 of a group that is gone."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = torch.nn.Linear(4, 4)
+    fully_shard(model, mesh=init_device_mesh("cpu", (ranks.world_size,)))
+    assert [weight.device_mesh.get_coordinate() for weight in model.parameters()] == [(ranks.rank,)] * 2

@@ -7,6 +7,9 @@ import pytest
 from tests.ranks.inner import run_once
 
 FAILURES = """
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
 def test_one_asserts(ranks):
     print(f"rank {ranks.rank} is here")
     if ranks.rank == 1:
@@ -120,6 +123,18 @@ def test_group_destroyed(ranks):
     dist.destroy_process_group()
 
 def test_after_group_destroyed(ranks): reduce()
+
+def mesh_of_a_copy():
+    mesh = init_device_mesh("cpu", (2, 1))
+    whole = distribute_tensor(torch.ones(4, 2), mesh, [Shard(0), Replicate()])
+    return mesh, whole.detach().device_mesh
+
+def test_own_mesh(ranks): mesh_of_a_copy()
+
+def test_after_own_mesh(ranks):
+    dist.new_group([0, 1])  # torch numbers groups: those of this mesh have other numbers
+    mesh, of_a_copy = mesh_of_a_copy()
+    assert of_a_copy is mesh
 
 torn_down = []
 
