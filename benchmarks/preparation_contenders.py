@@ -75,6 +75,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def batch_encoding(folder: Path, method: str = "encode_batch") -> Prepare:
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # all cores, though tox says otherwise
     tokenizer = load_tokenizer(folder)
     encode = getattr(tokenizer.backend_tokenizer, method)
     texts = [
