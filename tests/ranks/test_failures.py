@@ -124,17 +124,19 @@ def test_group_destroyed(ranks):
 
 def test_after_group_destroyed(ranks): reduce()
 
-def mesh_of_a_copy():
+def own_mesh():
     mesh = init_device_mesh("cpu", (2, 1))
-    whole = distribute_tensor(torch.ones(4, 2), mesh, [Shard(0), Replicate()])
-    return mesh, whole.detach().device_mesh
+    copy = distribute_tensor(torch.ones(4, 2), mesh, [Shard(0), Replicate()]).detach()
+    assert copy.device_mesh is mesh
+    return mesh
 
-def test_own_mesh(ranks): mesh_of_a_copy()
+def test_own_mesh(ranks): own_mesh()
 
 def test_after_own_mesh(ranks):
-    dist.new_group([0, 1])  # torch numbers groups: those of this mesh have other numbers
-    mesh, of_a_copy = mesh_of_a_copy()
-    assert of_a_copy is mesh
+    for group in own_mesh().get_all_groups():
+        if group is not dist.group.WORLD: dist.destroy_process_group(group)
+
+def test_after_own_mesh_without_groups(ranks): own_mesh()
 
 torn_down = []
 
