@@ -34,11 +34,10 @@ class HeadOutput:
         scaled = values if self.scale == 1.0 else values * self.scale
         return scaled if self.softcap is None else torch.tanh(scaled / self.softcap) * self.softcap
 
-    def slope(self, logits: Tensor) -> Tensor | float:
-        """Derivative of logits with respect to the head's output."""
-        if self.softcap is None:
-            return self.scale
-        return self.scale * (1 - (logits / self.softcap) ** 2)
+    def backward(self, gradients: Tensor, logits: Tensor) -> Tensor:
+        """Gradients for a head's output, from those for the logits made of it; in the memory of the latter."""
+        scaled = gradients if self.scale == 1.0 else gradients.mul_(self.scale)
+        return scaled if self.softcap is None else scaled.mul_(1 - (logits / self.softcap) ** 2)
 
 
 @dataclass(frozen=True)
@@ -108,29 +107,30 @@ def _loss_and_gradients(
         piece = hidden[start : start + rows].to(settings.dtype)
         output = F.linear(piece, matrix, None if bias is None else bias.to(settings.dtype)).to(accumulation)
         logits = settings.head_output.apply(output)
-        total += _piece_loss(logits, targets[start : start + rows], settings.label_smoothing)
+        log_probabilities = logits.log_softmax(dim=1)
+        total += _piece_loss(log_probabilities, targets[start : start + rows], settings.label_smoothing)
         if is_training:
-            slope = _logit_gradients(logits, targets[start : start + rows], settings).to(settings.dtype)
+            errors = _errors(log_probabilities, targets[start : start + rows], settings.label_smoothing)
+            slope = settings.head_output.backward(errors, logits).to(settings.dtype)
             _add_gradients(gradients, slope, (piece, matrix), start)
     return total, gradients
 
 
-def _piece_loss(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
-    """Sum of log-sum-exp minus the smoothed target's logit."""
-    expected = logits.gather(1, targets[:, None])[:, 0]
+def _piece_loss(log_probabilities: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    """Sum of negative log-probabilities of the smoothed targets."""
+    expected = log_probabilities.gather(1, targets[:, None])[:, 0]
     if label_smoothing:
-        expected = (1 - label_smoothing) * expected + label_smoothing * logits.mean(dim=1)
-    return (logits.logsumexp(dim=1) - expected).sum()
+        expected = (1 - label_smoothing) * expected + label_smoothing * log_probabilities.mean(dim=1)
+    return -expected.sum()
 
 
-def _logit_gradients(logits: Tensor, targets: Tensor, settings: _Settings) -> Tensor:
-    """Gradient of the piece's loss for the head's output: (softmax - smoothed target) * slope, (rows,V)."""
-    gradients = logits.softmax(dim=1)
-    if settings.label_smoothing:
-        gradients -= settings.label_smoothing / logits.shape[1]
-    expected = torch.full_like(targets, -1, dtype=gradients.dtype) * (1 - settings.label_smoothing)
-    gradients.scatter_add_(1, targets[:, None], expected[:, None])
-    return gradients.mul_(settings.head_output.slope(logits))
+def _errors(log_probabilities: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    """Gradient of the piece's loss for the logits: softmax - smoothed target, (rows,V), in the memory of its input."""
+    errors = log_probabilities.exp_()
+    if label_smoothing:
+        errors -= label_smoothing / errors.shape[1]
+    expected = torch.full_like(targets[:, None], label_smoothing - 1, dtype=errors.dtype)
+    return errors.scatter_add_(1, targets[:, None], expected)
 
 
 def _add_gradients(gradients: list[Tensor | None], slope: Tensor, factors: tuple[Tensor, Tensor], start: int) -> None:

@@ -165,7 +165,7 @@ def _loss_in_head(
     positions, targets = trained
 
     def replacement(hidden: Tensor) -> Tensor:
-        losses.append(compute(hidden[0, positions], head, targets, head_output, label_smoothing))
+        losses.append(compute(hidden[0].index_select(0, positions), head, targets, head_output, label_smoothing))
         return hidden.new_zeros(1, 1, 1)
 
     with _replaced(head, replacement):
