@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.trainer_utils import enable_full_determinism
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.arguments.training import TrainingArguments
 from trainer.data.costs import CostModel, cost_model_from_config
@@ -20,13 +19,6 @@ from trainer.distributed.group import Group
 from trainer.errors import DataError, ModelError, UsageError
 from trainer.model.isolation import check_isolation, check_positions
 from trainer.model.load import Adapt, load_model, prepare_model
-from trainer.model.precision import use_tf32
-
-
-def start_machine(args: TrainingArguments) -> None:
-    """Seed every generator, and set what holds for the whole process."""
-    enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
-    use_tf32(args.tf32)
 
 
 def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:

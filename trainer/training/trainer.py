@@ -26,13 +26,14 @@ from trainer.model.ordinary import LossFunction
 from trainer.optim.averaging import averaged_weights
 from trainer.optim.scaling import LossScale
 from trainer.training.accelerator import AcceleratorWords
-from trainer.training.build import check_optimizer, start_machine
+from trainer.training.build import check_optimizer
 from trainer.training.callbacks import DefaultFlowCallback, Events, ExportCallback, MetricsFile, RunState
 from trainer.training.checkpoints import Checkpoints, load_best_weights
 from trainer.training.crash import CrashRecorder
 from trainer.training.fingerprints import data_fingerprint, tokenizer_fingerprint
 from trainer.training.generation import Answer
 from trainer.training.loop import Run, train
+from trainer.training.machine import start_machine
 from trainer.training.memory import Snapshot, is_out_of_memory, memory_tracker, next_batch_size
 from trainer.training.metrics import now
 from trainer.training.ordinary import OrdinaryRoad
@@ -99,7 +100,7 @@ class Trainer(TrainerParts):
         self._memory = memory_tracker(self.args.skip_memory_metrics)
         self._memory.start()
         self.group = Group.join(self.args)
-        start_machine(self.args)
+        start_machine(self.args, self.group.device)
         self.accelerator = AcceleratorWords(self.group, self.backward)
         self.processing_class = processing_class
         self.optimizer, self.lr_scheduler = optimizers
