@@ -14,6 +14,7 @@ from trainer.model.precision import use_tf32
 # Parameters of glibc's mallopt, from malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 ANY_SIZE = 2**31 - 1  # bytes, the most that mallopt can be told
+LARGEST_OF_OLD = 2**25  # bytes, the most that older versions take for M_MMAP_THRESHOLD
 
 
 def start_machine(args: TrainingArguments, device: torch.device) -> None:
@@ -31,4 +32,7 @@ def keep_freed_memory() -> bool:
     pages, zeroed one by one as they are first written: a product of 20 MB took 14 ms in them, 2 in kept ones.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all(mallopt(name, ANY_SIZE) for name in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))
+    if mallopt is None:
+        return False
+    is_kept = any(mallopt(M_MMAP_THRESHOLD, size) for size in (ANY_SIZE, LARGEST_OF_OLD))
+    return is_kept and bool(mallopt(M_TRIM_THRESHOLD, ANY_SIZE))
