@@ -22,7 +22,7 @@ def lengths_of(name: str, num_samples: int, budget: int) -> np.ndarray:
     return np.array(DISTRIBUTIONS[name](np.random.default_rng(0), num_samples, budget))
 
 
-@pytest.mark.parametrize("budget", [8192, 65536])
+@pytest.mark.parametrize("budget", [2048, 8192, 32768, 65536])
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 @pytest.mark.benchmark(group="planner, n=1024, 8 ranks, 7B cost")
 def test_planner(benchmark: Any, name: str, budget: int) -> None:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.fixtures import tolerances
@@ -179,9 +180,16 @@ def test_no_tensor_grows_with_positions_times_vocabulary(monkeypatch):
     monkeypatch.setitem(cross_entropy.LOGITS_PER_PIECE, "cpu", 4 * 512)
     model, pack = packed_model("llama", vocab_size=512), build_pack([60], trained_share=1.0)
     measured_head(model)
-    with LargestTensor() as mode:
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with LargestTensor() as mode, saved_tensors_hooks(keep, lambda tensor: tensor):
         token_loss_sum(model, pack).backward()
     assert 60 * 512 > mode.largest == 32 * 512  # the embedding, and its gradient
+    assert max(kept) < 60 * 512
 
 
 def test_evaluation_computes_no_gradients():
