@@ -32,6 +32,11 @@ class TestReading:
             ({"eval_strategy": "steps", "logging_steps": 7}, {"eval_steps": 7, "do_eval": True}),
             ({"eval_strategy": "epoch"}, {"eval_steps": None, "do_eval": True}),
             ({}, {"eval_steps": None, "do_eval": False, "greater_is_better": False, "torch_compile": False}),
+            ({"eval_strategy": "epoch", "metric_for_best_model": "wer"}, {"greater_is_better": True}),
+            (
+                {"eval_strategy": "epoch", "metric_for_best_model": "wer", "greater_is_better": False},
+                {"greater_is_better": False},
+            ),
             ({"torch_compile": True}, {"torch_compile_backend": "inductor"}),
             ({"torch_compile_mode": "default"}, {"torch_compile": True, "torch_compile_backend": "inductor"}),
             ({"torch_compile_backend": "eager"}, {"torch_compile": True, "torch_compile_backend": "eager"}),

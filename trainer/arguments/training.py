@@ -103,8 +103,9 @@ class TrainingArguments(  # the last base's options come first
     def __post_init__(self) -> None:
         self._normalise()
         check_options(self)
+        unset = self._defaults()
         for name, value in self._derived().items():
-            if getattr(self, name) in (None, False):
+            if getattr(self, name) == unset[name]:
                 setattr(self, name, value)
         for is_wrong, message in (
             *self._contradictions(),
@@ -123,6 +124,10 @@ class TrainingArguments(  # the last base's options come first
         if isinstance(self.output_dir, str | os.PathLike):
             self.output_dir = os.path.expanduser(self.output_dir)
         self.report_to = [] if self.report_to in (None, "none", ["none"]) else as_list(self.report_to)
+
+    def _defaults(self) -> dict[str, Any]:
+        """Give what each option is where it is not given."""
+        return {field.name: field.default for field in dataclasses.fields(self)}
 
     def _derived(self) -> dict[str, Any]:
         """Give what options are that are not given, by others; scripts read them."""
@@ -330,7 +335,7 @@ class TrainingArguments(  # the last base's options come first
 
     def as_given(self) -> dict[str, Any]:
         """Give every option without what was derived from others, so that it is derived anew where these change."""
-        unset = {field.name: field.default for field in dataclasses.fields(self)}
+        unset = self._defaults()
         derived = {name for name, value in self._derived().items() if getattr(self, name) == value}
         given = {name: getattr(self, name) for name in unset}
         return given | {name: unset[name] for name in derived - {"torch_compile"}}

@@ -51,8 +51,5 @@ def more_is_better(args: EvaluationArguments) -> bool:
 
 def improves(args: EvaluationArguments, value: float, best: float | None) -> bool:
     """Whether a value of the metric is better than the best so far, by more than the threshold."""
-    more_is_better = args.greater_is_better
-    if more_is_better is None:
-        more_is_better = not args.metric_for_best_model.endswith("loss")
-    gain = 0.0 if best is None else value - best if more_is_better else best - value
+    gain = 0.0 if best is None else value - best if more_is_better(args) else best - value
     return best is None or gain > args.metric_improvement_threshold
