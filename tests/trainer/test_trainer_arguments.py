@@ -65,9 +65,11 @@ class TestReading:
     @pytest.mark.parametrize("kind", [TrainingArguments, Seq2SeqTrainingArguments])
     def test_words_are_parsed_by_transformers_parser(self, kind: Any) -> None:
         words = "--output_dir out --do_train --learning_rate 1e-4 --optim_target_modules all-linear --warmup_steps 0.1"
+        words += " --include_for_metrics inputs loss"
         (args,) = HfArgumentParser(kind).parse_args_into_dataclasses([*words.split(), "--report_to", "tensorboard"])
         assert args == kind(
             "out",
+            include_for_metrics=["inputs", "loss"],
             do_train=True,
             learning_rate=1e-4,
             optim_target_modules="all-linear",

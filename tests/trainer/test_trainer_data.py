@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
 from tests.fixtures.models import tiny_llama
 from tests.fixtures.oracles import gradients, relative_difference
-from tests.fixtures.runs import gradients_of, step_lines
+from tests.fixtures.runs import build_trainer, gradients_of, random_token_samples, step_lines
 from tests.fixtures.tolerances import LAYOUT_FLOAT64, REGRESSION_FP32
 from tests.trainer.trainer_test_utils import (
     DynamicShapesDataset,
@@ -228,6 +228,30 @@ class TestLoaders:
         first = list(EpochSampler(64, 42))[0]
         assert batch["input_x"][0].item() == dataset.x[first] / 2
         trainer.train()
+
+    def test_a_collator_may_be_set_later(self, tmp_path: Path) -> None:
+        def ninefold(samples: list[Any]) -> dict[str, torch.Tensor]:
+            return {name: torch.full((len(samples),), 9.0) for name in ("input_x", "labels")}
+
+        trainer = get_regression_trainer(output_dir=tmp_path)
+        trainer.data_collator = ninefold
+        assert trainer.evaluate()["eval_loss"] == 9.0**2  # the model gives 0
+        assert next(iter(trainer.get_train_dataloader()))["labels"][0] == 9.0
+
+    def test_packs_take_no_collator(self, tmp_path: Path) -> None:
+        trainer = build_trainer(tmp_path, random_token_samples([5, 6]))
+        assert trainer.data_collator is None
+        with pytest.raises(UsageError, match="data_collator has no effect on token data"):
+            trainer.data_collator = len
+
+    def test_batches_need_not_be_mappings_for_an_own_loss(self, tmp_path: Path) -> None:
+        class OfPairs(Trainer):
+            def compute_loss(self, model: Any, inputs: Any, **_: Any) -> torch.Tensor:
+                return model(*inputs)[0]
+
+        args = TrainingArguments(str(tmp_path), max_steps=2, use_cpu=True)
+        pairs = TensorDataset(torch.ones(16), torch.ones(16))
+        assert OfPairs(RegressionModel(), args, default_collate, pairs).train().global_step == 2
 
     @pytest.mark.world_size(1, 2)
     def test_shapes_may_change_from_batch_to_batch(self, ranks) -> None:

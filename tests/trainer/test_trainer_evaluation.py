@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tests.fixtures.datasets import DynamicShapesDataset, RegressionDataset, SampleIterableDataset
 from tests.fixtures.models import build_seq2seq_model
 from tests.fixtures.regression import RegressionModel
+from tests.fixtures.runs import read_metrics
 from tests.fixtures.sequences import VOCABULARY, pad_sequences, sequence_task
 from tests.fixtures.tolerances import CLOSED_FORM_FP32, LAYOUT_FP32
 from tests.trainer.trainer_test_utils import get_regression_trainer
@@ -375,3 +376,14 @@ def test_token_data_has_no_rows_to_predict(tmp_path: Path) -> None:
     trainer = build_trainer(tmp_path, random_token_samples([5, 6]))
     with pytest.raises(UsageError, match="predict needs a data set of your own"):
         trainer.predict([{"input_ids": [1, 2], "labels": [1, 2]}])
+
+
+def test_a_metric_may_be_an_array(tmp_path: Path) -> None:
+    trainer = build(tmp_path, eval_strategy="epoch", compute_metrics=lambda _: {"each": np.array([0.5, 0.75])})
+    trainer.train()
+    assert read_metrics(tmp_path)[-1]["eval_each"] == [0.5, 0.75]
+
+
+def test_what_metrics_may_see_is_named_in_the_error() -> None:
+    with pytest.raises(UsageError, match="'input'.*allowed are inputs and loss"):
+        TrainingArguments(include_for_metrics=["input"])

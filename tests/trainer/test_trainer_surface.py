@@ -149,3 +149,11 @@ def test_the_end_leaves_the_group(ranks) -> None:
     trainer = get_regression_trainer(output_dir=ranks.tmp_path / "run")
     trainer.end()  # a group that was there before stays
     assert trainer.group.any(ranks.is_lead)
+
+
+def test_transformers_reads_the_state_that_is_saved(tmp_path: Path) -> None:
+    trainer = get_regression_trainer(output_dir=tmp_path, max_steps=3)
+    trainer.train()
+    trainer.save_state()
+    state = transformers.TrainerState.load_from_json(str(tmp_path / "trainer_state.json"))
+    assert (state.global_step, state.log_history) == (3, trainer.state.log_history)

@@ -222,9 +222,7 @@ class PredictionArguments:
     """Evaluation and prediction of data sets of one's own."""
 
     prediction_loss_only: bool = option(False, "Measure the loss alone, and keep no predictions.")
-    include_for_metrics: list[Literal["inputs", "loss"]] = option(
-        [], "What compute_metrics sees besides: inputs, loss."
-    )
+    include_for_metrics: list[str] = option([], "What compute_metrics sees besides: inputs, loss.")
     batch_eval_metrics: bool = option(False, "Call compute_metrics for each batch, with compute_result at the last.")
     eval_do_concat_batches: bool = option(True, "Join predictions into one array; else a list has one for each batch.")
     eval_accumulation_steps: int | None = option(

@@ -196,6 +196,10 @@ class TrainingArguments(  # the last base's options come first
     def _evaluation_contradictions(self) -> list[tuple[bool, str]]:
         return [
             (
+                not {"inputs", "loss"}.issuperset(self.include_for_metrics),
+                f"include_for_metrics = {self.include_for_metrics}: allowed are inputs and loss",
+            ),
+            (
                 self.eval_steps is not None and self.eval_strategy != "steps",
                 f"eval_steps has no effect with eval_strategy={self.eval_strategy}: say eval_strategy=steps",
             ),

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import trainer_callback
 from transformers.trainer_callback import CallbackHandler, TrainerCallback, TrainerControl, TrainerState
 
@@ -49,6 +50,10 @@ class RunState(TrainerState):
         """Start in this process."""
         super().__post_init__()
         self.resumed_step = self.resumed_samples = 0  # from which it went on: no part of the run's state
+
+    def save_to_json(self, json_path: str) -> None:
+        """Write what transformers' state has of it, as `TrainerState.load_from_json` reads it."""
+        TrainerState(**{each.name: getattr(self, each.name) for each in fields(TrainerState)}).save_to_json(json_path)
 
     def advance(self, num_samples: int, num_loss_tokens: int) -> None:
         """Move past a finished step."""
@@ -196,7 +201,7 @@ class MetricsFile(TrainerCallback):
         path = Path(args.output_dir, METRICS)
         try:
             with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(line, default=np.ndarray.tolist) + "\n")  # a metric may be an array
         except OSError as error:
             raise OutputError(f"{path} cannot be written after step {state.global_step}: {error}") from error
 

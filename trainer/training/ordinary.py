@@ -7,7 +7,7 @@ none. So the step does not depend on how samples were dealt to micro-batches and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -110,6 +110,11 @@ class OrdinaryRoad:
             )
         check_evaluations(args, self.eval_dataset)
 
+    def use_collator(self, collate: Collate) -> None:
+        """Make the batches of all loaders built from now on by this."""
+        self.collate = collate
+        self._eval_loaders.clear()
+
     def use_model(self, model: nn.Module, training_step: TrainingStep) -> None:
         """Make a model ready to train, and read what it takes.
 
@@ -191,6 +196,8 @@ class OrdinaryRoad:
         return EpochSampler(len(dataset), seed) if strategy == "random" else OrderedSampler(len(dataset), seed)
 
     def _count(self, inputs: Inputs) -> InputCounts:
+        if not isinstance(inputs, Mapping):  # an overridden compute_loss knows what it is
+            return InputCounts(None)
         kind = self.args.include_num_input_tokens_seen
         num_tokens = 0 if kind == "no" else count_tokens(inputs, self.traits, self._padding_id, kind)
         return InputCounts(count_labels(inputs, self.traits), num_tokens, count_inputs(inputs, self.traits))

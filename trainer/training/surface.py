@@ -44,6 +44,7 @@ class TrainerSurface:
 
     args: TrainingArguments
     model: Any
+    road: Any
     group: Group
     events: Events
     callback_handler: CallbackHandler
@@ -68,6 +69,15 @@ class TrainerSurface:
     @state.setter
     def state(self, state: RunState) -> None:
         self.events.state = state
+
+    @property
+    def data_collator(self) -> Any:
+        """What makes a batch of samples, and may be set at any time; None where samples are packed."""
+        return self.road.collate
+
+    @data_collator.setter
+    def data_collator(self, collate: Any) -> None:
+        self.road.use_collator(collate)
 
     @property
     def control(self) -> TrainerControl:

@@ -89,6 +89,7 @@ class TokenRoad:
     """What a Trainer does with token data. Whatever is None is built from the options."""
 
     saves_beside = True
+    collate = None
 
     def __init__(
         self,
@@ -116,6 +117,14 @@ class TokenRoad:
         self.objective = TokenObjective(self.model, args, group)
         self.answers: dict[int, list[Answer]] = {}  # step -> answers of the evaluation after it
         self._asked: tuple[TokenStore, list[Question]] | None = None  # what a data set asks, read once
+
+    def use_collator(self, collate: Any) -> None:
+        """Refuse it.
+
+        Raises:
+            UsageError: samples are packed.
+        """
+        raise UsageError("data_collator has no effect on token data: leave it out, or give another data set")
 
     def train_loader(self, dataset: TokenData) -> DataLoader[list[MicroBatch]]:
         """Build the loader of this rank's share of every global batch; its sampler is an EpochSampler."""

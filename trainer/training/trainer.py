@@ -107,9 +107,9 @@ class Trainer(TrainerParts):
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
         self.compute_loss_func, self.compute_metrics = compute_loss_func, compute_metrics
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
-        self.model_init, self.data_collator = model_init, data_collator
+        self.model_init = model_init
         with self.group.naming_faults(lambda: "before the first step"):
-            self.road = self._choose_road(model, (train_dataset, eval_dataset))
+            self.road = self._choose_road(model, (train_dataset, eval_dataset), data_collator)
         self.train_dataset, self.eval_dataset = self.road.train_dataset, self.road.eval_dataset
         torch.manual_seed(self.args.seed + self.group.rank)  # dropout differs between ranks
         self.stop_signal: int | None = None  # the signal that ended the last run, if one did
@@ -214,27 +214,27 @@ class Trainer(TrainerParts):
             else getattr(self.data_collator, "tokenizer", None)
         )
 
-    def _choose_road(self, model: Any, datasets: tuple[Any, Any]) -> Any:
+    def _choose_road(self, model: Any, datasets: tuple[Any, Any], collate: Collate | None) -> Any:
         """Token data is given, named by an option, or all that is left to be built from; all else is ordinary."""
         train_dataset, eval_dataset = datasets
         is_to_build = (model is None and self.model_init is None) or self.args.data_path is not None
         if is_token_data(train_dataset if train_dataset is not None else eval_dataset) or (
             train_dataset is None and is_to_build
         ):
-            self._check_token_road()
+            self._check_token_road(collate)
             tokens = TokenRoad(self.args, self.group, model, self.processing_class, datasets)
             self.model, self.processing_class = tokens.model, tokens.tokenizer
             return tokens
         if (model is None) == (self.model_init is None):
             raise UsageError("give either model or model_init")
-        self.road = OrdinaryRoad(self.args, self.group, self.data_collator, self.processing_class, datasets)
-        self.data_collator = self.road.collate
+        self.road = OrdinaryRoad(self.args, self.group, collate, self.processing_class, datasets)
         self._use_model(self.call_model_init() if self.model_init is not None else model)
         return self.road
 
-    def _check_token_road(self) -> None:
-        names = ("data_collator", "model_init", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
-        if given := [name for name in names if getattr(self, name) is not None]:
+    def _check_token_road(self, collate: Collate | None) -> None:
+        names = ("model_init", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
+        others = {"data_collator": collate} | {name: getattr(self, name) for name in names}
+        if given := [name for name, value in others.items() if value is not None]:
             raise UsageError(
                 f"{', '.join(given)} have no effect on token data: leave them out, or give another data set"
             )
