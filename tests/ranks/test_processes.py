@@ -105,6 +105,12 @@ def test_ranks_start_in_other_ways(pytester, options):
     assert "ranks: 2 runs on several ranks (gloo-2: 2)" in found.text  # the test and the launched job
 
 
+@pytest.mark.slow
+def test_fresh_interpreters_come_again_after_a_failure(pytester):
+    body = "def test_a(ranks): assert 0\ndef test_b(ranks): pass"
+    run_anew(pytester, body, "--rank-zygote=off").result.assert_outcomes(failed=1, passed=1)
+
+
 def test_options_choose_cells(pytester):
     body = """
     @pytest.mark.world_size(1, 2, 3)
