@@ -90,6 +90,17 @@ def test_a_marker_that_means_nothing_is_refused_where_it_stands(pytester, marker
     assert f"allowed are {allowed}" in run.text
 
 
+def test_what_multiprocessing_keeps_is_no_leak(tmp_path_factory, launch):
+    body = """
+    def test_shared_memory(ranks):
+        from multiprocessing.shared_memory import SharedMemory
+        memory = SharedMemory(create=True, size=64)
+        memory.close()
+        memory.unlink()
+    """
+    assert run_once("shared", tmp_path_factory, launch, body).outcome("test_shared_memory[gloo-2]") == "passed"
+
+
 @pytest.mark.parametrize(("world_size", "backend"), [(2, "threads"), (2, "mpi"), (0, "gloo")])
 def test_launch_refuses_what_it_cannot_run(launch, world_size, backend):
     with pytest.raises(ValueError, match="allowed are gloo, nccl, fake, from 1 rank on"):

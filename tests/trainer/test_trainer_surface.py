@@ -101,6 +101,20 @@ def test_an_own_step_computes_its_loss_in_the_format_of_the_options(tmp_path: Pa
     assert line_of(own) == pytest.approx(line_of(usual), rel=SAME_LOSS)
 
 
+def test_an_own_context_is_entered_for_every_loss(tmp_path: Path) -> None:
+    entered = []
+
+    class Own(Trainer):
+        def compute_loss_context_manager(self) -> Any:
+            entered.append(self.is_in_train)
+            return super().compute_loss_context_manager()
+
+    trainer = get_regression_trainer(output_dir=tmp_path, trainer_class=Own, max_steps=1)
+    trainer.train()
+    trainer.evaluate()
+    assert set(entered) == {True, False}
+
+
 def test_matrices_decay(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
     trainer = get_regression_trainer(output_dir=tmp_path, model=model)

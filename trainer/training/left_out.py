@@ -27,7 +27,28 @@ LEFT_OUT = {
     "deepspeed": _ENGINE,
     "label_smoother": "label_smoothing_factor says it; compute_loss smooths",
     "propagate_args_to_deepspeed": _ENGINE,
+    "current_gradient_accumulation_steps": "args.gradient_accumulation_steps says it; the loop divides",
     "_build_accelerator_args": "there is no accelerate underneath",
+    "_determine_best_metric": "metric_for_best_model and greater_is_better say it",
+    "_evaluate": "override evaluate",
+    "_finalize_training": _LOOP,
+    "_finish_current_push": "exports are pushed as they are made: see push_to_hub",
+    "_get_collator_with_removed_columns": "remove_unused_columns says it",
+    "_get_dataloader": _LOADERS,
+    "_get_grad_norm": "the loop measures it; max_grad_norm clips",
+    "_get_learning_rate": "use get_learning_rates",
+    "_get_output_dir": "args.output_dir says it",
+    "_has_mixed_mesh_grads": _ENGINE,
+    "_hp_search_setup": "override model_init, or call hyperparameter_search",
+    "_init_training_state": _LOOP,
+    "_issue_warnings_after_load": _CHECKPOINTS,
+    "_move_model_to_device": _ENGINE,
+    "_prepare_context_parallel_inputs": _ENGINE,
+    "_prepare_for_training": _LOOP,
+    "_report_to_hp_search": "hyperparameter_search reports each evaluation",
+    "_save_scaler": _CHECKPOINTS,
+    "_track_num_input_tokens": "include_num_input_tokens_seen says it",
+    "_validate_args": "TrainingArguments checks itself",
     "_clip_grad_norm": "max_grad_norm says it; on_pre_optimizer_step comes after clipping",
     "_get_eval_sampler": _LOADERS,
     "_get_num_items_in_batch": _BATCHES,
@@ -49,7 +70,15 @@ LEFT_OUT = {
     "_set_signature_columns_if_needed": "remove_unused_columns keeps what the model's forward takes",
     "_wrap_model": _ENGINE,
 }
-NEVER_CALLED = {"floating_point_ops": "state.total_flos counts 6 for each parameter and token"}  # but may be called
+NEVER_CALLED = {  # by the trainer; scripts may call them
+    "floating_point_ops": "state.total_flos counts 6 for each parameter and token",
+    "get_decay_parameter_names": "optim_groups says what decays; or override create_optimizer",
+    "get_optimizer_cls_and_kwargs": "give optimizer_cls_and_kwargs, or override create_optimizer",
+    "get_total_train_batch_size": _SCRIPTS,
+    "is_local_process_zero": _ENGINE,
+    "is_world_process_zero": _ENGINE,
+    "num_examples": _SCRIPTS,
+}
 
 
 def check_overrides(kind: type) -> None:

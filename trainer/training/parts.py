@@ -12,12 +12,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from trainer.arguments.training import TrainingArguments
 from trainer.errors import UsageError
 from trainer.model.ordinary import LossFunction, LossRule, find_loss
-from trainer.model.precision import compute_context
 from trainer.optim.groups import parameter_groups
-from trainer.optim.optimizers import build_optimizer, optimizer_class
+from trainer.optim.optimizers import build_optimizer
 from trainer.optim.scaling import LossScale
 from trainer.optim.schedules import build_schedule
 from trainer.training.accelerator import AcceleratorWords
@@ -66,11 +64,6 @@ class TrainerParts(TrainerPrediction):
             self.optimizer = build_optimizer(model, self.args)
         return self.optimizer
 
-    @staticmethod
-    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
-        """Give class and settings of the optimizer that options name; some need the model to know them."""
-        return optimizer_class(nn.Linear(1, 1) if model is None else model, args)
-
     def create_scheduler(self, num_training_steps: int | None, optimizer: Optimizer | None = None) -> LRScheduler:
         """Make the learning-rate schedule that the options name, if none was given."""
         if self.lr_scheduler is None:
@@ -84,7 +77,7 @@ class TrainerParts(TrainerPrediction):
         inputs = to_device(inputs, self.group.device)
         if not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
             num_items_in_batch = None  # nobody would divide by it
-        with compute_context(self.model):
+        with self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         is_divided = self.loss_is_scaled_for_ga
         if is_divided is None:

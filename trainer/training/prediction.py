@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, Predictio
 
 from trainer.errors import UsageError
 from trainer.model.ordinary import count_labels
-from trainer.model.precision import cast_weights, compute_context
+from trainer.model.precision import cast_weights
 from trainer.model.shard import inference
 from trainer.optim.averaging import averaged_weights
 from trainer.optim.schedules import feed_metric
@@ -143,7 +143,7 @@ class TrainerPrediction(TrainerHub):
         inputs = self._prepare_inputs(inputs)
         labels = tuple(inputs.get(name) for name in self.label_names)
         has_labels = bool(labels) and all(label is not None for label in labels)
-        with torch.no_grad(), compute_context(self.model):
+        with torch.no_grad(), self.compute_loss_context_manager():
             if has_labels or (not labels and inputs.get("return_loss", self.road.traits.can_return_loss)):
                 num_items = self._num_items(inputs)
                 loss, outputs = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items)

@@ -16,7 +16,6 @@ from transformers.trainer_utils import PredictionOutput
 
 from trainer.arguments.seq2seq import Seq2SeqTrainingArguments
 from trainer.errors import UsageError
-from trainer.model.precision import compute_context
 from trainer.training.collected import PADDING
 from trainer.training.trainer import Trainer
 
@@ -83,7 +82,7 @@ class Seq2SeqTrainer(Trainer):
         labels = inputs.get("labels")
         loss = None if labels is None else super().prediction_step(model, inputs, True, ignore_keys)[0]
         options = {"synced_gpus": self.group.world_size > 1, **(generation_options or self._generation_options)}
-        with compute_context(self.model):
+        with self.compute_loss_context_manager():
             generated = self.model.generate(**_questions(inputs), **options)
         return loss, generated, labels
 

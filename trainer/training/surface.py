@@ -22,6 +22,7 @@ from trainer.errors import UsageError
 from trainer.model.parameters import operations_per_input
 from trainer.model.precision import compute_context
 from trainer.optim.groups import MATRIX_DIMENSIONS
+from trainer.optim.optimizers import optimizer_class
 from trainer.training.callbacks import Events, RunState
 from trainer.training.left_out import LEFT_OUT, check_overrides
 
@@ -133,12 +134,17 @@ class TrainerSurface:
         return 0 if main is None else int(operations_per_input(self.model) * main.numel())
 
     def compute_loss_context_manager(self) -> AbstractContextManager[Any]:
-        """Give the context in which an overridden training_step computes its loss, in the format of the options."""
+        """Give the context in which losses are computed, in the format of the options."""
         return compute_context(self.model)
 
     def end(self) -> None:
         """Leave the process group; no other method that ranks call together works afterwards."""
         self.group.close()
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
+        """Give class and settings of the optimizer that options name; some need the model to know them."""
+        return optimizer_class(nn.Linear(1, 1) if model is None else model, args)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters that weight_decay makes smaller: matrices, not norms and biases."""
