@@ -67,6 +67,13 @@ def test_a_failure_that_something_might_hide_is_one(tmp_path_factory, launch, na
     assert FAILURES[name] in run.block(name)
 
 
+def test_a_failure_on_threads_names_its_thread(tmp_path_factory, launch):
+    block = run_once("verdicts", tmp_path_factory, launch, BODY).block("test_thread_skips_beside_a_failure[threads-2]")
+    assert "one of 2 ranks (threads)" in block
+    assert "rank 1 of 2 (threads)" in block
+    assert "all ranks" in block
+
+
 @pytest.mark.parametrize(
     ("name", "outcome"), [("test_expected_fails[gloo-2]", "xfail"), ("test_all_threads_skip[threads-2]", "skipped")]
 )
