@@ -45,6 +45,10 @@ ALIASES = {
     "use_liger_kernel": "use_liger_kernels",
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
+NONE_IS_DEFAULT = (  # transformers says None where it means its default
+    *("disable_tqdm", "gradient_checkpointing", "gradient_checkpointing_kwargs", "lr_scheduler_kwargs"),
+    "metric_for_best_model",
+)
 SECRET = "<secret>"  # instead of an option that nobody should read
 IDENTITIES = ("data", "eval_data", "tokenizer", "callbacks")  # what else of a run may change when it is resumed
 
@@ -117,6 +121,10 @@ class TrainingArguments(  # the last base's options come first
 
     def _normalise(self) -> None:
         """Write as the options have it what transformers takes in other forms too."""
+        for field in dataclasses.fields(self):
+            if field.name in NONE_IS_DEFAULT and getattr(self, field.name) is None:
+                made = field.default_factory
+                setattr(self, field.name, made() if callable(made) else field.default)
         if isinstance(self.include_num_input_tokens_seen, bool):
             self.include_num_input_tokens_seen = "all" if self.include_num_input_tokens_seen else "no"
         if self.output_dir is None:
