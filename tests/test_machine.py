@@ -13,8 +13,6 @@ from trainer.training.machine import keep_freed_memory
 
 ACTIVATION_BYTES = 2**26  # glibc by itself gives the system back whatever is larger than 2**25
 PAGE_BYTES = resource.getpagesize()
-
-
 NUM_USES = 20
 FEW = 0.1  # of all pages: what Python itself takes meanwhile, and a kept piece that it has cut
 
