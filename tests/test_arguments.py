@@ -131,7 +131,7 @@ def test_aliases_are_understood_everywhere(tmp_path: Path) -> None:
         from_words(["--max-tokens-per-gpu=77"]),
         from_words(["--max_tokens_per_gpu", "77"]),
     ):
-        assert args.max_tokens_per_rank == 77
+        assert args.max_tokens_per_rank == args.max_tokens_per_gpu == 77
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,7 @@ def test_a_typo_in_a_file_gets_the_nearest(tmp_path: Path, capsys: pytest.Captur
         (["plan", "--data-path", "x.jsonl", "--world-size", "0"], "world_size"),
         (["export", "nowhere", "there"], "nowhere"),
         (["train", "--lr-scheduler-kwargs", "{"], "JSON"),
+        (["train", "--optim", "adamw_torch_fusd"], "nearest: adamw_torch_fused"),  # before any file is read
     ],
     ids=str,
 )

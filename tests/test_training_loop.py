@@ -246,9 +246,10 @@ class TestBadInput:
         build_trainer(tmp_path, SAMPLES, overwrite_output_dir=True, max_steps=1).train()
         assert len(read_metrics(tmp_path)) == 1
 
-    def test_a_wrong_name_leaves_no_folder_behind(self, tmp_path: Path) -> None:
-        with pytest.raises(UsageError, match="optim = 'adamv'"):
-            build_trainer(tmp_path / "run", SAMPLES, optim="adamv").train()
+    @pytest.mark.parametrize(("option", "name"), [("optim", "adamv"), ("lr_scheduler_type", "linera")])
+    def test_a_wrong_name_is_refused_at_once(self, tmp_path: Path, option: str, name: str) -> None:
+        with pytest.raises(UsageError, match=f"{option} = '{name}'"):
+            build_trainer(tmp_path / "run", SAMPLES, **{option: name})
         assert not (tmp_path / "run").exists()
 
     def test_a_sample_over_the_budget_is_an_error(self, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset, default_collate
 
 from tests.fixtures.models import tiny_llama
 from tests.fixtures.oracles import gradients, relative_difference
@@ -198,6 +199,32 @@ class TestLoaders:
         trainer.train()
         assert trainer.state.global_step == 16
         assert (trainer.state.num_samples_seen, trainer.state.epoch) == (128, 1.0)
+
+    @pytest.mark.world_size(2)
+    @pytest.mark.parametrize("is_dealt", [True, False])
+    def test_that_is_not_ours_is_told_its_epoch_and_must_be_dealt(
+        self, ranks, caplog: pytest.LogCaptureFixture, is_dealt: bool
+    ) -> None:
+        seen = []
+
+        class OwnLoader(Trainer):
+            def get_train_dataloader(self) -> Any:
+                sampler = DistributedSampler(self.train_dataset) if is_dealt else None
+                return DataLoader(self.train_dataset, batch_size=4, sampler=sampler, collate_fn=self.data_collator)
+
+            def training_step(self, model: Any, inputs: Any, *more: Any) -> Any:
+                seen.extend(inputs["input_x"].tolist())
+                return super().training_step(model, inputs, *more)
+
+        trainer = get_regression_trainer(
+            output_dir=ranks.tmp_path, trainer_class=OwnLoader, train_len=16, num_train_epochs=2
+        )
+        trainer.train()
+        everyone = torch.cat(trainer.group.gather(torch.tensor(seen, device=trainer.group.device)))
+        assert Counter(everyone.tolist()) == {x: 2 if is_dealt else 4 for x in trainer.train_dataset.x.tolist()}
+        half = len(seen) // 2
+        assert (set(seen[:half]) == set(seen[half:])) == (not is_dealt)
+        assert ("each of 2 ranks reads all of its loader" in caplog.text) == (ranks.rank == 0 and not is_dealt)
 
     @pytest.mark.parametrize("persistent", [False, True])
     def test_may_read_in_other_processes(self, tmp_path: Path, persistent: bool) -> None:

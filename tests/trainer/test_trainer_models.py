@@ -106,6 +106,8 @@ class TestModels:
         assert logged(by_hand, "mine") == [1.0] * 24
         with pytest.raises(AttributeError, match=r"accelerator\.autocast: this Trainer works without accelerate"):
             by_hand.accelerator.autocast  # noqa: B018
+        with pytest.raises(AttributeError, match=r"accelerator\.prepare: .*; leave it out"):
+            by_hand.accelerator.prepare(by_hand.model)
 
     @pytest.mark.world_size(1, 2)
     def test_an_own_step_is_averaged_over_ranks(self, ranks) -> None:

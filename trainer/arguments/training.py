@@ -331,8 +331,8 @@ class TrainingArguments(  # the last base's options come first
         return self.seed if self.data_seed is None else self.data_seed
 
     def __getattr__(self, name: str) -> Any:
-        """Read an option of transformers that is not here, say push_to_hub, as what may be given for it."""
-        return foreign_value(name)
+        """Read an option by its other name; one of transformers that is not here, say fsdp, as what may be given."""
+        return getattr(self, ALIASES[name]) if name in ALIASES else foreign_value(name)
 
     @property
     def longest_sample(self) -> int:

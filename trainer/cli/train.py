@@ -37,10 +37,11 @@ def train(args: TrainingArguments) -> int:
     from trainer.cli.progress import ProgressDisplay, show_answers, show_summary
     from trainer.distributed.group import Group
     from trainer.model.tokenizer import load_tokenizer
-    from trainer.training.build import load_datasets
+    from trainer.training.build import check_names, load_datasets
     from trainer.training.trainer import Trainer
 
     _check_held_out_data(args)
+    check_names(args)
     logging.disable_progress_bar()  # ours says what happens
     tokenizer = load_tokenizer(args)
     with Group.join(args) as group:

@@ -50,6 +50,19 @@ def build_optimizer(model: nn.Module, args: OptimizerArguments) -> torch.optim.O
     return optimizer
 
 
+def find_class(args: OptimizerArguments) -> Any:
+    """Import the class (or function) that `args.optim` names.
+
+    Raises:
+        UsageError: no optimizer has that name.
+        MissingPackageError: its package is not installed; the message says how to.
+    """
+    if ":" in args.optim:
+        return load_class(args.optim, args.optim, None)
+    spec = find(args.optim)
+    return load_class(args.optim, spec.path, spec.package)
+
+
 def optimizer_class(model: nn.Module, args: OptimizerArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """Give the class that the options name, and the settings that a model's parameters would have in it."""
     optimizer = build_optimizer(model, args)
@@ -79,7 +92,7 @@ def _build_known(
 ) -> torch.optim.Optimizer:
     _check_ability(spec, groups, args)
     groups = _arrange(spec, model, groups, args, options)
-    cls = load_class(args.optim, spec.path, spec.package)
+    cls = find_class(args)
     extra = {name: options.pop(name, default) for name, default in spec.extra_options.items()}
     arguments = {**_adam(spec.takes, args), **_for_device(cls, groups), **spec.fixed}
     allowed = _constructor_options(cls) - arguments.keys()
@@ -102,7 +115,7 @@ def _tell(name: str, spec: Spec) -> None:
 
 def _build_own(groups: list[Group], args: OptimizerArguments, options: dict[str, Any]) -> torch.optim.Optimizer:
     """Build by a class, or a function, of the user's: called with the groups, lr, and what it takes of the options."""
-    make = load_class(args.optim, args.optim, None)
+    make = find_class(args)
     accepted = _constructor_options(make, given=())
     takes = tuple(name for name in ADAM if name in accepted and name not in options)
     _check_unused(takes, args)

@@ -50,7 +50,7 @@ def build_schedule(
     from transformers import get_scheduler
 
     name = args.lr_scheduler_type
-    settings = _checked_settings(name, args.lr_scheduler_kwargs)
+    settings = checked_settings(args)
     _check_end(args, num_steps, settings)
     if is_averaging(optimizer) and name not in FLAT:
         raise UsageError(f"lr_scheduler_type = {name!r}: a schedule-free optimizer takes one of {', '.join(FLAT)}")
@@ -94,10 +94,15 @@ def _goes_by_metric(schedule: LRScheduler) -> bool:
     return next(iter(inspect.signature(schedule.step).parameters), None) == "metrics"
 
 
-def _checked_settings(name: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Give the settings of a schedule, each known to it."""
+def checked_settings(args: ScheduleArguments) -> dict[str, Any]:
+    """Give the settings of the schedule that the options name, each known to it.
+
+    Raises:
+        UsageError: the name or a setting is unknown.
+    """
     from transformers import SchedulerType, optimization
 
+    name, given = args.lr_scheduler_type, args.lr_scheduler_kwargs
     names = [kind.value for kind in SchedulerType]
     if name not in names:
         raise UsageError(f"lr_scheduler_type = {name!r}: one of {', '.join(names)}")

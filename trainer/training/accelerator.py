@@ -13,6 +13,11 @@ from torch import Tensor, nn
 
 from trainer.distributed.group import Group
 
+INSTEAD = {
+    "prepare": "leave it out; on several ranks give a loader of your own a DistributedSampler",
+    "gather_for_metrics": "evaluate and predict gather by themselves; for a tensor of your own, trainer.group.gather",
+}
+
 
 class AcceleratorWords:
     """What an overridden `training_step` or `compute_loss` may ask of `self.accelerator`."""
@@ -56,4 +61,5 @@ class AcceleratorWords:
 
     def __getattr__(self, name: str) -> Any:
         words = ", ".join(word for word in dir(type(self)) if not word.startswith("_"))
-        raise AttributeError(f"accelerator.{name}: this Trainer works without accelerate; it understands {words}")
+        advice = INSTEAD.get(name, f"it understands {words}")
+        raise AttributeError(f"accelerator.{name}: this Trainer works without accelerate; {advice}")

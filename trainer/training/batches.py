@@ -80,8 +80,8 @@ class OrdinaryBatches:
             self._is_in_place, to_skip = False, 0
         elif isinstance(self.loader, OrdinaryLoader):
             to_skip = self.loader.move_to(epoch, start)
-        elif hasattr(self.loader, "set_epoch"):
-            self.loader.set_epoch(epoch)
+        else:
+            _tell_epoch(self.loader, epoch)
         position, iterator = start - to_skip, iter(self.loader)
         while (batch := self._next(iterator, position)) is not None:
             if position >= start:
@@ -137,6 +137,13 @@ class OrdinaryBatches:
         dataset, collate = self.loader.dataset, self.loader.collate_fn
         first = next(iter(dataset.stream)) if isinstance(dataset, StreamShare) else dataset[0]
         return collate([first])
+
+
+def _tell_epoch(loader: Any, epoch: int) -> None:
+    """Tell a loader that is not ours, and what it draws from: a DistributedSampler shuffles by it."""
+    for part in (loader, *(getattr(loader, name, None) for name in ("batch_sampler", "sampler", "dataset"))):
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(epoch)
 
 
 def _totals(counts: list[InputCounts]) -> tuple[int, int]:

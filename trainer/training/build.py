@@ -19,6 +19,14 @@ from trainer.distributed.group import Group
 from trainer.errors import DataError, ModelError, UsageError
 from trainer.model.isolation import check_isolation, check_positions
 from trainer.model.load import Adapt, load_model, prepare_model
+from trainer.optim.optimizers import find_class
+from trainer.optim.schedules import checked_settings
+
+
+def check_names(args: TrainingArguments) -> None:
+    """Raise where the options name an optimizer or a schedule that is not there: long before either is built."""
+    find_class(args)
+    checked_settings(args)
 
 
 def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:

@@ -7,12 +7,13 @@ none. So the step does not depend on how samples were dealt to micro-batches and
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 
@@ -36,6 +37,8 @@ from trainer.model.ordinary import (
 from trainer.model.parameters import operations_per_input
 from trainer.training.batches import InputCounts, OrdinaryBatch, OrdinaryBatches
 from trainer.training.build import check_evaluations
+
+_log = logging.getLogger(__name__)
 
 TrainingStep = Callable[[nn.Module, Inputs, Tensor | None], Tensor]
 
@@ -161,6 +164,13 @@ class OrdinaryRoad:
 
     def batches(self, loader: DataLoader[Inputs]) -> OrdinaryBatches:
         """Gather the micro-batches of a loader, ours or any other, into global batches."""
+        is_whole = type(getattr(loader, "sampler", None)) in (RandomSampler, SequentialSampler)
+        if is_whole and self.group.world_size > 1 and self.group.is_lead and not isinstance(loader, OrdinaryLoader):
+            _log.warning(
+                "get_train_dataloader: each of %d ranks reads all of its loader, so that a step may hold a sample as "
+                "often; give the loader torch's DistributedSampler",
+                self.group.world_size,
+            )
         return self._batches(loader, self.dealing)
 
     def eval_batches(self, loader: DataLoader[Inputs]) -> Iterator[OrdinaryBatch]:

@@ -26,7 +26,7 @@ from trainer.model.ordinary import LossFunction
 from trainer.optim.averaging import averaged_weights
 from trainer.optim.scaling import LossScale
 from trainer.training.accelerator import AcceleratorWords
-from trainer.training.build import check_optimizer
+from trainer.training.build import check_names, check_optimizer
 from trainer.training.callbacks import DefaultFlowCallback, Events, ExportCallback, MetricsFile, RunState
 from trainer.training.checkpoints import Checkpoints, load_best_weights
 from trainer.training.crash import CrashRecorder
@@ -97,6 +97,7 @@ class Trainer(TrainerParts):
         if not isinstance(self.args, TrainingArguments):
             given = f"{type(args).__module__}.{type(args).__qualname__}"
             raise UsageError(f"args is a {given}: give trainer.TrainingArguments")
+        check_names(self.args)
         self._memory = memory_tracker(self.args.skip_memory_metrics)
         self._memory.start()
         self.group = Group.join(self.args)
