@@ -13,7 +13,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -32,13 +32,15 @@ class Stopwatch(TrainerCallback):
     def __init__(self, load: workload.Load) -> None:
         self.load = load
         self.num_tokens = 0
+        self.num_positions = 0  # that the model runs over: tokens, and padding
         self.first_step_seconds = 0.0
         self.data_seconds = 0.0  # that timed steps of ours waited for data
         self._started = (time.perf_counter(), 0)
         self.measured: tuple[float, int] = (0.0, 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.num_tokens += kwargs["report"].num_tokens if "report" in kwargs else 0
+        if "report" in kwargs:
+            self.count(kwargs["report"].num_tokens)
         if "report" in kwargs and state.global_step > self.load.warm_up_steps:
             self.data_seconds += kwargs["report"].data_seconds
         if state.global_step not in (1, self.load.warm_up_steps, self.load.num_steps):
@@ -51,13 +53,19 @@ class Stopwatch(TrainerCallback):
         if state.global_step == self.load.num_steps:
             self.measured = now[0] - self._started[0], now[1] - self._started[1]
 
+    def count(self, num_tokens: int, num_positions: int | None = None) -> None:
+        """Take in what is run; without padding if not said otherwise."""
+        self.num_tokens += num_tokens
+        self.num_positions += num_tokens if num_positions is None else num_positions
+
     def counting(self, collate: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """Count what a collator gives: tokens under its attention mask, or all where it has none."""
 
         def counted(samples: Any) -> Any:
             batch = collate(samples)
             mask = batch.get("attention_mask")
-            self.num_tokens += int(batch["input_ids"].numel() if mask is None else mask.sum())
+            num_positions = batch["input_ids"].numel()
+            self.count(num_positions if mask is None else int(mask.sum()), num_positions)
             return batch
 
         return counted
@@ -238,7 +246,7 @@ def mini_trainer(job: Job) -> None:
             with job.autocast():
                 loss = model(**inputs, use_cache=False).loss.float().sum()
             (loss / micro_batch["batch_num_loss_counted_tokens"]).backward()
-            job.watch.num_tokens += inputs["input_ids"].numel()
+            job.watch.count(inputs["input_ids"].numel())
         take_gradient_step(model, optimizer, schedule)
         job.watch.on_step_end(None, argparse.Namespace(global_step=step), None)
 
@@ -296,6 +304,7 @@ def measure(job: Job, train: Callable[[Job], None]) -> dict[str, float]:
         "tflops_per_second": useful / 1e12,
         "gemm_share_percent": 100 * useful / gemm_flops_per_second(job),
         "data_wait_percent": 100 * job.watch.data_seconds / seconds,
+        "padding_percent": 100 * (job.watch.num_positions / job.watch.num_tokens - 1),
         "peak_memory_mb": peak_memory_mb(),
         "first_step_seconds": job.watch.first_step_seconds,
     }
@@ -307,10 +316,13 @@ def main() -> None:
     parser.add_argument("--model", choices=workload.MODELS, default="small")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--load", choices=workload.LOADS, default="cpu")
+    parser.add_argument("--num-samples", type=int, help="by default those of the load")
     parser.add_argument("--recompute", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(options.model, options.dtype, workload.LOADS[options.load], options.recompute, Path(folder))
+        load = workload.LOADS[options.load]
+        load = replace(load, num_samples=options.num_samples or load.num_samples)
+        job = Job(options.model, options.dtype, load, options.recompute, Path(folder))
         measured = measure(job, (CONTENDERS | GPU_CONTENDERS)[options.name])
     print(json.dumps({name: round(value, 2) for name, value in measured.items()}))
 
