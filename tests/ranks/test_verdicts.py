@@ -97,6 +97,11 @@ def test_a_marker_that_means_nothing_is_refused_where_it_stands(pytester, marker
     assert f"allowed are {allowed}" in run.text
 
 
+def test_a_marker_of_a_test_without_ranks_is_refused(pytester):
+    run = collect(pytester, "@pytest.mark.world_size(4)\ndef test_x(): pass")
+    assert "test_x: @pytest.mark.world_size has no effect, the test takes no `ranks`" in run.text
+
+
 def test_what_multiprocessing_keeps_is_no_leak(tmp_path_factory, launch):
     body = """
     def test_shared_memory(ranks):
