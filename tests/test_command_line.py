@@ -1,5 +1,6 @@
 """The command line: help, typos, exit codes, and what each command shows."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,15 @@ def test_train_shows_progress_answers_and_where_things_lie(
     shown = capsys.readouterr().out
     for text in ("step 1/2", "step 2/2", "tokens/s", "exact_match", "expected", "finished step 2", str(tmp_path)):
         assert text in shown.replace("\n", "") or text in shown
+
+
+def test_train_says_what_it_leaves_out(tmp_path: Path, job: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    long = {"messages": [{"role": "user", "content": "word " * 300}, {"role": "assistant", "content": "yes"}]}
+    with (tmp_path / "chats.jsonl").open("a") as file:
+        file.write(json.dumps(long | {"rating": 5}) + "\n")
+    assert main(["train", *job, "--max-steps=1", "--overlong=drop"]) == 0
+    assert "chats.jsonl: overlong dropped: 1, tokens dropped: " in caplog.text
+    assert "ignored field 'rating': 1" in caplog.text
 
 
 def test_answers_need_chats(tmp_path: Path, job: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,6 +85,14 @@ def prepare(
     return store
 
 
+def left_out(store: TokenStore) -> str:
+    """Say what of the data a prepared store leaves out, cuts, or holds otherwise than stated; empty if nothing."""
+    report = store.metadata.get("report", {})
+    counts = {name.replace("_", " "): report.get(name, 0) for name in _COUNTS if name != "documents"}
+    counts |= {f"ignored field {name!r}": count for name, count in report.get("ignored_fields", {}).items()}
+    return ", ".join(f"{name}: {count:,}" for name, count in counts.items() if count)
+
+
 @dataclass(frozen=True)
 class _Job:
     """All that building one store needs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trainer.arguments.training import TrainingArguments
 from trainer.data.costs import CostModel, cost_model_from_config
 from trainer.data.packing import TOKENS
-from trainer.data.prepare import Progress, prepare
+from trainer.data.prepare import Progress, left_out, prepare
 from trainer.data.split import split_validation
 from trainer.data.store import TokenStore
 from trainer.distributed.group import Group
@@ -21,6 +22,8 @@ from trainer.model.isolation import check_isolation, check_positions
 from trainer.model.load import Adapt, load_model, prepare_model
 from trainer.optim.optimizers import find_class
 from trainer.optim.schedules import checked_settings
+
+_log = logging.getLogger(__name__)
 
 
 def check_names(args: TrainingArguments) -> None:
@@ -53,12 +56,14 @@ def load_datasets(
     if args.data_path is None:
         raise UsageError("data_path is missing: name a JSONL file, or give Trainer a train_dataset")
     with group.lead_first():
-        train = prepare(args.data_path, tokenizer, args, args.longest_sample, progress)
-        if args.validation_data_path is not None:
-            return train, prepare(args.validation_data_path, tokenizer, args, args.longest_sample, progress)
-        if args.validation_split:
-            return split_validation(train, args.validation_split, args.seed)
-        return train, None
+        paths = [path for path in (args.data_path, args.validation_data_path) if path is not None]
+        stores = [prepare(path, tokenizer, args, args.longest_sample, progress) for path in paths]
+    for path, store in zip(paths, stores, strict=True):
+        if group.is_lead and (words := left_out(store)):
+            _log.warning("%s: %s", path, words)
+    if args.validation_split:
+        return split_validation(stores[0], args.validation_split, args.seed)
+    return stores[0], stores[1] if len(stores) > 1 else None
 
 
 def check_held_out(args: TrainingArguments, train_dataset: Any, eval_dataset: Any) -> None:
