@@ -106,7 +106,7 @@ def test_what_is_not_supported_is_refused_with_what_to_use(name: str) -> None:
 
 @of_each(sorted(FORMER_NAMES))
 def test_a_former_name_leads_to_the_one_of_today(name: str) -> None:
-    with pytest.raises(UsageError, match=f"{name} is a former name in transformers: say {FORMER_NAMES[name]}"):
+    with pytest.raises(UsageError, match=f"{name} is a former option of transformers; now {FORMER_NAMES[name]}"):
         TrainingArguments(**{name: 1})
 
 

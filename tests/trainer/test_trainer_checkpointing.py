@@ -128,6 +128,26 @@ class TestTheBestModel:
         assert best in saved_steps(tmp_path)
         assert trainer.evaluate()["eval_loss"] == losses[best]
 
+    def test_it_is_known_where_it_was_saved_before_it_was_measured(self, tmp_path: Path) -> None:
+        options = {"eval_strategy": "epoch", "num_train_epochs": 2, "learning_rate": 0.01}  # saved in the step itself
+        trainer = regression(tmp_path, eval_dataset=RegressionDataset(length=8), **options)
+        trainer.train()
+        assert trainer.state.best_global_step == 32
+        assert trainer.state.best_model_checkpoint == str(checkpoint(tmp_path, 32))
+
+    def test_a_run_that_a_callback_ended_says_that_it_is_over(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        class Stop(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                control.should_training_stop = state.global_step == 4
+
+        regression(tmp_path, callbacks=[Stop()]).train()
+        resumed = regression(tmp_path)
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed.state.global_step == 4
+        assert f"{checkpoint(tmp_path, 4)}: a callback ended this run here" in caplog.text
+
     def test_early_stopping_goes_on_where_it_was(self, tmp_path: Path) -> None:
         def run(folder: Path) -> Trainer:
             every_step = {"save_strategy": "steps", "save_steps": 1, "greater_is_better": True}  # so none is better

@@ -68,6 +68,9 @@ class TestModels:
     def test_a_model_is_given_in_one_way(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="give either model or model_init"):
             Trainer(RegressionModel(), TrainingArguments(str(tmp_path)), model_init=RegressionModel)
+        optimizer = torch.optim.SGD(RegressionModel().parameters())
+        with pytest.raises(UsageError, match="model_init builds it anew for each train"):
+            get_regression_trainer(output_dir=tmp_path, model_init=RegressionModel, optimizers=(optimizer, None))
         with pytest.raises(ModelError, match="model is a str: give a torch.nn.Module"):
             Trainer("model", TrainingArguments(str(tmp_path)), train_dataset=RegressionDataset())  # type: ignore[arg-type]
 

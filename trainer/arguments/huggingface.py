@@ -75,20 +75,31 @@ DIFFERENT: dict[str, str] = {
     "eval_steps": "where left out, logging_steps, as there; evaluations fall on whole steps",
     "fp16_full_eval": "the weights come back as they were after each evaluation; also while training; on one rank only",
     "include_for_metrics": "with batch_eval_metrics, inputs are the main input of all ranks, as without",
+    "include_num_input_tokens_seen": "non_padding is an error where no mask or tokenizer tells what padding is",
     "logging_nan_inf_filter": "with non_finite=skip alone: a loss that is not finite ends the run otherwise",
     "logging_steps": "10 by default; metrics.jsonl has every step",
     "metric_for_best_model": "loss by default; a metric that is not measured is an error at the first evaluation",
     "output_dir": "outputs by default",
     "push_to_hub": "each export is pushed, and waited for",
+    "resume_from_checkpoint": "train() goes on from it; there only scripts read it",
+    "save_total_limit": "the best checkpoint stays beside so many of the newest",
 }
 
 SEQ2SEQ = ("predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config")
 FORMER_NAMES = {  # of transformers before 5, which scripts still have
+    "adafactor": "optim=adafactor",
     "evaluation_strategy": "eval_strategy",
+    "fp16_backend": "fp16",
+    "half_precision_backend": "fp16 or bf16",
+    "logging_dir": "TENSORBOARD_LOGGING_DIR in the environment",
     "group_by_length": "train_sampling_strategy",
     "no_cuda": "use_cpu",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "push_to_hub_model_id": "hub_model_id",
+    "push_to_hub_token": "hub_token",
+    "save_safetensors": "weights are always in safetensors",
+    "use_mps_device": "the device is found",
     "warmup_ratio": "warmup_steps, below 1",
 }
 
@@ -100,7 +111,7 @@ def check_foreign(name: str, value: object) -> bool:
         UsageError: it is given another value, or is a name that transformers no longer has.
     """
     if name in FORMER_NAMES:
-        raise UsageError(f"{name} is a former name in transformers: say {FORMER_NAMES[name]}")
+        raise UsageError(f"{name} is a former option of transformers; now {FORMER_NAMES[name]}")
     if name in SEQ2SEQ:
         raise UsageError(f"{name} is an option of Seq2SeqTrainingArguments: give those to Seq2SeqTrainer")
     if name in NOT_HERE and not NOT_HERE[name].grants(value):

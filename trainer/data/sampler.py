@@ -108,7 +108,7 @@ class InfiniteSampler(_Sampler):
 
 def _check(num_samples: int, seed: int) -> None:
     if num_samples < 1:
-        raise UsageError(f"{num_samples} samples: at least one is needed")
+        raise UsageError(f"the data set has {num_samples} samples: at least one is needed")
     if not 0 <= seed <= LARGEST_SEED:
         raise UsageError(f"seed {seed}: must be in 0..2**64-1")
 

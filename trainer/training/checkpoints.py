@@ -118,12 +118,17 @@ class Checkpoints:
         """Save the state after the present step, if that was not done; a former save is finished first."""
         state = self.state
         is_saved, state.saved_step = state.saved_step == state.global_step, state.global_step
-        if state.best_global_step == state.global_step:
-            state.best_model_checkpoint = str(manifest.folder_of(self.folder, state.global_step))
-        self._writer.best_step = state.best_global_step
+        self.mark_best()
         if not is_saved:
             self.finish()
             self._tell(self._writer.save(self._contents()))
+
+    def mark_best(self) -> None:
+        """Take the checkpoint of this step, if there is one, for the best, if it is."""
+        state = self.state
+        if state.best_global_step == state.saved_step == state.global_step:
+            state.best_model_checkpoint = str(manifest.folder_of(self.folder, state.global_step))
+        self._writer.best_step = state.best_global_step
 
     def poll(self) -> None:
         """Publish a save that was written meanwhile.
@@ -188,6 +193,8 @@ class Checkpoints:
             return
         restored, group = self._restored, self.engine.group
         self._restored = None
+        if restored.record.should_stop and group.is_lead:
+            logger.warning("%s: a callback ended this run here; it is over, nothing more is trained", restored.folder)
         self.events.control.should_training_stop |= restored.record.should_stop
         self.events.control.should_epoch_stop |= restored.record.should_stop_epoch
         if manifest.read_manifest(restored.folder).world_size == group.world_size:

@@ -267,3 +267,5 @@ def evaluate_once(run: Run) -> None:
     if run.state.evaluated_step != run.state.global_step:
         run.evaluate()
         run.state.evaluated_step = run.state.global_step
+        if not run.args.export_best:  # the export is the best one's place
+            run.checkpoints.mark_best()

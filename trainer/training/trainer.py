@@ -228,6 +228,11 @@ class Trainer(TrainerParts):
             return tokens
         if (model is None) == (self.model_init is None):
             raise UsageError("give either model or model_init")
+        if self.model_init is not None and self.optimizer is not None:
+            raise UsageError(
+                "optimizers hold the parameters of one model, and model_init builds it anew for each train(): override "
+                "create_optimizer, or give optimizer_cls_and_kwargs"
+            )
         self.road = OrdinaryRoad(self.args, self.group, collate, self.processing_class, datasets)
         self._use_model(self.call_model_init() if self.model_init is not None else model)
         return self.road
