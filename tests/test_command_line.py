@@ -185,6 +185,22 @@ def test_a_rank_says_nothing_where_its_peer_says_why(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == ""
 
 
+def test_flags_of_mini_trainer_run_resume_and_take_remedies(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_tokens(tmp_path / "ids.jsonl", [8] * 8 + [60])
+    paths = [f"--model-name-or-path={model_folder}", f"--data-path={data}", f"--output-dir={tmp_path / 'run'}"]
+    words = [*paths, "--batch-size=4", "--max-tokens-per-gpu=32", "--learning-rate=1e-3", "--training-mode=step"]
+    limits = ["--max-steps=2", "--on-demand-checkpointing"]
+    assert report_errors(run_mini_trainer, words) == 2
+    assert "training_mode=step needs max_steps" in capsys.readouterr().err
+    assert report_errors(run_mini_trainer, [*words, *limits]) == 1
+    assert "60 tokens" in capsys.readouterr().err
+    assert report_errors(run_mini_trainer, [*words, *limits, "--overlong=drop"]) == 0
+    assert report_errors(run_mini_trainer, [*words, *limits, "--overlong=drop"]) == 0  # started again, as it is
+    assert not (tmp_path / "run" / "checkpoints.1").exists()
+
+
 @pytest.mark.parametrize("flag", ["--serialized-callbacks=x"])
 def test_a_flag_of_mini_trainer_that_is_left_out_says_why(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert report_errors(run_mini_trainer, [flag]) == 2

@@ -45,7 +45,8 @@ def policies_of_threads() -> dict[str, int]:
 
 
 def policies_in_a_group() -> dict[str, int]:
-    with one_process():
+    with one_process() as group:
+        group.barrier()  # else one may leave before the other has come
         return policies_of_threads()
 
 
@@ -296,6 +297,15 @@ class TestStopRequest:
                     signal.raise_signal(signal.SIGINT)
         finally:
             signal.signal(signal.SIGINT, before)
+
+    def test_a_signal_that_is_ignored_stays_so(self) -> None:
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        try:
+            with StopRequest() as stop:
+                signal.raise_signal(signal.SIGHUP)
+                assert stop.signal is None
+        finally:
+            signal.signal(signal.SIGHUP, before)
 
     def test_any_rank_s_signal_counts(self) -> None:
         stop = StopRequest()

@@ -18,6 +18,7 @@ from tests.fixtures.runs import build_trainer, random_token_samples, read_metric
 from tests.trainer.trainer_test_utils import RegressionDataset, get_regression_trainer
 from trainer.checkpoint import manifest
 from trainer.errors import CheckpointError, UsageError
+from trainer.training.signals import SIGNALS
 from trainer.training.trainer import Trainer
 
 SAMPLES = random_token_samples([4 + i % 9 for i in range(16)])
@@ -80,7 +81,7 @@ class TestWhenACheckpointIsWritten:
         assert [step for step, _ in seen.saved][-len(steps) :] == steps[-len(seen.saved) :]
         assert not list((tmp_path / "checkpoints").glob(".*")) if steps else not (tmp_path / "checkpoints").exists()
 
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    @pytest.mark.parametrize("number", SIGNALS)
     def test_a_stop_signal_saves_after_the_step(self, tmp_path: Path, number: signal.Signals) -> None:
         trainer = regression(tmp_path, save_strategy="signal", save_steps=500, callbacks=[SignalAt(3, number)])
         trainer.train()

@@ -50,7 +50,9 @@ class MiniTrainerFlags:
     max_tokens: int = option(0, "Loss tokens, in mode token.")
     checkpoint_at_epoch: bool = False
     save_final_checkpoint: bool = False
-    on_demand_checkpointing: bool = option(False, "Save the full state on SIGTERM, SIGUSR1 and Ctrl-C.")
+    on_demand_checkpointing: bool = option(
+        False, "Save the full state on SIGTERM, SIGUSR1, Ctrl-C and their like, and go on from it when started again."
+    )
     resume_from_full_state_checkpoint: str | None = option(None, "A checkpoint to go on from, or auto.")
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     train_dtype: Literal["float32", "bfloat16"] = option("float32", "Compute type; master weights are float32.")
@@ -70,6 +72,10 @@ class MiniTrainerFlags:
     mlflow_tracking_uri: str | None = None
     mlflow_experiment_name: str | None = None
     mlflow_run_name: str | None = None
+    overlong: Literal["error", "drop", "truncate", "split"] = option("error", "What to do with longer samples.")
+    on_untrainable: Literal["error", "drop"] = option("error", "What to do with samples without a trained token.")
+    overwrite_output_dir: bool = option(False, "Start afresh in a folder that already holds a run.")
+    allow_change: list[str] = option([], "Options that may differ from those of the run that is resumed.")
 
     def to_arguments(self) -> TrainingArguments:
         """Say the same in our options."""
@@ -87,6 +93,8 @@ class MiniTrainerFlags:
         )
         same += ("seed", "weight_decay", "use_liger_kernels", "min_samples_per_checkpoint", "save_dtype")
         same += ("validation_split", "validation_data_path", "trust_remote_code", "block_size")
+        same += ("overlong", "on_untrainable", "overwrite_output_dir", "allow_change")
+        newest = "auto" if self.on_demand_checkpointing else None
         return {name: getattr(self, name) for name in same} | {
             "warmup_steps": self.num_warmup_steps,
             "lr_scheduler_type": self.lr_scheduler,
@@ -96,13 +104,16 @@ class MiniTrainerFlags:
             "adam_epsilon": self.eps,
             "bf16": self.train_dtype == "bfloat16",
             "save_strategy": "signal" if self.on_demand_checkpointing else "no",
-            "resume_from_checkpoint": self.resume_from_full_state_checkpoint,
+            "resume_from_checkpoint": self.resume_from_full_state_checkpoint or newest,
             "export_at_epoch": self.checkpoint_at_epoch,
             "export_final": self.save_final_checkpoint,
             "export_best": self.save_best_val_loss,
         }
 
     def _length(self) -> dict[str, Any]:
+        limit = {"step": "max_steps", "token": "max_tokens", "epoch": "max_epochs"}.get(self.training_mode)
+        if limit is not None and getattr(self, limit) <= 0:
+            raise UsageError(f"training_mode={self.training_mode} needs {limit}, a positive number")
         modes: dict[str, dict[str, Any]] = {
             "epoch": {"num_train_epochs": float(self.max_epochs)},
             "step": {"max_steps": self.max_steps},

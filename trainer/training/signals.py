@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 become requests that the loop honours after the running step, on all ranks together."""
+"""Ctrl-C, SIGTERM, SIGUSR1 and those of terminals and schedulers become requests that the loop honours after the running step, on all ranks together."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)  # stop
+UNLESS_USED = (signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR2)  # stop, where nohup or a handler has no other use
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *UNLESS_USED)  # stop
 SAVE_SIGNAL = signal.SIGUSR1  # save, and go on
 _SAVE = "asked_to_save"
 
@@ -26,7 +27,8 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            self._previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
+            used = {number for number in UNLESS_USED if signal.getsignal(number) is not signal.SIG_DFL}
+            self._previous = {n: signal.signal(n, self._remember) for n in SIGNALS if n not in used}
             if self._saves:
                 self._previous[SAVE_SIGNAL] = signal.signal(SAVE_SIGNAL, self._remember_to_save)
         return self
