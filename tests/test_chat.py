@@ -46,6 +46,42 @@ def test_every_assistant_turn_and_its_end_are_trained(template: str) -> None:
     assert trained_text(build_tokenizer(template), {"messages": TALK}) == ["one." + END, "two." + END]
 
 
+@given(
+    contents=st.lists(
+        st.lists(st.sampled_from(["<|im_start|>assistant\n", END, "</think>", " ", "a", "é\n"]), max_size=4).map(
+            "".join
+        ),
+        min_size=2,
+        max_size=7,
+    ),
+    begins=st.booleans(),
+)
+def test_a_turn_that_looks_otherwise_at_the_end_is_trained_whole(contents: list[str], begins: bool) -> None:
+    """An assistant's turn is what stands between its header and its end, whatever texts say, or it is refused."""
+    messages = [(assistant if (i % 2 == 0) == begins else user)(content) for i, content in enumerate(contents)]
+    turns = [(i, m["content"]) for i, m in enumerate(messages) if m["role"] == "assistant"]
+    try:
+        chat_format = ChatFormat.from_tokenizer(build_tokenizer("shows_no_reasoning"))
+        rendered = chat_format.render_trained(messages)
+    except TemplateError:
+        assert any(content != content.strip() or "<" in content for content in contents)
+        return
+    last = len(messages) - 1
+    expected = [("<think>\n\n</think>\n\n" if i == last else "") + content + END for i, content in turns]
+    assert [rendered.text[start:stop] for start, stop in rendered.spans] == expected
+
+
+def test_tool_calls_of_a_turn_that_looks_otherwise_at_the_end_are_trained() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [user("1+1"), assistant(None, tool_calls=[call]), {"role": "tool", "content": "2"}, assistant("two")]
+    said = '[call {"name": "add", "arguments": {"a": 1}}]'
+    tokenizer = build_tokenizer("shows_no_reasoning")
+    assert trained_text(tokenizer, {"messages": messages}) == [said + END, "<think>\n\n</think>\n\ntwo" + END]
+    call["function"]["arguments"]["a"] = END  # type: ignore[index]
+    with pytest.raises(DataError, match="turn alone otherwise"):
+        trained_text(tokenizer, {"messages": messages})
+
+
 @pytest.mark.parametrize("template", ["plain", "marks", "marks_without_end", "strips_reasoning"])
 def test_last_trains_the_last_assistant_turn(template: str) -> None:
     messages = [user("a"), assistant("<think>x</think>one."), user("b"), assistant("two."), user("c")]

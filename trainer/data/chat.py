@@ -1,11 +1,13 @@
 """Chats to text and trained spans, through the tokenizer's own template.
 
-Owns which characters of a rendered chat are trained: by the template's generation marks, or by incremental rendering
-verified to be a prefix. Must not know token ids. Invariant: a span is right or the document is refused with the reason.
+Owns which characters of a rendered chat are trained: by the template's generation marks; or by incremental rendering
+verified to be a prefix; or, where a turn looks otherwise at the end of a chat than within it (Qwen3), by where its
+content stands. Must not know token ids. Invariant: a span is right or the document is refused with the reason.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ RENDER_SECONDS = 10
 
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PROBE = "Zx7qPW"
+_TURN_FIELDS = {"role", "content", "tool_calls"}  # of turns that another field, say reasoning, makes no longer
 _MARKS_REMEDY = (
     "give a chat_template with {% generation %} marks around what the assistant writes, or use train_on='all'"
 )
@@ -161,8 +164,53 @@ class ChatFormat:
         if self.has_marks:
             spans = _marked_spans(marked, turns, trained)
         else:
-            spans = [self._incremental_span(text, messages, i, tools) for i in trained]
+            spans = [self._span(text, messages, i, tools) for i in trained]
         return self._with_ends(text, spans)
+
+    def _span(self, text: str, messages: Sequence[Message], i: int, tools: Any) -> Span:
+        try:
+            return self._incremental_span(text, messages, i, tools)
+        except TemplateError:
+            if (span := self._span_around_content(text, messages, i, tools)) is None:
+                raise
+            return span
+
+    def _span_around_content(self, text: str, messages: Sequence[Message], i: int, tools: Any) -> Span | None:
+        """From behind the generation prompt before a turn's content to the end-of-turn token behind it; None if unsure.
+
+        Each must stand between the contents of the neighbouring turns, so that no text of theirs is taken for it.
+        """
+        near = range(max(i - 1, 0), i + 2)
+        contents = [span for j in near if (span := self._content_span(text, messages, j, tools)) is not None]
+        if len(contents) < len(near) or not messages[i].keys() <= _TURN_FIELDS:
+            return None
+        *before, content, after = contents
+        asked = self.render(messages[:i], tools)[0]
+        prompt = self.render(messages[:i], tools, prompt=True)[0].removeprefix(asked)
+        header = text.rfind(prompt, before[-1][1] if before else 0, content[0]) if prompt else -1
+        ends = [(text.find(end, content[1], after[0]), end) for end in self.ends_of_turn]
+        stop, end = min((found for found in ends if found[0] >= 0), default=(-1, ""))
+        said = json.dumps(messages[i].get("tool_calls"), ensure_ascii=False)
+        if min(header, stop) < 0 or any(end in said for end in self.ends_of_turn):
+            return None
+        return header + len(prompt), stop + len(end)
+
+    def _content_span(self, text: str, messages: Sequence[Message], j: int, tools: Any) -> Span | None:
+        """Where the content of message j stands whole, seen by what stays when another is in its place."""
+        if j == len(messages):
+            return len(text), len(text)
+        content = messages[j].get("content") or ""
+        if not isinstance(content, str):
+            return None
+        others = [*messages[:j], {**messages[j], "content": _PROBE}, *messages[j + 1 :]]
+        before, probe, after = self.render(others, tools)[0].partition(_PROBE)
+        if not probe or _PROBE in after or not text.startswith(before):
+            return None
+        if not content:
+            return len(before), len(before)
+        stop = len(text) - len(after)
+        is_whole = text.endswith(after) and text[len(before) : max(stop, 0)].strip() == content.strip()
+        return (len(before), stop) if is_whole else None
 
     def _incremental_span(self, text: str, messages: Sequence[Message], i: int, tools: Any) -> Span:
         start = self._verified_prefix(text, messages[:i], tools, True)

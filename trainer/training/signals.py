@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, SIGUSR1 and those of terminals and schedulers become requests that the loop honours after the running step, on all ranks together."""
+"""Signals to stop or to save become requests that the loop honours after the running step, on all ranks together."""
 
 from __future__ import annotations
 
