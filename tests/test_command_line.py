@@ -68,6 +68,7 @@ def test_a_typo_in_a_file_gets_the_nearest(tmp_path: Path, capsys: pytest.Captur
         (["train", "--model-config", "x"], "tokenizer_name_or_path"),
         (["plan"], "data_path is missing"),
         (["prepare"], "data_path is missing"),
+        (["preview"], "data_path is missing"),
         (["plan", "--data-path", "x.jsonl", "--world-size", "0"], "world_size"),
         (["export", "nowhere", "there"], "nowhere"),
         (["train", "--lr-scheduler-kwargs", "{"], "JSON"),
