@@ -134,6 +134,11 @@ def test_aliases_are_understood_everywhere(tmp_path: Path) -> None:
         assert args.max_tokens_per_rank == args.max_tokens_per_gpu == 77
 
 
+def test_names_that_may_change_are_given_with_commas_or_spaces() -> None:
+    for words in (["--allow-change", "max_steps,data"], ["--allow-change", "max_steps", "data"]):
+        assert from_words(words).allow_change == ["max_steps", "data"]
+
+
 @pytest.mark.parametrize(
     "text",
     [

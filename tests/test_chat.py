@@ -180,6 +180,89 @@ def test_tool_calls_and_tools_reach_the_template() -> None:
         assert tokenizer.decode(tokenise(tokenizer, fields)[0]).startswith('<|im_start|>tools\n[{"type": "function"')
 
 
+@pytest.mark.parametrize("template", ["plain", "marks", "shows_no_reasoning"])
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"training": False}], ids=str)
+def test_a_turn_that_says_so_is_not_trained(template: str, flag: dict[str, Any]) -> None:
+    tokenizer = build_tokenizer(template)
+    messages = [user("a"), assistant("bad", **flag), user("b"), assistant("good", weight=1), user("c")]
+    assert trained_text(tokenizer, {"messages": messages}) == ["good" + END]
+    assert trained_text(tokenizer, {"messages": messages[:4][::-1]}, train_on="last") == ["good" + END]
+    with pytest.raises(DataError, match="a message says that it is not trained"):
+        tokenise(tokenizer, {"messages": messages}, train_on="all")
+
+
+@pytest.mark.parametrize("template", ["plain", "marks"])
+def test_arguments_in_json_are_not_written_as_a_string_in_json(template: str) -> None:
+    function = {"name": "add", "arguments": '{"a": "é"}'}  # as OpenAI's format has them
+    messages = [user("1+1"), assistant(None, tool_calls=[{"type": "function", "function": function}])]
+    written = '[call {"name": "add", "arguments": {"a": "é"}}]' + END
+    assert trained_text(build_tokenizer(template), {"messages": messages}) == [written]
+    as_they_are = build_tokenizer("plain")
+    as_they_are.chat_template = TEMPLATES["plain"].replace("call.function | tojson", "call.function.arguments")
+    assert trained_text(as_they_are, {"messages": messages}) == ['[call {"a": "é"}]' + END]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        assistant("a", reasoning_content="because"),
+        assistant("a", function_call={"name": "add", "arguments": "{}"}),
+        {"role": "developer", "content": "be brief"},
+        user([{"type": "image_url", "image_url": "x"}]),
+    ],
+    ids=str,
+)
+def test_what_the_template_leaves_out_is_counted(message: dict[str, Any]) -> None:
+    tokenizer = build_tokenizer("plain")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role != 'developer' %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content if m.content is string }}<|im_end|>\n{% endif %}{% endfor %}"
+    )
+    recipe = Recipe.build(FileKind("messages", 1), tokenizer, DataArguments(), None)
+    for messages, count in ((TALK, 0), ([*TALK[:2], message, *TALK[2:]], 1)):
+        _, report = Tokeniser(recipe).tokenise([Document("p", 1, {"messages": messages})])
+        assert report["messages_not_written_whole"] == count
+
+
+def test_control_tokens_are_counted_wherever_they_stand() -> None:
+    tokenizer = build_tokenizer("plain")
+    tokenizer.chat_template = TEMPLATES["plain"].replace("message.content or ''", "message.content[0].text")
+    recipe = Recipe.build(FileKind("messages", 1), tokenizer, DataArguments(), None)
+    for said in (f"x{END}", "x"):
+        parts = [{"type": "text", "text": said}]
+        document = Document("p", 1, {"messages": [user(parts), assistant(parts)]})
+        _, report = Tokeniser(recipe).tokenise([document])
+        assert report["control_tokens_in_text"] == (END in said)
+
+
+def test_a_text_without_eos_is_counted() -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.eos_token = None
+    recipe = Recipe.build(FileKind("prompt_completion", 1), tokenizer, DataArguments(), None)
+    _, report = Tokeniser(recipe).tokenise([Document("p", 1, {"prompt": "x", "completion": "yes"})])
+    assert report["turns_without_end_of_turn"] == 1
+
+
+def test_a_control_token_that_takes_in_spaces_is_not_trained_for_them() -> None:
+    from transformers import AddedToken
+
+    tokenizer = build_tokenizer("plain")
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|says|>", rstrip=True)]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}<|says|>{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant<|says|>{% endif %}"
+    )
+    assert trained_text(tokenizer, {"messages": [user("a"), assistant("   return 1")]}) == ["return 1" + END]
+
+
+def test_a_chat_may_begin_with_the_assistant() -> None:
+    tokenizer = build_tokenizer("plain")
+    tokenizer.chat_template = "{{ '' if messages[0].role }}" + TEMPLATES["plain"]  # as Qwen2.5 looks at the first
+    assert trained_text(tokenizer, {"messages": [assistant("hello"), *TALK]}) == [
+        answer + END for answer in ("hello", "one.", "two.")
+    ]
+
+
 def test_only_the_completion_of_a_conversational_prompt_is_trained() -> None:
     fields = {"prompt": TALK[:3], "completion": TALK[3:]}
     for template in ("plain", "marks"):
@@ -214,8 +297,9 @@ def test_a_template_that_marks_fewer_spans_than_turns_cannot_train_some_of_them(
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}x<|im_end|>{% endgeneration %}"
     )
-    with pytest.raises(DataError, match="marks 1 spans for 2 assistant turns"):
-        tokenise(tokenizer, {"messages": TALK}, train_on="last")
+    for train_on in ("last", "assistant"):
+        with pytest.raises(DataError, match="marks 1 spans for 2 assistant turns"):
+            tokenise(tokenizer, {"messages": TALK}, train_on=train_on)
 
 
 def test_turns_without_an_end_are_counted() -> None:
@@ -284,6 +368,8 @@ def test_generation_begins_where_the_trained_turn_does(template: str) -> None:
 def test_generation_needs_an_assistant_turn() -> None:
     with pytest.raises(DataError, match="no assistant turn"):
         generation_prompt(build_tokenizer(), [user("a")])
+    with pytest.raises(DataError, match="the last assistant turn has no text"):
+        generation_prompt(build_tokenizer(), [user("a"), assistant(None, tool_calls=[])])
 
 
 def test_a_template_cannot_reach_out_of_its_sandbox() -> None:

@@ -9,12 +9,14 @@ import torch
 from tests.fixtures.corpora import write_chats, write_jsonl
 from tests.fixtures.models import tiny_llama
 from tests.fixtures.runs import build_arguments
-from tests.fixtures.tokenizers import build_tokenizer
+from tests.fixtures.tokenizers import END, TEXT_END, build_tokenizer
+from trainer.arguments.groups import MachineArguments
 from trainer.data.prepare import prepare
 from trainer.data.split import split_validation
 from trainer.data.store import TokenStore
+from trainer.distributed.group import Group
 from trainer.errors import UsageError
-from trainer.training.generation import Answer, Question, questions_of
+from trainer.training.generation import Answer, Question, answer_questions, end_ids, generate, questions_of
 from trainer.training.trainer import Trainer
 
 NUM_NEW = 5
@@ -83,6 +85,20 @@ def test_a_question_ends_where_the_answer_begins(tmp_path: Path) -> None:
     (question,) = questions_of(prepare(path, tokenizer, args, 512), tokenizer, None, None)
     assert (question.asked, question.reference) == ("one", "two")
     assert tokenizer.decode(question.prompt_ids).endswith("assistant\n")
+
+
+def test_an_answer_ends_with_the_turn_by_the_template_and_by_the_model(tmp_path: Path) -> None:
+    tokenizer, model = build_tokenizer("plain"), tiny_llama(vocab_size=VOCABULARY_SIZE)
+    tokenizer.eos_token = TEXT_END  # as Gemma: turns end with another token
+    model.generation_config.eos_token_id = [7, 8]
+    ids = tokenizer.convert_tokens_to_ids([END, TEXT_END])
+    assert end_ids(model, tokenizer, None) == sorted([7, 8, *ids])
+    prompts = [tokenizer("one two")["input_ids"]]
+    with Group.join(MachineArguments(use_cpu=True)) as group:
+        ((first, *_),) = generate(model, tokenizer, prompts, group, NUM_NEW, []).tolist()
+        assert generate(model, tokenizer, prompts, group, NUM_NEW, [first]).tolist() == [[first]]
+        (answer,) = answer_questions(model, tokenizer, [Question("", prompts[0], "")], group, NUM_NEW, [first])
+    assert answer.answer == ""
 
 
 def test_samples_that_were_no_chats_have_no_questions() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from collections.abc import Callable
@@ -79,6 +80,14 @@ def test_a_line_that_cannot_be_read_is_refused(
         ({"input_ids": [1, 2], "labels": [1]}, "labels", "found 1 labels; one for each of 2"),
         ({"input_ids": [1, 2], "labels": [1, -99]}, "labels", "or -100"),
         ({"input_ids": [1, 2], "len": 3}, "len", "'len' must be 2"),
+        ({"input_ids": [1, 2], "loss_mask": [1]}, "loss_mask", "found 1 loss_mask; one for each of 2"),
+        ({"input_ids": [1, 2], "loss_mask": [0, 2]}, "loss_mask", "found 2; a mask holds 0 and 1"),
+        ({"input_ids": [1, 2], "loss_mask": [0, 1], "labels": [1, 2]}, "loss_mask", "one of them says"),
+        ({"input_ids": [1, 2], "attention_mask": [0, 1]}, "attention_mask", "found padding"),
+        ({"messages": [user("a"), assistant("b", weight=0.5)]}, "messages[1].weight", "found 0.5; it must be 0 or 1"),
+        ({"messages": [user("a"), assistant("b", train="no")]}, "messages[1].train", "it must be false or true"),
+        ({"conversations": []}, None, "value -> content"),
+        ({"instruction": "a", "output": "b"}, None, "'output' the 'completion'"),
     ],
 )
 def test_a_field_of_the_wrong_kind_is_refused(
@@ -89,6 +98,33 @@ def test_a_field_of_the_wrong_kind_is_refused(
     with pytest.raises(DataError, match=message) as caught:
         prepare(path, tokenizer, options())
     assert (caught.value.line, caught.value.field) == (1, field)
+
+
+@pytest.mark.parametrize("mask", ["loss_mask", "completion_mask", "assistant_masks"])
+def test_a_mask_says_what_is_trained(tmp_path: Path, options: Any, mask: str) -> None:
+    fields = {"input_ids": [5, 6, 7, 8], mask: [0, 0, 1, 1], "attention_mask": [1, 1, 1, 1]}
+    store = prepare(write_jsonl(tmp_path / "data.jsonl", [fields]), None, options())
+    assert store.sample(0).labels.tolist() == [-100, -100, 7, 8]
+    assert store.metadata["report"]["ignored_fields"] == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "remedy"),
+    [
+        (b'[{"text": "a"}]\n', "write one object a line"),
+        (b'[\n{"text": "a"}\n]\n', "write one object a line"),
+        (gzip.compress(b'{"text": "a"}\n'), "unpack it first"),
+        (b"PAR1\x15\x04\x15\xff", "write it as JSONL"),
+    ],
+    ids=["array", "pretty array", "gzip", "parquet"],
+)
+def test_a_file_of_another_kind_is_refused_with_what_to_do(
+    tmp_path: Path, options: Any, content: bytes, remedy: str
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=remedy):
+        prepare(path, TOKENIZER, options())
 
 
 JSON = st.recursive(

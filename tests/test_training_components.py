@@ -26,9 +26,10 @@ from trainer.errors import CheckpointError, RankError, UsageError
 from trainer.optim.gradients import clip, global_norm
 from trainer.optim.optimizers import build_optimizer
 from trainer.optim.schedules import build_schedule
+from trainer.training import output
 from trainer.training.callbacks import Every
 from trainer.training.metrics import BatchMetrics, batch_counts
-from trainer.training.output import open_output_dir
+from trainer.training.output import open_output_dir, sole_run
 from trainer.training.signals import SIGNALS, StopRequest
 from trainer.training.step import find_non_finite
 
@@ -284,6 +285,17 @@ class TestOutputFolder:
         open_output_dir(build_arguments(tmp_path, overwrite_output_dir=True), one_process())
         assert (tmp_path / "notes.txt").read_text() == "mine"
         assert not (tmp_path / "metrics.jsonl").exists()
+
+    def test_two_runs_never_mix_in_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(output, "SECONDS_FOR_OTHERS", 0.1)
+        args, group = build_arguments(tmp_path / "run"), one_process()
+        with sole_run(args, group):
+            with pytest.raises(UsageError, match="is in use by a run that is going on"), sole_run(args, group):
+                pass
+            with sole_run(build_arguments(tmp_path / "other"), group):
+                pass
+        with sole_run(args, group):
+            assert list((tmp_path / "run").iterdir()) == []
 
 
 class TestStopRequest:

@@ -94,6 +94,7 @@ def test_the_flags_of_mini_trainer_do_the_same_run() -> None:
         eval_strategy="steps",
         eval_steps=5,
         save_strategy="signal",
+        resume_from_checkpoint="auto",
         export_at_epoch=True,
         export_final=False,
     )

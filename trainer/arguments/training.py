@@ -127,6 +127,8 @@ class TrainingArguments(  # the last base's options come first
                 setattr(self, field.name, made() if callable(made) else field.default)
         if isinstance(self.include_num_input_tokens_seen, bool):
             self.include_num_input_tokens_seen = "all" if self.include_num_input_tokens_seen else "no"
+        if isinstance(self.allow_change, list) and all(isinstance(name, str) for name in self.allow_change):
+            self.allow_change = [name for names in self.allow_change for name in names.split(",")]
         if self.output_dir is None:
             self.output_dir = ExportArguments.output_dir
         if isinstance(self.output_dir, str | os.PathLike):

@@ -15,13 +15,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.data.jsonl import TRAINED_FLAGS
+from trainer.data.messages import Message, call_arguments, content_text, is_plain, is_wanted, with_parsed_arguments
 from trainer.data.time_limit import limited_time
 from trainer.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, Any]
 Span = tuple[int, int]
 """First character and the one after the last."""
 
@@ -30,7 +31,8 @@ RENDER_SECONDS = 10
 
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PROBE = "Zx7qPW"
-_TURN_FIELDS = {"role", "content", "tool_calls"}  # of turns that another field, say reasoning, makes no longer
+_ASKED: Message = {"role": "user", "content": "Q"}
+_TURN_FIELDS = {"role", "content", "tool_calls", *TRAINED_FLAGS}  # no others, which could be written too: reasoning
 _MARKS_REMEDY = (
     "give a chat_template with {% generation %} marks around what the assistant writes, or use train_on='all'"
 )
@@ -87,13 +89,17 @@ class ChatFormat:
         return "strftime_now" in self.template
 
     @cached_property
+    def _generation_prompt(self) -> str:
+        """What the template writes before the assistant begins; TemplateError if it refuses to be asked."""
+        return self.render([_ASKED], prompt=True)[0].removeprefix(self.render([_ASKED])[0])
+
+    @cached_property
     def ends_of_turn(self) -> tuple[str, ...]:
         """Tokens with which the template ends an assistant turn, last or not; EOS if it refuses to be asked."""
-        asked: Message = {"role": "user", "content": "Q"}
         answered: Message = {"role": "assistant", "content": _PROBE}
         try:
-            header = self.render([asked], prompt=True)[0][len(self.render([asked])[0]) :]
-            texts = [self.render(messages)[0] for messages in ([asked, answered], [asked, answered, asked])]
+            header = self._generation_prompt
+            texts = [self.render(messages)[0] for messages in ([_ASKED, answered], [_ASKED, answered, _ASKED])]
         except TemplateError:
             return tuple(filter(None, [self.special_tokens.get("eos_token")]))
         candidates = [token for token in self.added_tokens if token.strip() and token not in header]
@@ -102,10 +108,10 @@ class ChatFormat:
 
     def render(self, messages: Sequence[Message], tools: Any = None, prompt: bool = False) -> tuple[str, list[Span]]:
         """Return the chat as text and its marked spans; with `prompt`, ending where the assistant begins to write."""
-        is_plain = not tools and all(map(_is_plain, messages))
+        are_plain = not tools and all(map(is_plain, messages))
         try:
             with limited_time(RENDER_SECONDS):
-                if is_plain:
+                if are_plain:
                     return self._render_plain(messages, prompt)
                 given = [{key: value for key, value in message.items() if value is not None} for message in messages]
                 text, spans = self._render_any(given, tools, prompt)
@@ -146,6 +152,20 @@ class ChatFormat:
         text, spans = chat_template_utils._render_with_assistant_indices(template, **options)
         return text, list(spans)
 
+    def with_arguments(self, messages: list[Message], tools: Any = None) -> list[Message]:
+        """Give messages with arguments of tool calls, JSON in OpenAI's format, as objects if the template wants those.
+
+        It does where it would write the JSON as a string in JSON.
+        """
+        parsed = [with_parsed_arguments(message) for message in messages]
+        if parsed == messages:
+            return messages
+        text, _ = self.render(messages, tools)
+        given = [arguments for message in messages for arguments in call_arguments(message)]
+        quoted = [json.dumps(arguments, ensure_ascii=False) for arguments in given if isinstance(arguments, str)]
+        is_written_twice = any(written in text for written in quoted)
+        return parsed if is_written_twice else messages
+
     def render_trained(
         self, messages: Sequence[Message], tools: Any = None, train_on: str = "assistant", first: int = 0
     ) -> Rendered:
@@ -158,9 +178,11 @@ class ChatFormat:
             )
         text, marked = self.render(messages, tools)
         if train_on == "all":
+            if not all(map(is_wanted, messages)):
+                raise TemplateError("a message says that it is not trained", "leave train_on='all', or take that out")
             return Rendered(text, ((0, len(text)),))
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        trained = [i for i in turns if i >= first][-1 if train_on == "last" else 0 :]
+        trained = [i for i in turns if i >= first and is_wanted(messages[i])][-1 if train_on == "last" else 0 :]
         if self.has_marks:
             spans = _marked_spans(marked, turns, trained)
         else:
@@ -185,8 +207,7 @@ class ChatFormat:
         if len(contents) < len(near) or not messages[i].keys() <= _TURN_FIELDS:
             return None
         *before, content, after = contents
-        asked = self.render(messages[:i], tools)[0]
-        prompt = self.render(messages[:i], tools, prompt=True)[0].removeprefix(asked)
+        prompt = self._generation_prompt
         header = text.rfind(prompt, before[-1][1] if before else 0, content[0]) if prompt else -1
         ends = [(text.find(end, content[1], after[0]), end) for end in self.ends_of_turn]
         stop, end = min((found for found in ends if found[0] >= 0), default=(-1, ""))
@@ -256,17 +277,22 @@ def generation_prompt(
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise DataError("found no assistant turn", "generation needs one as its reference", field="messages")
+    reference = content_text(messages[turns[-1]])
+    if not reference.strip():
+        raise DataError("the last assistant turn has no text", "answers are compared as texts", field="messages")
+    chat_format = ChatFormat.from_tokenizer(tokenizer, chat_template)
     try:
-        text, _ = ChatFormat.from_tokenizer(tokenizer, chat_template).render(messages[: turns[-1]], tools, True)
+        asked = chat_format.with_arguments(list(messages), tools)[: turns[-1]]
+        text, _ = chat_format.render(asked, tools, True)
     except TemplateError as error:
         raise DataError(str(error), error.remedy, field="messages") from error
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"]), _content_text(messages[turns[-1]])
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]), reference
 
 
 def _marked_spans(marked: list[Span], turns: list[int], trained: list[int]) -> list[Span]:
     if len(marked) == len(turns):
         return [span for span, turn in zip(marked, turns, strict=True) if turn in trained]
-    if trained == turns:
+    if trained == turns and len(marked) > len(turns):
         return marked
     raise TemplateError(
         f"the chat template marks {len(marked)} spans for {len(turns)} assistant turns, so which of its "
@@ -278,18 +304,6 @@ def _marked_spans(marked: list[Span], turns: list[int], trained: list[int]) -> l
 def _first_token(text: str, tokens: Sequence[str]) -> str | None:
     places = [(text.find(token), -len(token), token) for token in tokens if token in text]
     return min(places)[2] if places else None
-
-
-def _is_plain(message: Message) -> bool:
-    """Whether it is a role and a text, and nothing else."""
-    return len(message) == 2 and "role" in message and isinstance(message.get("content"), str)
-
-
-def _content_text(message: Message) -> str:
-    content = message.get("content")
-    if isinstance(content, list):
-        return "".join(str(part.get("text", "")) for part in content)
-    return content or ""
 
 
 def _read_template(path: str) -> str:

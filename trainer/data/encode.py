@@ -41,6 +41,9 @@ class Encoder:
         self._backend.post_processor = processors.ByteLevel(trim_offsets=False)  # offsets of whole tokens
         state = json.loads(backend)
         self._num_bytes = _bytes_per_token(self._backend, state)
+        self._absorbing = {
+            token["id"]: token["content"] for token in state["added_tokens"] if token["lstrip"] or token["rstrip"]
+        }
         self._control = None if split_special_tokens else _control_texts(state)
 
     def has_control_text(self, text: str) -> bool:
@@ -84,12 +87,16 @@ class Encoder:
 
     def _encode_by_offsets(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[Encoded]:
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
-        return [_mask_by_offsets(*item) for item in zip(encodings, spans, strict=True)]
+        return [self._mask_by_offsets(*item) for item in zip(encodings, texts, spans, strict=True)]
 
-
-def _mask_by_offsets(encoding: Encoding, spans: Sequence[Span]) -> Encoded:
-    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-    return np.array(encoding.ids, np.int32), _mask(offsets[:, 0], offsets[:, 1], spans)
+    def _mask_by_offsets(self, encoding: Encoding, text: str, spans: Sequence[Span]) -> Encoded:
+        """Mask by where tokens begin and end; one that takes in the spaces around it stands where its own text does."""
+        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        for i in np.flatnonzero(np.isin(encoding.ids, list(self._absorbing))):
+            content = self._absorbing[encoding.ids[i]]
+            if (at := text.find(content, *offsets[i])) >= 0:
+                offsets[i] = at, at + len(content)
+        return np.array(encoding.ids, np.int32), _mask(offsets[:, 0], offsets[:, 1], spans)
 
 
 def _mask(starts: NDArray[np.int64], ends: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.bool_]:

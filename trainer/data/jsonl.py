@@ -22,13 +22,19 @@ Kind = Literal["messages", "prompt_completion", "text", "tokens"]
 PRETRAIN_ROLE = "pretrain"
 """Role of a message whose content is raw text, trained whole."""
 
+MASKS = ("loss_mask", "completion_mask", "assistant_masks")
+"""Other names under which tokenised lines say what is trained: 1, or 0."""
+
 FIELDS: dict[Kind, frozenset[str]] = {
-    "tokens": frozenset({"input_ids", "labels", "len", "num_loss_counted_tokens"}),
+    "tokens": frozenset({"input_ids", "labels", *MASKS, "attention_mask", "len", "num_loss_counted_tokens"}),
     "messages": frozenset({"messages", "tools"}),
     "prompt_completion": frozenset({"prompt", "completion", "tools"}),
     "text": frozenset({"text"}),
 }
 """The fields that are read, by kind. Others are ignored, and reported as ignored."""
+
+TRAINED_FLAGS: dict[str, tuple[Any, Any]] = {"weight": (0, 1), "train": (False, True), "training": (False, True)}
+"""Fields of a message by which OpenAI's format and axolotl's say whether it is trained: no, yes."""
 
 _SIGNS: tuple[tuple[str, Kind], ...] = (
     ("input_ids", "tokens"),
@@ -37,6 +43,15 @@ _SIGNS: tuple[tuple[str, Kind], ...] = (
     ("text", "text"),
 )
 _KINDS_ALLOWED = "each line needs 'messages', 'prompt' and 'completion', 'text', or 'input_ids'"
+_FOREIGN = {
+    "conversations": "make them 'messages': from -> role (human -> user, gpt -> assistant), value -> content",
+    "instruction": "make it 'prompt', and 'output' the 'completion'",
+}
+_FOREIGN_BYTES = {
+    b"[": "an array is on the line: write one object a line, as `jq -c '.[]'` does",
+    b"\x1f\x8b": "the file is compressed: unpack it first",
+    b"PAR1": "the file is Parquet: write it as JSONL, as datasets' to_json does",
+}
 _NUM_FIRST_LINES = 100
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -56,7 +71,8 @@ class Document:
             if sign in self.fields:
                 return kind
         names = ", ".join(map(repr, islice(self.fields, 8))) or "no fields"
-        raise self.refusal(f"found {names}", _KINDS_ALLOWED)
+        hints = [hint for name, hint in _FOREIGN.items() if name in self.fields]
+        raise self.refusal(f"found {names}", "; ".join([_KINDS_ALLOWED, *hints]))
 
     def refusal(self, found: str, allowed: str, field: str | None = None) -> DataError:
         """Build the error that refuses this document."""
@@ -119,15 +135,15 @@ def parse_line(raw: bytes, path: str, line: int) -> Document | None:
             json.dumps(fields, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
         found = f"byte {raw[error.start : error.start + 1]!r} at position {error.start}"
-        raise DataError(f"{found} is not UTF-8", "a line must be JSON in UTF-8", path, line) from None
+        raise DataError(f"{found} is not UTF-8", _hinted("a line must be JSON in UTF-8", raw), path, line) from None
     except UnicodeEncodeError as error:
         found = f"half a surrogate pair, {error.object[error.start]!a}, in a string"
         raise DataError(found, "strings must be valid Unicode", path, line) from None
     except (ValueError, RecursionError) as error:
         found = "JSON nested too deeply" if isinstance(error, RecursionError) else f"not JSON ({error})"
-        raise DataError(found, "each line must be one JSON object", path, line) from None
+        raise DataError(found, _hinted("each line must be one JSON object", raw), path, line) from None
     if not isinstance(fields, dict):
-        raise DataError(f"found {describe(fields)}", "each line must be one JSON object", path, line)
+        raise DataError(f"found {describe(fields)}", _hinted("each line must be one JSON object", raw), path, line)
     return Document(path, line, fields)
 
 
@@ -183,6 +199,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
+def _hinted(allowed: str, raw: bytes) -> str:
+    return "; ".join([allowed, *(hint for sign, hint in _FOREIGN_BYTES.items() if raw.startswith(sign))])
+
+
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
@@ -202,6 +222,10 @@ def _check_message(document: Document, message: Any, place: str) -> None:
         raise document.refusal(f"found {describe(role)}", "a role must be a string that is not empty", f"{place}.role")
     if content is None and len(message.keys() - {"role", "content"}) == 0:
         raise document.refusal("found nothing", "a message needs a content or tool calls", f"{place}.content")
+    for name, values in TRAINED_FLAGS.items():
+        if name in message and message[name] not in values:
+            found = f"found {describe(message[name])}"
+            raise document.refusal(found, f"it must be {' or '.join(map(describe, values))}", f"{place}.{name}")
     if not (content is None or isinstance(content, str) or _is_parts(content)):
         allowed = "a content must be a string or a list of objects"
         raise document.refusal(f"found {describe(content)}", allowed, f"{place}.content")

@@ -50,6 +50,7 @@ _COUNTS = (
     "untrainable_blocks_dropped",
     "turns_without_end_of_turn",
     "control_tokens_in_text",
+    "messages_not_written_whole",
     "stated_loss_tokens_differ",
 )
 """What the report always says, 0 included."""

@@ -20,6 +20,7 @@ import numpy as np
 from trainer.data.chat import RENDER_SECONDS, ChatFormat, Rendered, TemplateError
 from trainer.data.encode import Encoded, Encoder
 from trainer.data.jsonl import FIELDS, PRETRAIN_ROLE, Document, FileKind
+from trainer.data.messages import is_written
 from trainer.data.store import Sample, TokenBatch
 from trainer.data.time_limit import limited_time
 from trainer.data.tokens import IGNORED, agrees_on_loss_tokens, read_tokens
@@ -135,6 +136,7 @@ class Tokeniser:
     def _render(self, document: Document, report: Counter[str]) -> Rendered:
         raw = _raw_text(document)
         if raw is not None:
+            report["turns_without_end_of_turn"] += self.recipe.eos_id is None
             start = 0 if self.recipe.train_on == "all" else len(raw[0])
             return Rendered("".join(raw), ((start, len(raw[0]) + len(raw[1])),))
         fields, is_chat = document.fields, document.kind == "messages"
@@ -143,10 +145,12 @@ class Tokeniser:
         try:
             if self.recipe.chat is None:
                 raise TemplateError("the tokenizer has no chat template", "give one with chat_template=FILE")
-            rendered = self.recipe.chat.render_trained(messages, fields.get("tools"), self.recipe.train_on, len(prompt))
+            messages, tools = self.recipe.chat.with_arguments(messages, fields.get("tools")), fields.get("tools")
+            rendered = self.recipe.chat.render_trained(messages, tools, self.recipe.train_on, len(prompt))
         except TemplateError as error:
             raise document.refusal(str(error), error.remedy, "messages" if is_chat else "completion") from error
         report["turns_without_end_of_turn"] += rendered.num_open_turns
+        report["messages_not_written_whole"] += sum(not is_written(message, rendered.text) for message in messages)
         return rendered
 
     def _label(self, document: Document, encoded: Encoded) -> Sample:
@@ -242,8 +246,18 @@ def _contents(document: Document) -> Iterator[str]:
         if isinstance(value, str):
             yield value
         elif isinstance(value, list):
-            contents = [message.get("content") for message in value if isinstance(message, dict)]
-            yield from (content for content in contents if isinstance(content, str))
+            yield from (
+                text for message in value for name in message if name != "role" for text in _texts(message[name])
+            )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trainer.data.chat import generation_prompt
+from trainer.data.chat import ChatFormat, generation_prompt
 from trainer.data.jsonl import Document, read_documents
 from trainer.data.store import TokenStore
 from trainer.distributed.group import Group
@@ -63,6 +63,14 @@ def questions_of(
     ]
 
 
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> list[int]:
+    """Tokens that end an answer: EOS, by the tokenizer and by the model, and what the chat template ends turns with."""
+    by_model = getattr(model.generation_config, "eos_token_id", None)
+    ends = ChatFormat.from_tokenizer(tokenizer, chat_template).ends_of_turn
+    ids = [tokenizer.eos_token_id, *(by_model if isinstance(by_model, list) else [by_model])]
+    return sorted({i for i in ids if i is not None} | {tokenizer.convert_tokens_to_ids(end) for end in ends})
+
+
 def check_room(model: PreTrainedModel, questions: Sequence[Question], max_new_tokens: int) -> None:
     """Raise UsageError where an answer could outgrow the positions of the model."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -80,21 +88,23 @@ def answer_questions(
     questions: Sequence[Question],
     group: Group,
     max_new_tokens: int,
+    ends: Sequence[int],
 ) -> list[Answer]:
-    """Answer every question greedily; all ranks call it together and get all answers."""
+    """Answer every question greedily, up to one of the tokens `ends`; all ranks call it together, all get answers."""
     tokens = torch.zeros(len(questions), max_new_tokens, dtype=torch.long, device=group.device)
     with inference(model), compute_context(model):
         for together in _by_length(questions, _BATCH_SIZE * group.world_size):
             own = together[group.rank :: group.world_size]
             asked = own or together[:1]  # a rank without a question still takes part in the others' collectives
-            rows = generate(model, tokenizer, [questions[i].prompt_ids for i in asked], group, max_new_tokens)
+            prompts = [questions[i].prompt_ids for i in asked]
+            rows = generate(model, tokenizer, prompts, group, max_new_tokens, ends)
             tokens[own, : rows.shape[1]] = rows[: len(own)] + 1  # 0 stays where another rank answers
     rows = group.sum_tensor(tokens) - 1
     return [
         Answer(
             asked=question.asked,
             reference=question.reference,
-            answer=tokenizer.decode([token for token in row if token >= 0], skip_special_tokens=True),
+            answer=tokenizer.decode([i for i in row if i >= 0 and i not in ends], skip_special_tokens=True),
         )
         for question, row in zip(questions, rows.tolist(), strict=True)
     ]
@@ -106,6 +116,7 @@ def generate(
     prompts: list[list[int]],
     group: Group,
     max_new_tokens: int,
+    ends: Sequence[int],
 ) -> torch.Tensor:
     """Continue prompts greedily; gives the new tokens, (len(prompts), at most max_new_tokens)."""
     width = max(map(len, prompts))
@@ -121,7 +132,7 @@ def generate(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         pad_token_id=padding,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=list(ends) or None,
         use_cache=True,
         synced_gpus=group.world_size > 1,
     )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import logging
 import os
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from trainer.arguments.training import TrainingArguments
@@ -14,9 +18,50 @@ from trainer.distributed.group import Group
 from trainer.errors import CheckpointError, UsageError
 
 PARAMETERS, METRICS, WEIGHTS = "training_params.json", "metrics.jsonl", "hf_format"
-
+SECONDS_FOR_OTHERS = 5.0
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def sole_run(args: TrainingArguments, group: Group) -> Iterator[None]:
+    """Keep other runs out of output_dir inside; all ranks enter together.
+
+    Raises:
+        UsageError: another run is in it, and still is after `SECONDS_FOR_OTHERS`, which what was killed may take.
+    """
+    lock, problem = (None, None)
+    if group.is_lead:
+        lock, problem = _lock(Path(args.output_dir))
+    try:
+        if group.any(problem is not None):
+            raise UsageError(problem or "the lead rank could not lock output_dir")
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> tuple[int | None, str | None]:
+    """Lock the folder, which the end of this process undoes in any case; gives the lock, or what is wrong."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        return None, f"output_dir = {str(folder)!r} cannot be written: {error}"
+    until = time.monotonic() + SECONDS_FOR_OTHERS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                os.close(lock)
+                return None, f"output_dir = {str(folder)!r} is in use by a run that is going on: choose another"
+            time.sleep(SECONDS_FOR_OTHERS / 50)
+        except OSError:  # a file system without locks
+            return lock, None
+        else:
+            return lock, None
 
 
 def open_output_dir(args: TrainingArguments, group: Group, *, keeps_older: bool = False) -> None:

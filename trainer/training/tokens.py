@@ -35,7 +35,7 @@ from trainer.training.build import (
     load_datasets,
 )
 from trainer.training.evaluation import check_metric, evaluation_loss
-from trainer.training.generation import Answer, Question, answer_questions, check_room, questions_of
+from trainer.training.generation import Answer, Question, answer_questions, check_room, end_ids, questions_of
 from trainer.training.metrics import batch_counts
 from trainer.training.osft import build_split_model
 from trainer.training.step import to_device
@@ -197,8 +197,9 @@ class TokenRoad:
         if not questions:
             return {}
         assert self.tokenizer is not None
+        ends = end_ids(self.model, self.tokenizer, self.args.chat_template)
         answers = answer_questions(
-            self.model, self.tokenizer, questions, self.group, self.args.generation_max_new_tokens
+            self.model, self.tokenizer, questions, self.group, self.args.generation_max_new_tokens, ends
         )
         self.answers[step] = answers
         if not self.args.eval_exact_match:

@@ -38,7 +38,7 @@ from trainer.training.memory import Snapshot, is_out_of_memory, memory_tracker, 
 from trainer.training.metrics import now
 from trainer.training.ordinary import OrdinaryRoad
 from trainer.training.osft import start
-from trainer.training.output import open_output_dir
+from trainer.training.output import open_output_dir, sole_run
 from trainer.training.parts import TrainerParts
 from trainer.training.reporting import reporters
 from trainer.training.search import Objective, Search
@@ -276,6 +276,10 @@ class Trainer(TrainerParts):
         """Run to the end; gives False where memory ran out and a smaller batch size is to be tried, if one may."""
         self._begin_anew()
         run = self._build_run()
+        with sole_run(self.args, self.group):
+            return self._train_alone(run, before, asked)
+
+    def _train_alone(self, run: Run, before: Snapshot | None, asked: bool | str | None) -> bool:
         source = run.checkpoints.find(asked)
         if source is None:
             keeps_older = isinstance(self.road, OrdinaryRoad) or asked == "auto"
