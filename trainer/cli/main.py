@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": "foretell steps, micro-batches and packing, for any number of ranks",
     "export": "write Hugging Face weights in another type",
     "verify": "check that checkpoints are whole",
+    "report": "draw what a run did, or several over each other",
     "replay": "run a step again whose loss or gradient was not finite",
 }
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130

@@ -11,11 +11,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.arguments.training import TrainingArguments
 from trainer.checkpoint import manifest
-from trainer.distributed.group import Group
 from trainer.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from trainer.distributed.group import Group  # loads torch
 
 PARAMETERS, METRICS, WEIGHTS = "training_params.json", "metrics.jsonl", "hf_format"
 SECONDS_FOR_OTHERS = 5.0
