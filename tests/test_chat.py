@@ -184,7 +184,7 @@ def test_tool_calls_and_tools_reach_the_template() -> None:
 @pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"training": False}], ids=str)
 def test_a_turn_that_says_so_is_not_trained(template: str, flag: dict[str, Any]) -> None:
     tokenizer = build_tokenizer(template)
-    messages = [user("a"), assistant("bad", **flag), user("b"), assistant("good", weight=1), user("c")]
+    messages = [user("a"), assistant("bad", **flag), user("b"), assistant("good", weight=1), user("c", weight=None)]
     assert trained_text(tokenizer, {"messages": messages}) == ["good" + END]
     assert trained_text(tokenizer, {"messages": messages[:4][::-1]}, train_on="last") == ["good" + END]
     with pytest.raises(DataError, match="a message says that it is not trained"):

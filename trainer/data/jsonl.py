@@ -223,7 +223,7 @@ def _check_message(document: Document, message: Any, place: str) -> None:
     if content is None and len(message.keys() - {"role", "content"}) == 0:
         raise document.refusal("found nothing", "a message needs a content or tool calls", f"{place}.content")
     for name, values in TRAINED_FLAGS.items():
-        if name in message and message[name] not in values:
+        if message.get(name) not in (None, *values):
             found = f"found {describe(message[name])}"
             raise document.refusal(found, f"it must be {' or '.join(map(describe, values))}", f"{place}.{name}")
     if not (content is None or isinstance(content, str) or _is_parts(content)):

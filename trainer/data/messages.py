@@ -22,7 +22,7 @@ def is_plain(message: Message) -> bool:
 
 def is_wanted(message: Message) -> bool:
     """Whether no field of a message says that it is not trained."""
-    return all(message.get(name, yes) == yes for name, (_, yes) in TRAINED_FLAGS.items())
+    return all(message.get(name) in (None, yes) for name, (_, yes) in TRAINED_FLAGS.items())
 
 
 def is_written(message: Message, text: str) -> bool:

@@ -32,7 +32,7 @@ def read_tokens(document: Document, vocabulary_size: int | None = None) -> tuple
         _check_range(document, "labels", labels[labels != IGNORED], limit, f" or {IGNORED}")
     else:
         labels = np.where(_mask(document, given[0], len(ids)), ids, IGNORED) if given else ids
-    if "attention_mask" in document.fields and not _mask(document, "attention_mask", len(ids)).all():
+    if document.fields.get("attention_mask") is not None and not _mask(document, "attention_mask", len(ids)).all():
         raise document.refusal("found padding", "samples stand without padding: take it out", "attention_mask")
     stated = document.fields.get("len")
     if stated is not None and stated != len(ids):
