@@ -207,7 +207,7 @@ class TestLoaders:
     ) -> None:
         seen = []
 
-        class OwnLoader(Trainer):
+        class GivenLoader(Trainer):
             def get_train_dataloader(self) -> Any:
                 sampler = DistributedSampler(self.train_dataset) if is_dealt else None
                 return DataLoader(self.train_dataset, batch_size=4, sampler=sampler, collate_fn=self.data_collator)
@@ -217,7 +217,7 @@ class TestLoaders:
                 return super().training_step(model, inputs, *more)
 
         trainer = get_regression_trainer(
-            output_dir=ranks.tmp_path, trainer_class=OwnLoader, train_len=16, num_train_epochs=2
+            output_dir=ranks.tmp_path, trainer_class=GivenLoader, train_len=16, num_train_epochs=2
         )
         trainer.train()
         everyone = torch.cat(trainer.group.gather(torch.tensor(seen, device=trainer.group.device)))
