@@ -43,7 +43,6 @@ class Result:
 
 OPTIONAL = (  # tests that most machines skip: of packages that are extras
     "tests/test_optimizers.py",
-    "tests/test_report.py",
     "tests/test_schedules.py",
     "tests/trainer/test_trainer_hyperparameter.py",
     "tests/trainer/test_trainer_optimizers.py",

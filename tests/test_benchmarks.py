@@ -45,7 +45,6 @@ def test_a_table_is_of_those_that_ran_every_round(compare: ModuleType) -> None:
 def test_what_was_compared_is_kept_and_drawn(
     compare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib")
     import plot_peers
 
     file, picture = tmp_path / "speed.json", tmp_path / "speed.png"

@@ -73,7 +73,6 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def report(*words: object) -> Page:
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: report)")
     assert main(["report", *map(str, words)]) == 0
     return Page(Path(str(words[0]), "report.html"))
 
@@ -202,7 +201,6 @@ def test_folders_are_named(capsys: pytest.CaptureFixture[str], words: list[str],
 def test_the_file_may_be_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = train(tmp_path / "run")
     report_to = tmp_path / "page.html"
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: report)")
     assert main(["report", str(folder), "--output", str(report_to)]) == 0
     assert Page(report_to).cells("last step") == [str(NUM_STEPS)]
     assert main(["report", str(folder), "--output", str(tmp_path / "nowhere" / "page.html")]) == EXIT_FAILED
