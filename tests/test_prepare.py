@@ -27,6 +27,7 @@ from tests.fixtures.corpora import (
 )
 from tests.fixtures.tokenizers import END, START, TEMPLATES, TEXT_END, build_tokenizer
 from trainer.arguments.groups import DataArguments
+from trainer.data import tokenise
 from trainer.data.cache import cache_home
 from trainer.data.jsonl import FileKind, detect_file_kind, read_documents
 from trainer.data.prepare import prepare
@@ -248,6 +249,15 @@ def test_the_cache_knows_content_and_options(tmp_path: Path, options: Any) -> No
     ]
     assert not any(store.metadata["cached"] for store in others)
     assert len({store.metadata["fingerprint"] for store in [first, *others]}) == 1 + len(others)
+
+
+def test_what_was_prepared_by_other_rules_is_prepared_anew(
+    tmp_path: Path, options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl(tmp_path / "c.jsonl", [chat("a", "b")])
+    prepare(path, TOKENIZER, options())
+    monkeypatch.setattr(tokenise, "RULES_VERSION", tokenise.RULES_VERSION + 1)
+    assert not prepare(path, TOKENIZER, options()).metadata["cached"]
 
 
 @pytest.mark.parametrize("name", ["tokens.arrow", "index.arrow", "metadata.json"])

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
     from trainer.arguments.groups import DataArguments
 
+RULES_VERSION = 1
+"""Raised whenever the same line and options come to give other tokens or counts: what was cached is prepared anew."""
+
 _NUM_DOCUMENTS_AT_ONCE = 512
 
 
@@ -49,6 +52,7 @@ class Recipe:
     overlong: str
     on_untrainable: str
     block_size: int | None
+    rules: int
 
     @classmethod
     def build(
@@ -69,6 +73,7 @@ class Recipe:
             overlong=args.overlong,
             on_untrainable=args.on_untrainable,
             block_size=args.block_size,
+            rules=RULES_VERSION,
         )
 
     def to_json(self) -> str:
