@@ -226,6 +226,15 @@ class TestLoaders:
         assert (set(seen[:half]) == set(seen[half:])) == (not is_dealt)
         assert ("each of 2 ranks reads all of its loader" in caplog.text) == (ranks.rank == 0 and not is_dealt)
 
+    @pytest.mark.world_size(2)
+    def test_that_is_not_ours_must_be_dealt_for_evaluation_too(self, ranks, caplog: pytest.LogCaptureFixture) -> None:
+        class GivenLoader(Trainer):
+            def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+                return DataLoader(self.eval_dataset, batch_size=4, collate_fn=self.data_collator)
+
+        get_regression_trainer(output_dir=ranks.tmp_path, trainer_class=GivenLoader, eval_len=8).evaluate()
+        assert ("each of 2 ranks reads all of its loader" in caplog.text) == (ranks.rank == 0)
+
     @pytest.mark.parametrize("persistent", [False, True])
     def test_may_read_in_other_processes(self, tmp_path: Path, persistent: bool) -> None:
         options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": persistent, "num_train_epochs": 2}

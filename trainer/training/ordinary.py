@@ -164,13 +164,6 @@ class OrdinaryRoad:
 
     def batches(self, loader: DataLoader[Inputs]) -> OrdinaryBatches:
         """Gather the micro-batches of a loader, ours or any other, into global batches."""
-        is_whole = type(getattr(loader, "sampler", None)) in (RandomSampler, SequentialSampler)
-        if is_whole and self.group.world_size > 1 and self.group.is_lead and not isinstance(loader, OrdinaryLoader):
-            _log.warning(
-                "get_train_dataloader: each of %d ranks reads all of its loader, so that a step may hold a sample as "
-                "often; give the loader torch's DistributedSampler",
-                self.group.world_size,
-            )
         return self._batches(loader, self.dealing)
 
     def eval_batches(self, loader: DataLoader[Inputs]) -> Iterator[OrdinaryBatch]:
@@ -195,6 +188,13 @@ class OrdinaryRoad:
         return ordinary_length(batches.num_samples, batches.steps_per_epoch, self.dealing.per_step, self.args)
 
     def _batches(self, loader: DataLoader[Inputs], dealing: Dealing) -> OrdinaryBatches:
+        is_whole = type(getattr(loader, "sampler", None)) in (RandomSampler, SequentialSampler)
+        if is_whole and self.group.world_size > 1 and self.group.is_lead and not isinstance(loader, OrdinaryLoader):
+            _log.warning(
+                "each of %d ranks reads all of its loader, and a sample may count as often: give a loader of your own "
+                "torch's DistributedSampler",
+                self.group.world_size,
+            )
         return OrdinaryBatches(loader, dealing, self.group, self._count)
 
     def _sampler(self, dataset: Any) -> EpochSampler:
