@@ -90,7 +90,7 @@ def batch_encoding(folder: Path, method: str = "encode_batch") -> Prepare:
 
 
 def ours(folder: Path) -> Prepare:
-    from trainer.arguments.groups import DataArguments
+    from trainer.config.groups import DataArguments
     from trainer.data.prepare import prepare
 
     tokenizer = load_tokenizer(folder)

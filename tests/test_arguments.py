@@ -12,11 +12,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.arguments.files import read_yaml
-from trainer.arguments.groups import GROUPS
-from trainer.arguments.training import TrainingArguments
 from trainer.cli.parse import parse
 from trainer.cli.train import LaunchArguments
+from trainer.config.files import read_yaml
+from trainer.config.groups import GROUPS
+from trainer.config.training import TrainingArguments
 from trainer.errors import UsageError
 
 VALID: dict[str, Any] = {

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.fixtures.corpora import write_jsonl
 from tests.fixtures.tokenizers import build_tokenizer
-from trainer.arguments.groups import DataArguments
+from trainer.config.groups import DataArguments
 from trainer.data.blocks import BlockCutter, end_with_eos
 from trainer.data.prepare import prepare
 from trainer.data.split import split_validation

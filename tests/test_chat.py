@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.fixtures.corpora import NON_ASCII, assistant, chat, system, user
 from tests.fixtures.tokenizers import BOS, END, TEMPLATES, build_tokenizer
-from trainer.arguments.groups import DataArguments
+from trainer.config.groups import DataArguments
 from trainer.data import chat as chat_module
 from trainer.data.chat import ChatFormat, TemplateError, generation_prompt
 from trainer.data.encode import Encoder

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 from tests.fixtures.models import build_pack, packed_model, tiny_llama
 from tests.fixtures.ranks.faults import delay, disk_full
 from tests.fixtures.runs import build_trainer, random_token_samples, weights_of, whole_tensors
-from trainer.arguments.training import TrainingArguments
 from trainer.checkpoint import manifest
 from trainer.checkpoint.find import check, find_damage, newest_whole
 from trainer.checkpoint.manifest import read_json
@@ -21,6 +20,7 @@ from trainer.checkpoint.storage import StoredTensors
 from trainer.checkpoint.weights import model_tensors, restore_model
 from trainer.checkpoint.writer import CheckpointWriter, Contents
 from trainer.cli.main import main
+from trainer.config.training import TrainingArguments
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError
 from trainer.model.load import prepare_model

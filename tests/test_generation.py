@@ -10,7 +10,7 @@ from tests.fixtures.corpora import write_chats, write_jsonl
 from tests.fixtures.models import tiny_llama
 from tests.fixtures.runs import build_arguments
 from tests.fixtures.tokenizers import END, TEXT_END, build_tokenizer
-from trainer.arguments.groups import MachineArguments
+from trainer.config.groups import MachineArguments
 from trainer.data.prepare import prepare
 from trainer.data.split import split_validation
 from trainer.data.store import TokenStore

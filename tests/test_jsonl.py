@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.fixtures.corpora import assistant, chat, user, write_jsonl, write_mixed
 from tests.fixtures.tokenizers import build_tokenizer
-from trainer.arguments.groups import DataArguments
+from trainer.config.groups import DataArguments
 from trainer.data.jsonl import detect_kind
 from trainer.data.prepare import prepare
 from trainer.data.store import TokenStore

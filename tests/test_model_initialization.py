@@ -14,7 +14,7 @@ from tests.fixtures.models import ATTENTION_ONLY, VOCABULARY, build_config, buil
 from tests.fixtures.oracles import largest_difference
 from tests.fixtures.runs import gradients_of
 from tests.fixtures.tokenizers import build_tokenizer
-from trainer.arguments.groups import ModelArguments
+from trainer.config.groups import ModelArguments
 from trainer.errors import MissingPackageError, ModelError, UsageError
 from trainer.model.kernels import apply_liger_kernels
 from trainer.model.load import (

@@ -26,7 +26,7 @@ from tests.fixtures.optimizers import (
 )
 from tests.fixtures.runs import weights_of
 from tests.fixtures.tolerances import BY_HAND_FP32, NORM_FP32, ROUNDED_MEAN
-from trainer.arguments.groups import OptimizerArguments
+from trainer.config.groups import OptimizerArguments
 from trainer.errors import MissingPackageError, UsageError
 from trainer.optim.averaging import averaged_weights
 from trainer.optim.bfloat16_state import round_at_random

@@ -26,7 +26,7 @@ from tests.fixtures.corpora import (
     write_tokens,
 )
 from tests.fixtures.tokenizers import END, START, TEMPLATES, TEXT_END, build_tokenizer
-from trainer.arguments.groups import DataArguments
+from trainer.config.groups import DataArguments
 from trainer.data import tokenise
 from trainer.data.cache import cache_home
 from trainer.data.jsonl import FileKind, detect_file_kind, read_documents
@@ -380,7 +380,7 @@ def test_preparing_loads_neither_torch_nor_pandas(tmp_path: Path) -> None:
     path = write_chats(tmp_path / "c.jsonl", 3)
     code = (
         "import sys; from tests.fixtures.tokenizers import build_tokenizer; from trainer.data.prepare import prepare;"
-        "from trainer.arguments.groups import DataArguments;"
+        "from trainer.config.groups import DataArguments;"
         f"prepare({str(path)!r}, build_tokenizer(), DataArguments(data_cache_dir={str(tmp_path / 'cache')!r}));"
         "sys.exit('torch' in sys.modules or 'pandas' in sys.modules)"
     )

@@ -17,7 +17,7 @@ from tests.fixtures.models import tiny_llama
 from tests.fixtures.ranks.launch import Launch
 from tests.fixtures.runs import build_arguments, build_trainer, random_token_samples
 from tests.fixtures.tolerances import CLIPPED_NORM, LAYOUT_FLOAT64
-from trainer.arguments.groups import MachineArguments, OptimizerArguments, ScheduleArguments
+from trainer.config.groups import MachineArguments, OptimizerArguments, ScheduleArguments
 from trainer.data.length import run_length
 from trainer.data.sampler import epoch_order
 from trainer.distributed.group import Group

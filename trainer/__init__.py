@@ -1,6 +1,6 @@
 """The reference trainer for fine-tuning language models.
 
-Rooms, in the order in which they may import each other: errors, arguments, data and distributed, model and optim,
+Rooms, in the order in which they may import each other: errors, config, data and distributed, model and optim,
 checkpoint, training, cli. Public names are resolved lazily, so that `import trainer` loads no torch.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "TrainingArguments": "trainer.arguments.training",
+    "TrainingArguments": "trainer.config.training",
     "JsonlDataset": "trainer.data.dataset",
     "InfiniteSampler": "trainer.data.sampler",
     "EpochSampler": "trainer.data.sampler",
@@ -22,7 +22,7 @@ _PUBLIC = {
     "get_data_loader": "trainer.data.loader",
     "Trainer": "trainer.training.trainer",
     "Seq2SeqTrainer": "trainer.training.seq2seq",
-    "Seq2SeqTrainingArguments": "trainer.arguments.seq2seq",
+    "Seq2SeqTrainingArguments": "trainer.config.seq2seq",
 }
 __all__ = sorted(_PUBLIC)
 

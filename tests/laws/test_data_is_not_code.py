@@ -13,7 +13,7 @@ import pytest
 import trainer.data
 from tests.fixtures.corpora import chat, write_jsonl, write_tokens
 from tests.fixtures.tokenizers import build_tokenizer
-from trainer.arguments.groups import DataArguments
+from trainer.config.groups import DataArguments
 from trainer.data.prepare import prepare
 from trainer.data.store import TokenStore
 from trainer.errors import DataError

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from tests.fixtures.models import tiny_llama
 from tests.fixtures.runs import as_words, build_trainer, chat_job, random_token_samples, read_metrics, weights_of
 from tests.fixtures.tokenizers import build_tokenizer
-from trainer.arguments.training import TrainingArguments
 from trainer.cli.main import main
+from trainer.config.training import TrainingArguments
 from trainer.data.prepare import prepare
 from trainer.model.load import load_model
 from trainer.training.trainer import Trainer

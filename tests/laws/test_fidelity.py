@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.fixtures.models import ATTENTION_ONLY, build_model, random_samples, save_model, tiny_llama
 from tests.fixtures.tokenizers import build_tokenizer
-from trainer.arguments.groups import ModelArguments
+from trainer.config.groups import ModelArguments
 from trainer.errors import CheckpointError
 from trainer.model.attention import use_packed_attention
 from trainer.model.export import export_model

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fixtures.corpora import write_jsonl
-from trainer.arguments.groups import DataArguments
+from trainer.config.groups import DataArguments
 from trainer.data.prepare import prepare
 from trainer.errors import DataError
 

@@ -13,9 +13,9 @@ import transformers
 from packaging.version import Version
 
 from tests.shape.source import ROOT, of_each
-from trainer.arguments.huggingface import DIFFERENT, FORMER_NAMES, NOT_HERE
-from trainer.arguments.seq2seq import Seq2SeqTrainingArguments
-from trainer.arguments.training import ALIASES, TrainingArguments
+from trainer.config.huggingface import DIFFERENT, FORMER_NAMES, NOT_HERE
+from trainer.config.seq2seq import Seq2SeqTrainingArguments
+from trainer.config.training import ALIASES, TrainingArguments
 from trainer.errors import UsageError
 
 DOCUMENT = ROOT / "docs" / "from-huggingface.md"
@@ -67,7 +67,7 @@ def row(name: str) -> str:
 @of_each(sorted(THEIRS))
 def test_a_field_is_either_an_option_or_refused(name: str) -> None:
     assert (name in OURS) != (name in NOT_HERE), (
-        f"{name}: say in NOT_HERE (trainer/arguments/huggingface.py) what to use instead; options are not in it"
+        f"{name}: say in NOT_HERE (trainer/config/huggingface.py) what to use instead; options are not in it"
     )
 
 

@@ -4,8 +4,8 @@ import dataclasses
 import re
 
 from tests.shape.source import ROOT
-from trainer.arguments.training import TrainingArguments
 from trainer.cli.mini_trainer import NOT_HERE, MiniTrainerFlags
+from trainer.config.training import TrainingArguments
 
 TEXT = (ROOT / "docs" / "from-mini-trainer.md").read_text(encoding="utf-8")
 ROWS = dict(re.findall(r"^\| `(\w+)` \|(?: `(\w+)`)? \|", TEXT, flags=re.M))

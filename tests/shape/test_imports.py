@@ -11,7 +11,7 @@ from tests.shape.source import imports, modules, name_of, of_each, tree
 # A room may import rooms of a lower number, and its own modules.
 FLOORS = {
     "errors": 0,
-    "arguments": 1,
+    "config": 1,
     "data": 3,
     "distributed": 2,
     "model": 4,
@@ -22,7 +22,7 @@ FLOORS = {
     "__main__": 8,
     "train": 8,
 }
-LOOKS_UP = {"trainer/arguments/process.py": "distributed"}  # inside functions: scripts ask their options for ranks
+LOOKS_UP = {"trainer/config/process.py": "distributed"}  # inside functions: scripts ask their options for ranks
 NEEDS_TORCH = {f"trainer/data/{name}.py" for name in ("collate", "loader", "dataset", "ordinary")}
 MAY_USE_TORCH_DISTRIBUTED = {
     "trainer/distributed/blame.py",

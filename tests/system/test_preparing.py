@@ -12,7 +12,7 @@ from tests.fixtures.corpora import write_chats, write_tokens
 from tests.fixtures.ranks.faults import disk_full, kill
 from tests.fixtures.ranks.launch import Launch
 from tests.fixtures.tokenizers import build_tokenizer
-from trainer.arguments.groups import DataArguments
+from trainer.config.groups import DataArguments
 from trainer.data.prepare import prepare
 from trainer.errors import DataError
 

@@ -14,8 +14,8 @@ from transformers import HfArgumentParser
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from transformers.training_args import OptimizerNames, ParallelMode
 
-from trainer.arguments.seq2seq import Seq2SeqTrainingArguments
-from trainer.arguments.training import TrainingArguments
+from trainer.config.seq2seq import Seq2SeqTrainingArguments
+from trainer.config.training import TrainingArguments
 from trainer.errors import PeerError, UsageError
 
 

@@ -21,8 +21,8 @@ from tests.trainer.trainer_test_utils import (
     RegressionPreTrainedModel,
     get_regression_trainer,
 )
-from trainer.arguments.training import TrainingArguments
 from trainer.checkpoint import manifest
+from trainer.config.training import TrainingArguments
 from trainer.errors import UsageError
 from trainer.training.trainer import Trainer
 

@@ -32,14 +32,14 @@ from tests.fixtures.oracles import mean_loss
 from tests.fixtures.runs import build_trainer, random_token_samples, step_lines, weights_of
 from tests.fixtures.tolerances import BY_HAND_FP32, LOSS_FP32, NORM_FP32, REGROUPED_FP32, REGROUPED_MUON
 from tests.shape.source import ROOT
-from trainer.arguments.groups import ScheduleArguments
-from trainer.arguments.training import TrainingArguments
 from trainer.checkpoint.manifest import read_json
 from trainer.checkpoint.optimizer import pack_optimizer, restore_optimizer
 from trainer.checkpoint.storage import StoredTensors
 from trainer.checkpoint.weights import model_tensors, restore_model
 from trainer.checkpoint.writer import CheckpointWriter, Contents
 from trainer.cli.main import main
+from trainer.config.groups import ScheduleArguments
+from trainer.config.training import TrainingArguments
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError, NonFiniteError, UsageError
 from trainer.optim.in_backward import last_backward

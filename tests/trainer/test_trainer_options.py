@@ -26,7 +26,7 @@ from tests.trainer.trainer_test_utils import (
     line_of,
     logged,
 )
-from trainer.arguments.training import TrainingArguments
+from trainer.config.training import TrainingArguments
 from trainer.errors import ModelError, UsageError
 from trainer.training.trainer import Trainer
 

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from trainer.arguments.options import option
-from trainer.arguments.training import TrainingArguments
+from trainer.config.options import option
+from trainer.config.training import TrainingArguments
 from trainer.errors import UsageError
 
 

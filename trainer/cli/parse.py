@@ -1,6 +1,6 @@
 """From words to TrainingArguments: an optional YAML file first, then options that override it.
 
-Options, types, help and defaults come from the groups of `trainer.arguments.groups`; nothing is declared twice.
+Options, types, help and defaults come from the groups of `trainer.config.groups`; nothing is declared twice.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from trainer.arguments.files import read_yaml
-from trainer.arguments.options import check_options, parse_json
-from trainer.arguments.training import ALIASES, TrainingArguments
+from trainer.config.files import read_yaml
+from trainer.config.options import check_options, parse_json
+from trainer.config.training import ALIASES, TrainingArguments
 
 Extra = TypeVar("Extra")
 _registry = ConstructorRegistry()

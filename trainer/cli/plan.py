@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.arguments.groups import BatchArguments, DataArguments, MachineArguments, ModelArguments, ScheduleArguments
-from trainer.arguments.options import option
 from trainer.cli.parse import parse
+from trainer.config.groups import BatchArguments, DataArguments, MachineArguments, ModelArguments, ScheduleArguments
+from trainer.config.options import option
 from trainer.errors import UsageError
 
 

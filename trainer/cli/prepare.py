@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.arguments.groups import BatchArguments, DataArguments, ModelArguments
 from trainer.cli.parse import parse
+from trainer.config.groups import BatchArguments, DataArguments, ModelArguments
 from trainer.errors import UsageError
 
 

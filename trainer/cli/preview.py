@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.text import Text
 
-from trainer.arguments.groups import BatchArguments, DataArguments, ModelArguments
-from trainer.arguments.options import option
 from trainer.cli.parse import parse
+from trainer.config.groups import BatchArguments, DataArguments, ModelArguments
+from trainer.config.options import option
 from trainer.data.tokens import IGNORED
 from trainer.errors import UsageError
 

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers.trainer_callback import TrainerCallback, TrainerControl
 
-from trainer.arguments.training import TrainingArguments
 from trainer.cli.preparing import SECONDS_BEFORE_SHOWING, SECONDS_BETWEEN_LINES
+from trainer.config.training import TrainingArguments
 from trainer.training.callbacks import RunState
 from trainer.training.generation import Answer
 from trainer.training.metrics import StepReport

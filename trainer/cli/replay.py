@@ -23,8 +23,8 @@ def run(words: Sequence[str]) -> int:
     options = tyro.cli(ReplayOptions, args=list(words), prog="trainer replay", description="Run a step again.")
     from rich.console import Console
 
-    from trainer.arguments.training import TrainingArguments
     from trainer.checkpoint import manifest
+    from trainer.config.training import TrainingArguments
     from trainer.distributed.group import Group
     from trainer.errors import UsageError
     from trainer.training.crash import CRASH

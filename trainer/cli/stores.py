@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from trainer.arguments.training import TrainingArguments
 from trainer.cli.preparing import PreparationDisplay
+from trainer.config.training import TrainingArguments
 from trainer.data.prepare import prepare
 from trainer.data.store import TokenStore
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.arguments.groups import GROUPS
-from trainer.arguments.options import option
-from trainer.arguments.training import TrainingArguments
 from trainer.cli.parse import parse
+from trainer.config.groups import GROUPS
+from trainer.config.options import option
+from trainer.config.training import TrainingArguments
 from trainer.errors import UsageError
 
 

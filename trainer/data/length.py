@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.arguments.groups import ScheduleArguments
+from trainer.config.groups import ScheduleArguments
 from trainer.data.sampler import epoch_order
 from trainer.errors import UsageError
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
-from trainer.arguments.groups import LoaderArguments
+from trainer.config.groups import LoaderArguments
 from trainer.data.sampler import EpochSampler
 
 Inputs = Any  # what the collator makes of samples: a mapping of names to tensors

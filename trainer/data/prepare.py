@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.arguments.groups import DataArguments
+from trainer.config.groups import DataArguments
 from trainer.data.blocks import BlockCutter, end_with_eos
 from trainer.data.cache import fingerprint, open_or_build
 from trainer.data.jsonl import detect_file_kind

@@ -29,7 +29,7 @@ from trainer.errors import TrainerError, UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from trainer.arguments.groups import DataArguments
+    from trainer.config.groups import DataArguments
 
 RULES_VERSION = 1
 """Raised whenever the same line and options come to give other tokens or counts: what was cached is prepared anew."""

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from trainer.arguments.groups import MachineArguments
+from trainer.config.groups import MachineArguments
 from trainer.distributed.blame import announce, blame, is_loss_of_peer
 from trainer.distributed.scheduling import threads_that_give_way
 from trainer.distributed.topology import Topology

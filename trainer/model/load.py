@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
-from trainer.arguments.groups import ModelArguments
+from trainer.config.groups import ModelArguments
 from trainer.errors import ModelError, UsageError, named_error
 from trainer.model.attention import use_packed_attention
 from trainer.model.isolation import check_isolation

@@ -20,7 +20,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import can_return_loss, find_labels
 
-from trainer.arguments.groups import ModelArguments
+from trainer.config.groups import ModelArguments
 from trainer.errors import ModelError
 from trainer.model.kernels import apply_liger_kernels
 from trainer.model.parameters import freeze

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers.pytorch_utils import Conv1D
 
-from trainer.arguments.groups import OsftArguments
+from trainer.config.groups import OsftArguments
 from trainer.errors import LeakError
 from trainer.model.shard import local_part, sum_over_shards, whole
 

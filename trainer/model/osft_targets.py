@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from trainer.arguments.groups import OsftArguments
+from trainer.config.groups import OsftArguments
 from trainer.errors import ModelError
 from trainer.model.osft import OsftLinear
 from trainer.model.parameters import matching_names

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
-from trainer.arguments.groups import ModelArguments
+from trainer.config.groups import ModelArguments
 from trainer.errors import ModelError
 from trainer.model.loss import FORWARD_METHOD, forward_loss
 from trainer.model.modes import evaluating

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from trainer.arguments.groups import ModelArguments
+from trainer.config.groups import ModelArguments
 from trainer.errors import ModelError, UsageError, named_error
 
 VOCABULARY_UNIT = 8

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from trainer.arguments.groups import OptimizerArguments
+from trainer.config.groups import OptimizerArguments
 from trainer.errors import UsageError
 
 Group = dict[str, Any]  # of torch.optim: params, weight_decay, lr where it has its own

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from trainer.arguments.groups import OptimizerArguments
+from trainer.config.groups import OptimizerArguments
 from trainer.distributed.topology import Topology
 from trainer.errors import UsageError
 from trainer.optim.averaging import is_averaging

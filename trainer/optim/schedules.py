@@ -13,7 +13,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from trainer.arguments.groups import SCHEDULES_BY_METRIC, ScheduleArguments
+from trainer.config.groups import SCHEDULES_BY_METRIC, ScheduleArguments
 from trainer.errors import UsageError
 from trainer.optim.averaging import is_averaging
 

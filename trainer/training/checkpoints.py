@@ -22,7 +22,6 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from transformers.trainer_callback import CallbackHandler
 
-from trainer.arguments.training import TrainingArguments
 from trainer.checkpoint import manifest
 from trainer.checkpoint.changes import check_changes, find_changes
 from trainer.checkpoint.find import Found, check, newest_whole
@@ -33,6 +32,7 @@ from trainer.checkpoint.storage import StoredTensors
 from trainer.checkpoint.tree import pack, unpack
 from trainer.checkpoint.weights import model_tensors, restore_model
 from trainer.checkpoint.writer import CheckpointWriter, Contents, rank_file
+from trainer.config.training import TrainingArguments
 from trainer.data.length import RunLength
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError, UsageError

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from trainer.arguments.groups import EvaluationArguments
+from trainer.config.groups import EvaluationArguments
 from trainer.data.collate import MicroBatch
 from trainer.distributed.group import Group
 from trainer.errors import UsageError

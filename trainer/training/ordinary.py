@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 
-from trainer.arguments.roads import check_road
-from trainer.arguments.training import TrainingArguments
+from trainer.config.roads import check_road
+from trainer.config.training import TrainingArguments
 from trainer.data.columns import keep_columns, sample_lengths
 from trainer.data.dataset import is_token_data
 from trainer.data.length import RunLength, ordinary_length

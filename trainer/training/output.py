@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.arguments.training import TrainingArguments
 from trainer.checkpoint import manifest
+from trainer.config.training import TrainingArguments
 from trainer.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ import torch
 from torch.optim import Optimizer
 from transformers import GenerationConfig, PreTrainedModel
 
-from trainer.arguments.training import TrainingArguments
 from trainer.checkpoint import manifest
 from trainer.checkpoint.optimizer import restore_optimizer
 from trainer.checkpoint.storage import StoredTensors
+from trainer.config.training import TrainingArguments
 from trainer.errors import CheckpointError
 from trainer.model.load import build_on_meta, materialise, prepare_model, read_config
 from trainer.model.osft_targets import apply_osft

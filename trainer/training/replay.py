@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from trainer.arguments.training import TrainingArguments
 from trainer.checkpoint import manifest
 from trainer.checkpoint.find import find_damage
 from trainer.checkpoint.randomness import set_generator_states
 from trainer.checkpoint.storage import StoredTensors
 from trainer.checkpoint.tree import unpack
 from trainer.checkpoint.writer import rank_file
+from trainer.config.training import TrainingArguments
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError
 from trainer.training.output import PARAMETERS

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trainer.arguments.roads import check_road
-from trainer.arguments.training import TrainingArguments
+from trainer.config.roads import check_road
+from trainer.config.training import TrainingArguments
 from trainer.data.collate import MicroBatch
 from trainer.data.dataset import JsonlDataset, TokenData
 from trainer.data.length import RunLength, run_length

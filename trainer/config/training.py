@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from trainer.arguments.files import as_meant, read_yaml
-from trainer.arguments.groups import (
+from trainer.config.files import as_meant, read_yaml
+from trainer.config.groups import (
     SCHEDULES_BY_METRIC,
     BatchArguments,
     CheckpointArguments,
@@ -33,10 +33,10 @@ from trainer.arguments.groups import (
     ScheduleArguments,
     ScriptArguments,
 )
-from trainer.arguments.huggingface import check_foreign, foreign_value
-from trainer.arguments.options import as_list, check_options, parse_json, plain, types_of, unknown_option
-from trainer.arguments.process import ProcessWords
-from trainer.arguments.setters import OptionSetters
+from trainer.config.huggingface import check_foreign, foreign_value
+from trainer.config.options import as_list, check_options, parse_json, plain, types_of, unknown_option
+from trainer.config.process import ProcessWords
+from trainer.config.setters import OptionSetters
 from trainer.errors import UsageError
 
 ALIASES = {

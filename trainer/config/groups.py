@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from trainer.arguments.options import option
+from trainer.config.options import option
 from trainer.errors import UsageError
 
 INT32 = 2**31 - 1  # lengths of samples and borders in a pack are 32 bits wide

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from trainer.arguments.groups import LoaderArguments, MachineArguments
+from trainer.config.groups import LoaderArguments, MachineArguments
 
 if TYPE_CHECKING:
     import torch

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.arguments.options import option
-from trainer.arguments.training import TrainingArguments
+from trainer.config.options import option
+from trainer.config.training import TrainingArguments
 
 
 @dataclass
