@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 
 from trainer.cli.parse import parse
 from trainer.cli.train import LaunchArguments
-from trainer.config.files import read_yaml
+from trainer.config.arguments import TrainingArguments, read_yaml
 from trainer.config.groups import GROUPS
-from trainer.config.training import TrainingArguments
 from trainer.errors import UsageError
 
 VALID: dict[str, Any] = {

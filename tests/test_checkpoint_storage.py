@@ -20,7 +20,7 @@ from trainer.checkpoint.storage import StoredTensors
 from trainer.checkpoint.weights import model_tensors, restore_model
 from trainer.checkpoint.writer import CheckpointWriter, Contents
 from trainer.cli.main import main
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError
 from trainer.model.load import prepare_model

@@ -10,9 +10,9 @@ from tests.fixtures.models import save_model
 from tests.fixtures.runs import as_words, chat_job
 from tests.fixtures.tokenizers import build_tokenizer
 from trainer.cli.main import COMMANDS, main, report_errors
-from trainer.cli.mini_trainer import run as run_mini_trainer
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
 from trainer.errors import PeerError
+from trainer.mini_trainer import run as run_mini_trainer
 
 
 @pytest.fixture

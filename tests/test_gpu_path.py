@@ -17,7 +17,7 @@ from tests.fixtures import tolerances
 from tests.fixtures.models import build_model, build_pack, tiny_llama
 from tests.fixtures.runs import build_trainer, random_token_samples
 from tests.fixtures.varlen import NeverReads
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
 from trainer.errors import ModelError, UsageError
 from trainer.model.attention import VARLEN, packed_sdpa, use_packed_attention
 from trainer.model.isolation import check_isolation

@@ -25,10 +25,10 @@ from tests.fixtures.tolerances import (
     OSFT_TRAJECTORY_FLOAT64,
 )
 from trainer.cli.main import main
-from trainer.cli.mini_trainer import MiniTrainerFlags
 from trainer.cli.progress import ProgressDisplay
 from trainer.data.sampler import epoch_order
 from trainer.errors import LeakError, UsageError
+from trainer.mini_trainer import MiniTrainerFlags
 from trainer.model.osft import merged_weight, osft_layers
 from trainer.model.osft_targets import apply_osft, target_ratios
 

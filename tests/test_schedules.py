@@ -16,8 +16,8 @@ from tests.fixtures.optimizers import Regression, build_for
 from tests.fixtures.oracles import learning_rate
 from tests.fixtures.runs import build_trainer, random_token_samples, step_lines
 from tests.fixtures.tolerances import CLOSED_FORM_FLOAT64
+from trainer.config.arguments import TrainingArguments
 from trainer.config.groups import ScheduleArguments
-from trainer.config.training import TrainingArguments
 from trainer.errors import UsageError
 from trainer.optim.registry import OPTIMIZERS
 from trainer.optim.schedules import build_schedule, feed_metric, step_schedule

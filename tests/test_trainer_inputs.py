@@ -13,7 +13,7 @@ from tests.fixtures.corpora import assistant, chat, user, write_jsonl
 from tests.fixtures.models import VOCABULARY, tiny_llama
 from tests.fixtures.runs import build_arguments
 from tests.fixtures.tokenizers import build_tokenizer
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
 from trainer.data.prepare import prepare
 from trainer.data.store import TokenStore
 from trainer.errors import DataError, ModelError, UsageError

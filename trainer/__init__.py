@@ -12,7 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "TrainingArguments": "trainer.config.training",
+    "TrainingArguments": "trainer.config.arguments",
     "JsonlDataset": "trainer.data.dataset",
     "InfiniteSampler": "trainer.data.sampler",
     "EpochSampler": "trainer.data.sampler",
@@ -22,7 +22,7 @@ _PUBLIC = {
     "get_data_loader": "trainer.data.loader",
     "Trainer": "trainer.training.trainer",
     "Seq2SeqTrainer": "trainer.training.seq2seq",
-    "Seq2SeqTrainingArguments": "trainer.config.seq2seq",
+    "Seq2SeqTrainingArguments": "trainer.config.arguments",
 }
 __all__ = sorted(_PUBLIC)
 

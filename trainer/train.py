@@ -3,7 +3,7 @@
 import sys
 
 from trainer.cli.main import report_errors
-from trainer.cli.mini_trainer import run
+from trainer.mini_trainer import run
 
 if __name__ == "__main__":
     sys.exit(report_errors(run, sys.argv[1:]))

@@ -11,7 +11,7 @@ from tests.fixtures.models import tiny_llama
 from tests.fixtures.runs import as_words, build_trainer, chat_job, random_token_samples, read_metrics, weights_of
 from tests.fixtures.tokenizers import build_tokenizer
 from trainer.cli.main import main
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
 from trainer.data.prepare import prepare
 from trainer.model.load import load_model
 from trainer.training.trainer import Trainer
@@ -64,7 +64,7 @@ def test_the_command_line_and_python_do_the_same_run(tmp_path: Path) -> None:
 
 
 def test_the_flags_of_mini_trainer_do_the_same_run() -> None:
-    from trainer.cli.mini_trainer import MiniTrainerFlags
+    from trainer.mini_trainer import MiniTrainerFlags
 
     alike: dict[str, Any] = {
         "model_name_or_path": "model",

@@ -18,7 +18,7 @@ from tests.fixtures.models import tiny_llama
 from tests.fixtures.runs import build_trainer, chat_job, random_token_samples, read_metrics, weights_of
 from tests.fixtures.tolerances import LAYOUT_TRAJECTORY_FLOAT64
 from trainer.checkpoint import manifest
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
 from trainer.optim.registry import OPTIMIZERS
 from trainer.optim.spec import is_installed
 from trainer.training.trainer import Trainer

@@ -13,9 +13,8 @@ import transformers
 from packaging.version import Version
 
 from tests.shape.source import ROOT, of_each
-from trainer.config.huggingface import DIFFERENT, FORMER_NAMES, NOT_HERE
-from trainer.config.seq2seq import Seq2SeqTrainingArguments
-from trainer.config.training import ALIASES, TrainingArguments
+from trainer.config.arguments import Seq2SeqTrainingArguments, TrainingArguments
+from trainer.config.foreign_names import ALIASES, DIFFERENT, FORMER_NAMES, NOT_HERE
 from trainer.errors import UsageError
 
 DOCUMENT = ROOT / "docs" / "from-huggingface.md"
@@ -67,7 +66,7 @@ def row(name: str) -> str:
 @of_each(sorted(THEIRS))
 def test_a_field_is_either_an_option_or_refused(name: str) -> None:
     assert (name in OURS) != (name in NOT_HERE), (
-        f"{name}: say in NOT_HERE (trainer/config/huggingface.py) what to use instead; options are not in it"
+        f"{name}: say in NOT_HERE (trainer/config/foreign_names.py) what to use instead; options are not in it"
     )
 
 

@@ -4,8 +4,8 @@ import dataclasses
 import re
 
 from tests.shape.source import ROOT
-from trainer.cli.mini_trainer import NOT_HERE, MiniTrainerFlags
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
+from trainer.mini_trainer import NOT_HERE, MiniTrainerFlags
 
 TEXT = (ROOT / "docs" / "from-mini-trainer.md").read_text(encoding="utf-8")
 ROWS = dict(re.findall(r"^\| `(\w+)` \|(?: `(\w+)`)? \|", TEXT, flags=re.M))

@@ -19,10 +19,12 @@ FLOORS = {
     "checkpoint": 5,
     "training": 6,
     "cli": 7,
-    "__main__": 8,
-    "train": 8,
+    "__main__": 9,
+    "mini_trainer": 8,
+    "train": 9,
 }
-LOOKS_UP = {"trainer/config/process.py": "distributed"}  # inside functions: scripts ask their options for ranks
+# Inside functions alone: scripts ask their options for ranks.
+LOOKS_UP = {"trainer/config/transformers_api.py": "distributed"}
 NEEDS_TORCH = {f"trainer/data/{name}.py" for name in ("collate", "loader", "dataset", "ordinary")}
 MAY_USE_TORCH_DISTRIBUTED = {
     "trainer/distributed/blame.py",

@@ -14,8 +14,7 @@ from transformers import HfArgumentParser
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from transformers.training_args import OptimizerNames, ParallelMode
 
-from trainer.config.seq2seq import Seq2SeqTrainingArguments
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import Seq2SeqTrainingArguments, TrainingArguments
 from trainer.errors import PeerError, UsageError
 
 

@@ -22,7 +22,7 @@ from tests.trainer.trainer_test_utils import (
     get_regression_trainer,
 )
 from trainer.checkpoint import manifest
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
 from trainer.errors import UsageError
 from trainer.training.trainer import Trainer
 

@@ -28,8 +28,8 @@ from tests.trainer.trainer_test_utils import (
     get_regression_trainer,
     labelled_rows,
 )
+from trainer.config.arguments import TrainingArguments
 from trainer.config.groups import LoaderArguments
-from trainer.config.training import TrainingArguments
 from trainer.data.columns import keep_columns, sample_lengths
 from trainer.data.ordinary import Dealing, OrdinaryLoader, RankBatches, StreamShare, build_loader
 from trainer.data.sampler import EpochSampler, LengthGroupedSampler, OrderedSampler

@@ -18,7 +18,7 @@ from tests.fixtures.runs import read_metrics
 from tests.fixtures.sequences import VOCABULARY, pad_sequences, sequence_task
 from tests.fixtures.tolerances import CLOSED_FORM_FP32, LAYOUT_FP32
 from tests.trainer.trainer_test_utils import get_regression_trainer
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
 from trainer.errors import UsageError
 from trainer.training.trainer import Trainer
 

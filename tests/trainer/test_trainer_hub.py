@@ -17,7 +17,7 @@ from safetensors.torch import load
 from tests.fixtures.runs import Calls
 from tests.fixtures.tolerances import REGRESSION_FP32
 from tests.trainer.trainer_test_utils import get_regression_trainer, line_of
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
 from trainer.errors import OutputError
 
 TOKEN = "hf_secret"

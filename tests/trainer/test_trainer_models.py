@@ -27,7 +27,7 @@ from tests.trainer.trainer_test_utils import (
     logged,
     points_of_steps,
 )
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
 from trainer.errors import ModelError, UsageError
 from trainer.training.trainer import Trainer
 

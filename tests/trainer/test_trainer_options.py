@@ -26,7 +26,7 @@ from tests.trainer.trainer_test_utils import (
     line_of,
     logged,
 )
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
 from trainer.errors import ModelError, UsageError
 from trainer.training.trainer import Trainer
 
@@ -45,7 +45,7 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"batch_size": 4}, "batch_size has no effect on a data set of your own: give per_device_train_batch_size"),
+            ({"batch_size": 4}, "batch_size has no effect on a custom data set: give per_device_train_batch_size"),
             ({"block_size": 4}, "block_size has no effect"),
             ({"attn_implementation": "eager"}, "choose it when you build the model"),
             ({"bf16": True, "fp16": True}, "exclude each other"),

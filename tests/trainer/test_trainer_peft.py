@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.fixtures.models import random_samples, tiny_llama
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
 from trainer.training.trainer import Trainer
 
 peft = pytest.importorskip("peft", reason="peft is not installed")

@@ -20,7 +20,7 @@ from tests.trainer.trainer_test_utils import (
     get_regression_trainer,
     labelled_rows,
 )
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
 from trainer.errors import UsageError
 from trainer.optim.scaling import FIRST_SCALE, STEPS_BETWEEN_GROWTHS, LossScale
 from trainer.training.callbacks import RunState

@@ -11,8 +11,8 @@ from transformers import TrainerCallback
 from tests.fixtures.runs import as_words, chat_job
 from tests.fixtures.tolerances import CLOSED_FORM_FP32
 from tests.trainer.trainer_test_utils import get_regression_trainer
-from trainer.cli.mini_trainer import run as run_mini_trainer
 from trainer.errors import MissingPackageError, UsageError
+from trainer.mini_trainer import run as run_mini_trainer
 from trainer.training.reporting import reporters
 
 BLOCK, PIECE_HEADER, LAST_PIECES = 32768, 7, (1, 4)  # of wandb's files

@@ -14,8 +14,7 @@ from tests.fixtures.regression import RegressionModel
 from tests.fixtures.runs import gradients_of
 from tests.fixtures.sequences import END, PADDING, PLACES, VOCABULARY, exact_match, pad_sequences, sequence_task
 from tests.fixtures.tolerances import LAYOUT_GRADIENT_FP32, SAME_LOSS
-from trainer.config.seq2seq import Seq2SeqTrainingArguments
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import Seq2SeqTrainingArguments, TrainingArguments
 from trainer.errors import UsageError
 from trainer.training.seq2seq import Seq2SeqTrainer
 

@@ -21,7 +21,7 @@ from tests.trainer.trainer_test_utils import (
     labelled_rows,
     line_of,
 )
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
 from trainer.errors import UsageError
 from trainer.training.left_out import LEFT_OUT, NEVER_CALLED
 from trainer.training.trainer import Trainer

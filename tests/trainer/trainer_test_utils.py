@@ -19,7 +19,7 @@ from tests.fixtures.regression import (
     RegressionModelConfig,
     RegressionPreTrainedModel,
 )
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
 from trainer.data.sampler import epoch_order
 from trainer.training.trainer import Trainer
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-from trainer.config.options import check_options
+from trainer.config.fields import check_options
 from trainer.errors import CheckpointError, UsageError
 
 PER_PROCESS = ("is_world_process_zero", "is_local_process_zero", "stateful_callbacks")

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from trainer.config.options import option
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
+from trainer.config.fields import option
 from trainer.errors import UsageError
 
 

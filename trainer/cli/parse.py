@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from trainer.config.files import read_yaml
-from trainer.config.options import check_options, parse_json
-from trainer.config.training import ALIASES, TrainingArguments
+from trainer.config.arguments import TrainingArguments, read_yaml
+from trainer.config.fields import check_options, parse_json
+from trainer.config.foreign_names import ALIASES
 
 Extra = TypeVar("Extra")
 _registry = ConstructorRegistry()

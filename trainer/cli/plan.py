@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainer.cli.parse import parse
+from trainer.config.fields import option
 from trainer.config.groups import BatchArguments, DataArguments, MachineArguments, ModelArguments, ScheduleArguments
-from trainer.config.options import option
 from trainer.errors import UsageError
 
 

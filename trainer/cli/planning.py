@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.cli.stores import open_store
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
 from trainer.data.costs import CostModel, cost_model_from_config
 from trainer.data.forecast import EpochForecast, Layout, forecast
 from trainer.data.length import run_length

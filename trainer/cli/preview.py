@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.text import Text
 
 from trainer.cli.parse import parse
+from trainer.config.fields import option
 from trainer.config.groups import BatchArguments, DataArguments, ModelArguments
-from trainer.config.options import option
 from trainer.data.tokens import IGNORED
 from trainer.errors import UsageError
 

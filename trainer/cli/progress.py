@@ -13,7 +13,7 @@ from rich.table import Table
 from transformers.trainer_callback import TrainerCallback, TrainerControl
 
 from trainer.cli.preparing import SECONDS_BEFORE_SHOWING, SECONDS_BETWEEN_LINES
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
 from trainer.training.callbacks import RunState
 from trainer.training.generation import Answer
 from trainer.training.metrics import StepReport

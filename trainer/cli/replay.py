@@ -24,7 +24,7 @@ def run(words: Sequence[str]) -> int:
     from rich.console import Console
 
     from trainer.checkpoint import manifest
-    from trainer.config.training import TrainingArguments
+    from trainer.config.arguments import TrainingArguments
     from trainer.distributed.group import Group
     from trainer.errors import UsageError
     from trainer.training.crash import CRASH

@@ -18,8 +18,8 @@ import tyro
 
 from trainer.cli.report_figure import CAPTION, COLOURS, draw_figure
 from trainer.cli.report_runs import WrittenRun, numbers, read_runs, waiting_share
-from trainer.config.options import option
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
+from trainer.config.fields import option
 from trainer.errors import OutputError, UsageError
 
 Column = tuple[str, Mapping[str, Any]]  # its heading as HTML, and its cells by the name of their row

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.cli.preparing import PreparationDisplay
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
 from trainer.data.prepare import prepare
 from trainer.data.store import TokenStore
 

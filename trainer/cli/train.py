@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainer.cli.parse import parse
+from trainer.config.arguments import TrainingArguments
+from trainer.config.fields import option
 from trainer.config.groups import GROUPS
-from trainer.config.options import option
-from trainer.config.training import TrainingArguments
 from trainer.errors import UsageError
 
 

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from trainer.config.options import option
+from trainer.config.fields import option
 from trainer.errors import UsageError
 
 INT32 = 2**31 - 1  # lengths of samples and borders in a pack are 32 bits wide
@@ -322,6 +322,20 @@ class ScriptArguments:
     do_train: bool = option(False, "For scripts: whether to train.")
     do_eval: bool = option(False, "For scripts: whether to evaluate.")
     do_predict: bool = option(False, "For scripts: whether to predict.")
+
+
+@dataclass
+class GenerationArguments:
+    """Generated predictions."""
+
+    predict_with_generate: bool = option(False, "Predict what the model generates, not its logits.")
+    generation_max_length: int | None = option(
+        None, "Longest answer in tokens, its first one included; by default that of the generation config.", above=0
+    )
+    generation_num_beams: int | None = option(None, "Beams; by default those of the generation config.", above=0)
+    generation_config: str | Any = option(
+        None, "A GenerationConfig, or folder, file or hub name of one, for the model."
+    )
 
 
 GROUPS = (

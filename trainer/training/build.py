@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
 from trainer.data.costs import CostModel, cost_model_from_config
 from trainer.data.packing import TOKENS
 from trainer.data.prepare import Progress, left_out, prepare

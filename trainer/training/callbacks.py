@@ -15,7 +15,7 @@ import numpy as np
 from transformers import trainer_callback
 from transformers.trainer_callback import CallbackHandler, TrainerCallback, TrainerControl, TrainerState
 
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
 from trainer.errors import OutputError
 from trainer.training.evaluation import best_metric, improves
 from trainer.training.metrics import StepReport

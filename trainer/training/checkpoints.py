@@ -32,7 +32,7 @@ from trainer.checkpoint.storage import StoredTensors
 from trainer.checkpoint.tree import pack, unpack
 from trainer.checkpoint.weights import model_tensors, restore_model
 from trainer.checkpoint.writer import CheckpointWriter, Contents, rank_file
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
 from trainer.data.length import RunLength
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError, UsageError

@@ -17,7 +17,7 @@ from trainer.checkpoint.manifest import folder_of
 from trainer.checkpoint.tree import pack
 from trainer.checkpoint.weights import model_tensors
 from trainer.checkpoint.writer import CheckpointWriter, Contents
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
 from trainer.errors import NonFiniteError
 from trainer.training.callbacks import RunState
 from trainer.training.checkpoints import Checkpoints

@@ -13,8 +13,8 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard
 from transformers.modelcard import TrainingSummary, parse_log_history
 
-from trainer.config.options import as_list
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
+from trainer.config.fields import as_list
 from trainer.distributed.group import Given, Group
 from trainer.errors import OutputError
 from trainer.training.surface import TrainerSurface

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from transformers.trainer_callback import TrainerControl
 
 from trainer.checkpoint.randomness import generator_states
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
 from trainer.data.length import RunLength
 from trainer.training.callbacks import Events, RunState
 from trainer.training.checkpoints import Checkpoints

@@ -8,7 +8,7 @@ import torch
 from transformers import set_seed
 from transformers.trainer_utils import enable_full_determinism
 
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
 from trainer.model.precision import use_tf32
 
 # Parameters of glibc's mallopt, from malloc.h.

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 
-from trainer.config.roads import check_road
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
+from trainer.config.rules import check_data_kind
 from trainer.data.columns import keep_columns, sample_lengths
 from trainer.data.dataset import is_token_data
 from trainer.data.length import RunLength, ordinary_length
@@ -106,7 +106,7 @@ class OrdinaryRoad:
             raise UsageError("eval_dataset is token data and train_dataset is not: give two of one kind")
         for name, dataset in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
             _check_dataset(dataset, name)
-        check_road(args, "ordinary")
+        check_data_kind(args, "custom data set")
         if group.world_size > 1 and (args.bf16_full_eval or args.fp16_full_eval):
             raise UsageError(
                 "bf16_full_eval and fp16_full_eval cast whole weights, several ranks hold shards: say bf16"

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.checkpoint import manifest
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
 from trainer.data.loader import get_data_loader
 from trainer.data.sampler import EpochSampler
 from trainer.data.store import TokenStore

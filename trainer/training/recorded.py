@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from trainer.checkpoint import manifest
 from trainer.checkpoint.optimizer import restore_optimizer
 from trainer.checkpoint.storage import StoredTensors
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
 from trainer.errors import CheckpointError
 from trainer.model.load import build_on_meta, materialise, prepare_model, read_config
 from trainer.model.osft_targets import apply_osft

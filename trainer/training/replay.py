@@ -22,7 +22,7 @@ from trainer.checkpoint.randomness import set_generator_states
 from trainer.checkpoint.storage import StoredTensors
 from trainer.checkpoint.tree import unpack
 from trainer.checkpoint.writer import rank_file
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError
 from trainer.training.output import PARAMETERS

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.trainer_utils import PredictionOutput
 
-from trainer.config.seq2seq import Seq2SeqTrainingArguments
+from trainer.config.arguments import Seq2SeqTrainingArguments
 from trainer.errors import UsageError
 from trainer.training.collected import PADDING
 from trainer.training.trainer import Trainer

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers.trainer_callback import CallbackHandler, TrainerCallback, TrainerControl
 
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
 from trainer.data.ordinary import has_length
 from trainer.distributed.group import Group
 from trainer.errors import UsageError

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trainer.config.roads import check_road
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
+from trainer.config.rules import check_data_kind
 from trainer.data.collate import MicroBatch
 from trainer.data.dataset import JsonlDataset, TokenData
 from trainer.data.length import RunLength, run_length
@@ -99,7 +99,7 @@ class TokenRoad:
         tokenizer: PreTrainedTokenizerBase | None,
         datasets: tuple[Any, Any],
     ) -> None:
-        check_road(args, "tokens")
+        check_data_kind(args, "token data")
         self.args, self.group, self.tokenizer = args, group, tokenizer
         if tokenizer is None and (model is None or datasets[0] is None):
             self.tokenizer = load_tokenizer(args)

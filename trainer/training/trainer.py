@@ -15,7 +15,7 @@ from transformers import set_seed
 from transformers.trainer_callback import CallbackHandler, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import BestRun, TrainOutput
 
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
 from trainer.data.dataset import is_token_data
 from trainer.data.ordinary import Collate
 from trainer.distributed.group import Group

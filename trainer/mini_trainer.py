@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import tyro
 
-from trainer.config.options import option, parse_json
-from trainer.config.training import TrainingArguments
+from trainer.config.arguments import TrainingArguments
+from trainer.config.fields import option, parse_json
 from trainer.errors import MissingPackageError, UsageError
 
 NOT_HERE = {

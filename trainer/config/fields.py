@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import json
 import operator
 import types
@@ -66,13 +65,6 @@ def check_options(configuration: Any) -> None:
         _check_range(field, value)
 
 
-def unknown_option(name: str, allowed: Iterable[str]) -> UsageError:
-    """Build the error for an option that does not exist, naming the nearest one that does."""
-    near = difflib.get_close_matches(name.replace("-", "_"), list(allowed), n=1, cutoff=0.5)
-    advice = f"did you mean {near[0]!r}?" if near else "`trainer train --help` lists them all"
-    return UsageError(f"unknown option {name!r}: {advice}")
-
-
 def describe(hint: Any) -> str:
     """Say in words which values a type annotation allows."""
     if hint is type(None):
@@ -111,6 +103,18 @@ def parse_json(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UsageError(f'{text!r} is not a JSON object; write it as {{"name": value}}')
     return value
+
+
+def as_meant(value: Any, hint: Any) -> Any:
+    """Read text as a number where the option is a float, false as no where it is a choice: YAML takes 1e-4 for text."""
+    if value is False and "no" in get_args(hint):
+        return "no"
+    if hint is not float or not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def _is_union(hint: Any) -> bool:

@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.errors import UsageError
-
 _NEVER = object()  # no value of the field says what happens here
 _ENGINE = "weights are always sharded over all ranks by FSDP2; start one process per GPU with torchrun and leave it out"
 _LOGS = "logging is yours to set up: logging.getLogger('trainer').setLevel(...)"
@@ -85,6 +83,13 @@ DIFFERENT: dict[str, str] = {
     "save_total_limit": "the best checkpoint stays beside so many of the newest",
 }
 
+ALIASES = {
+    "max_tokens_per_gpu": "max_tokens_per_rank",
+    "activation_checkpointing": "gradient_checkpointing",  # names that transformers 5 is moving to
+    "use_liger_kernel": "use_liger_kernels",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+}
+
 SEQ2SEQ = ("predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config")
 FORMER_NAMES = {  # of transformers before 5, which scripts still have
     "adafactor": "optim=adafactor",
@@ -102,29 +107,3 @@ FORMER_NAMES = {  # of transformers before 5, which scripts still have
     "use_mps_device": "the device is found",
     "warmup_ratio": "warmup_steps, below 1",
 }
-
-
-def check_foreign(name: str, value: object) -> bool:
-    """Whether a name is one of transformers' that we lack, given the value that says what happens here anyway.
-
-    Raises:
-        UsageError: it is given another value, or is a name that transformers no longer has.
-    """
-    if name in FORMER_NAMES:
-        raise UsageError(f"{name} is a former option of transformers; now {FORMER_NAMES[name]}")
-    if name in SEQ2SEQ:
-        raise UsageError(f"{name} is an option of Seq2SeqTrainingArguments: give those to Seq2SeqTrainer")
-    if name in NOT_HERE and not NOT_HERE[name].grants(value):
-        raise UsageError(f"{name}: this option of transformers is not supported; {NOT_HERE[name].instead}")
-    return name in NOT_HERE
-
-
-def foreign_value(name: str) -> Any:
-    """Give the value that transformers' option of this name has where it is not here: scripts ask for it.
-
-    Raises:
-        AttributeError: there is no such option, or no value of it says what happens here.
-    """
-    if name in NOT_HERE and NOT_HERE[name].is_granted:
-        return NOT_HERE[name].default
-    raise AttributeError(f"TrainingArguments has no {name}")

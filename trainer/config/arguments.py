@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from trainer.config.files import as_meant, read_yaml
+from trainer.config.fields import as_list, as_meant, check_options, parse_json, plain, types_of
+from trainer.config.foreign_names import ALIASES
 from trainer.config.groups import (
     SCHEDULES_BY_METRIC,
     BatchArguments,
@@ -22,6 +23,7 @@ from trainer.config.groups import (
     DataArguments,
     EvaluationArguments,
     ExportArguments,
+    GenerationArguments,
     HubArguments,
     LoaderArguments,
     LoggingArguments,
@@ -33,18 +35,10 @@ from trainer.config.groups import (
     ScheduleArguments,
     ScriptArguments,
 )
-from trainer.config.huggingface import check_foreign, foreign_value
-from trainer.config.options import as_list, check_options, parse_json, plain, types_of, unknown_option
-from trainer.config.process import ProcessWords
-from trainer.config.setters import OptionSetters
+from trainer.config.suggest import check_foreign, foreign_value, unknown_option
+from trainer.config.transformers_api import OptionSetters, ProcessWords
 from trainer.errors import UsageError
 
-ALIASES = {
-    "max_tokens_per_gpu": "max_tokens_per_rank",
-    "activation_checkpointing": "gradient_checkpointing",  # names that transformers 5 is moving to
-    "use_liger_kernel": "use_liger_kernels",
-    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
-}
 NONE_IS_DEFAULT = (  # transformers says None where it means its default
     *("disable_tqdm", "gradient_checkpointing", "gradient_checkpointing_kwargs", "lr_scheduler_kwargs"),
     "metric_for_best_model",
@@ -375,3 +369,53 @@ class TrainingArguments(  # the last base's options come first
     def from_yaml(cls, path: str | Path) -> Self:
         """Build from a YAML file."""
         return cls.from_mapping(read_yaml(path))
+
+
+@dataclasses.dataclass
+class Seq2SeqTrainingArguments(GenerationArguments, TrainingArguments):  # the last base's options come first
+    """Every option of a run of Seq2SeqTrainer.
+
+    Raises:
+        UsageError: an option is unknown, of the wrong type, out of range, or has no effect beside the others.
+    """
+
+    def _contradictions(self) -> list[tuple[bool, str]]:
+        settings = (self.generation_max_length, self.generation_num_beams)
+        return [
+            *super()._contradictions(),
+            (
+                not self.predict_with_generate and any(setting is not None for setting in settings),
+                "generation_max_length and generation_num_beams have no effect without predict_with_generate",
+            ),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give every option as plain JSON values."""
+        options = super().to_dict()
+        if hasattr(self.generation_config, "to_dict"):
+            options["generation_config"] = self.generation_config.to_dict()
+        return options
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file of options.
+
+    Raises:
+        UsageError: the file cannot be read, is not YAML, or is not a list of `name: value`.
+    """
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        options = yaml.safe_load(text)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        raise UsageError(f"configuration {path}: {error}") from error
+    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+        found = ", ".join(map(repr, options)) if isinstance(options, dict) else type(options).__name__
+        raise UsageError(f"configuration {path}: expected lines of `option: value`, found {found}")
+    node: Any = yaml.compose(text, yaml.SafeLoader)
+    names = [name.value for name, _ in node.value]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UsageError(f"configuration {path}: {', '.join(twice)} stands there more than once: give it once")
+    return options

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from trainer.errors import UsageError
 
-Road = Literal["tokens", "ordinary"]
+DataKind = Literal["token data", "custom data set"]
 
 _FROM_FILE = "it prepares the file named by data_path"
 _ANSWERS = "give compute_metrics to Trainer"
@@ -19,9 +19,9 @@ _READ = "token data is memory-mapped and needs no reading ahead"
 _LOSS_ALONE = "token data is evaluated in packs, for its loss and exact answers"
 _COLUMNS = "token data has input_ids and labels, no other columns"
 
-_NAMES = {"tokens": "token data", "ordinary": "a data set of your own"}
-_FOREIGN: dict[Road, dict[str, str]] = {
-    "ordinary": {
+_WITH_ARTICLE = {"token data": "token data", "custom data set": "a custom data set"}
+_FOREIGN: dict[DataKind, dict[str, str]] = {
+    "custom data set": {
         "batch_size": "give per_device_train_batch_size and gradient_accumulation_steps",
         "max_tokens_per_rank": "give per_device_train_batch_size",
         "max_tokens": "give max_steps or max_samples",
@@ -34,7 +34,7 @@ _FOREIGN: dict[Road, dict[str, str]] = {
         **dict.fromkeys(("train_on", "chat_template", "max_length", "overlong", "on_untrainable"), _FROM_FILE),
         **dict.fromkeys(("block_size", "dataset_num_proc", "data_cache_dir"), _FROM_FILE),
     },
-    "tokens": {
+    "token data": {
         **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), _PLANNED),
         "per_device_eval_batch_size": "evaluation is planned from batch_size and max_tokens_per_rank",
         "average_tokens_across_devices": "labels are always counted over all ranks",
@@ -56,13 +56,13 @@ _FOREIGN: dict[Road, dict[str, str]] = {
 }
 
 
-def check_road(args: Any, road: Road) -> None:
+def check_data_kind(args: Any, kind: DataKind) -> None:
     """Raise UsageError where an option is set that has no effect on this kind of data."""
     given = args.as_given()
     for field in dataclasses.fields(args):
-        advice = _FOREIGN[road].get(field.name)
+        advice = _FOREIGN[kind].get(field.name)
         if advice is not None and given[field.name] != _default(field):
-            raise UsageError(f"{field.name} has no effect on {_NAMES[road]}: {advice}")
+            raise UsageError(f"{field.name} has no effect on {_WITH_ARTICLE[kind]}: {advice}")
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
