@@ -29,7 +29,7 @@ from tests.fixtures.models import build_model, build_pack
 from tests.fixtures.oracles import protected_share
 from trainer.model.attention import use_packed_attention
 from trainer.model.loss import token_loss_sum
-from trainer.model.osft_targets import find_targets, num_free_directions
+from trainer.model.osft.targets import find_targets, num_free_directions
 
 BETWEEN_LOOKS = 50  # steps
 

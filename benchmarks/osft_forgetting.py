@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from tests.fixtures.forgetting import Task, draw_tasks, learn, learner, split_copy
-from trainer.model.osft import Osft
+from trainer.model.osft.layers import Osft
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA_RANK = 16

@@ -23,7 +23,7 @@ from trainer.cli.main import main
 from trainer.config.arguments import TrainingArguments
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError
-from trainer.model.load import prepare_model
+from trainer.model.build import prepare_model
 from trainer.model.loss import token_loss_sum
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

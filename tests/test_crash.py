@@ -14,7 +14,7 @@ from tests.fixtures.runs import build_trainer, random_token_samples, read_metric
 from tests.fixtures.tolerances import CLOSED_FORM_FLOAT64
 from trainer.cli.main import EXIT_USAGE, main
 from trainer.errors import NonFiniteError
-from trainer.model.shard import local_part
+from trainer.model.fsdp import local_part
 from trainer.training.trainer import Trainer
 
 BAD_TOKEN = 50

@@ -20,10 +20,10 @@ from tests.fixtures.varlen import NeverReads
 from trainer.config.arguments import TrainingArguments
 from trainer.errors import ModelError, UsageError
 from trainer.model.attention import VARLEN, packed_sdpa, use_packed_attention
+from trainer.model.fsdp import PRODUCTS, checkpoint_activations, compile_blocks, shard_model
 from trainer.model.isolation import check_isolation
 from trainer.model.loss import token_loss_sum
 from trainer.model.precision import use_compute_dtype
-from trainer.model.shard import PRODUCTS, checkpoint_activations, compile_blocks, shard_model
 from trainer.model.varlen import varlen
 from trainer.training.step import to_device
 

@@ -12,7 +12,7 @@ from tests.fixtures.models import save_model
 from tests.fixtures.tokenizers import build_tokenizer
 from trainer.config.groups import ModelArguments
 from trainer.errors import ModelError
-from trainer.model.load import INDEX_NAME, load_model
+from trainer.model.build import INDEX_NAME, load_model
 from trainer.model.tokenizer import load_tokenizer
 
 

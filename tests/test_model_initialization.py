@@ -16,8 +16,7 @@ from tests.fixtures.runs import gradients_of
 from tests.fixtures.tokenizers import build_tokenizer
 from trainer.config.groups import ModelArguments
 from trainer.errors import MissingPackageError, ModelError, UsageError
-from trainer.model.kernels import apply_liger_kernels
-from trainer.model.load import (
+from trainer.model.build import (
     build_on_meta,
     find_files,
     find_model,
@@ -26,10 +25,11 @@ from trainer.model.load import (
     prepare_model,
     read_config,
 )
+from trainer.model.freezing import freeze
+from trainer.model.fsdp import decoder_blocks, whole
+from trainer.model.liger import apply_liger_kernels
 from trainer.model.loss import measured_head, token_loss_sum
-from trainer.model.parameters import freeze
 from trainer.model.precision import compute_context
-from trainer.model.shard import decoder_blocks, whole
 from trainer.model.tokenizer import load_tokenizer
 from trainer.model.weights import FileWeights
 

@@ -35,12 +35,12 @@ from trainer.checkpoint.writer import CheckpointWriter, Contents
 from trainer.config.groups import MachineArguments, ModelArguments, OptimizerArguments
 from trainer.distributed.group import Group
 from trainer.errors import LeakError, ModelError
-from trainer.model.load import load_model
+from trainer.model.build import load_model
+from trainer.model.fsdp import local_part
 from trainer.model.loss import token_loss_sum
-from trainer.model.osft import Osft, OsftLinear, merged_weight, osft_layers
-from trainer.model.osft_factors import decompose, reconstruction_error, start_osft
-from trainer.model.osft_targets import apply_osft, num_free_directions
-from trainer.model.shard import local_part
+from trainer.model.osft.factors import decompose, reconstruction_error, start_osft
+from trainer.model.osft.layers import Osft, OsftLinear, merged_weight, osft_layers
+from trainer.model.osft.targets import apply_osft, num_free_directions
 from trainer.optim.optimizers import build_optimizer
 from trainer.optim.registry import OPTIMIZERS
 from trainer.optim.spec import is_installed

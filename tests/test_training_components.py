@@ -256,7 +256,7 @@ class TestCheckpointing:
     def test_weights_beyond_a_narrower_type_are_refused(self, tmp_path: Path) -> None:
         trainer = build_trainer(tmp_path / "run", random_token_samples((5, 6)), save_dtype="float16")
         with torch.no_grad():
-            next(trainer.model.parameters()).fill_(1e6)
+            next(trainer.model.freezing()).fill_(1e6)
         with pytest.raises(CheckpointError, match="beyond the range of float16"):
             trainer.save_model(tmp_path / "saved")
         assert not (tmp_path / "saved").exists()
@@ -347,7 +347,7 @@ class TestPrecision:
     def test_bf16_keeps_float32_weights_and_learns(self, ranks, tmp_path: Path) -> None:
         trainer = build_trainer(ranks.tmp_path, random_token_samples((9,) * 8), bf16=True, num_train_epochs=10)
         output = trainer.train()
-        assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+        assert {parameter.dtype for parameter in trainer.model.freezing()} == {torch.float32}
         assert output.training_loss < math.log(64)
 
     def test_a_half_precision_model_gets_float32_master_weights(self, tmp_path: Path) -> None:

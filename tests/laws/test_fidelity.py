@@ -12,9 +12,9 @@ from tests.fixtures.tokenizers import build_tokenizer
 from trainer.config.groups import ModelArguments
 from trainer.errors import CheckpointError
 from trainer.model.attention import use_packed_attention
+from trainer.model.build import load_model
 from trainer.model.export import export_model
-from trainer.model.load import load_model
-from trainer.model.shard import whole
+from trainer.model.fsdp import whole
 
 
 def load(directory, mesh=None, **options):

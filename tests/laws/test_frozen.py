@@ -12,7 +12,7 @@ from tests.fixtures.runs import weights_of
 from tests.fixtures.splitting import change_of, move_at_random, split_matrices, started
 from tests.fixtures.tolerances import OSFT_LEAK
 from trainer.config.groups import ModelArguments
-from trainer.model.load import load_model
+from trainer.model.build import load_model
 from trainer.model.loss import token_loss_sum
 
 PATTERNS = {

@@ -30,7 +30,7 @@ MAY_USE_TORCH_DISTRIBUTED = {
     "trainer/distributed/blame.py",
     "trainer/distributed/group.py",
     "trainer/distributed/launch.py",
-    "trainer/model/shard.py",
+    "trainer/model/fsdp.py",
     "trainer/checkpoint/storage.py",
 }
 LOAD_NO_TORCH = ("cli.main", "cli.planning", "cli.report", "data.packing")

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from trainer.checkpoint.manifest import read_json
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError
-from trainer.model.shard import Region, local_part
+from trainer.model.fsdp import Region, local_part
 
 INDEX = "tensors.json"
 SPLIT, SHARED, OWN = "split", "shared", "own"  # in pieces, equal on all ranks, another one on each rank

@@ -59,8 +59,8 @@ def export(folder: Path, options: ExportOptions) -> None:
     import torch
 
     from trainer.errors import ModelError
+    from trainer.model.build import load_model
     from trainer.model.export import export_model
-    from trainer.model.load import load_model
     from trainer.model.tokenizer import load_tokenizer
 
     args = TrainingArguments(model_name_or_path=str(folder))

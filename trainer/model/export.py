@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.errors import CheckpointError
-from trainer.model.osft import is_osft_parameter, merged_weight, osft_layers
-from trainer.model.shard import any_rank, is_lead, whole
+from trainer.model.fsdp import any_rank, is_lead, whole
+from trainer.model.osft.layers import is_osft_parameter, merged_weight, osft_layers
 
 MAX_SHARD_SIZE = "5GB"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"  # an export holds one of them at least

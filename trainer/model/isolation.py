@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from trainer.distributed.blame import is_loss_of_peer
 from trainer.errors import IsolationError, ModelError
 from trainer.model.attention import packed_inputs
+from trainer.model.fsdp import inference
 from trainer.model.modes import uncompiled
 from trainer.model.precision import compute_context, compute_dtype
-from trainer.model.shard import inference
 
 PACK_WIDE_ROPE = ("dynamic", "longrope")  # their scaling follows the largest position of the whole input
 PROBE_LENGTHS = (8, 5, 6)

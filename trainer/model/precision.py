@@ -1,6 +1,6 @@
 """Which number format a model computes in: float32 master weights always, bfloat16 compute where asked.
 
-A sharded model gets its compute format from FSDP2's policy (`shard.py`); a model on one process from autocast, entered
+A sharded model gets its compute format from FSDP2's policy (`fsdp.py`); a model on one process from autocast, entered
 through `compute_context` by everyone who runs a forward pass. Invariant: parameters and their gradients stay float32.
 """
 

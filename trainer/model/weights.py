@@ -29,7 +29,7 @@ from transformers.core_model_loading import (
 )
 
 from trainer.errors import ModelError
-from trainer.model.shard import Region, decoder_blocks
+from trainer.model.fsdp import Region, decoder_blocks
 
 NUM_NAMES_SHOWN = 8
 # Buffers that old checkpoints hold and today's models compute.

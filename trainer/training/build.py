@@ -18,8 +18,8 @@ from trainer.data.split import split_validation
 from trainer.data.store import TokenStore
 from trainer.distributed.group import Group
 from trainer.errors import DataError, ModelError, UsageError
+from trainer.model.build import Adapt, load_model, prepare_model
 from trainer.model.isolation import check_isolation, check_positions
-from trainer.model.load import Adapt, load_model, prepare_model
 from trainer.optim.optimizers import find_class
 from trainer.optim.schedules import checked_settings
 

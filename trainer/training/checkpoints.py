@@ -36,7 +36,7 @@ from trainer.config.arguments import TrainingArguments
 from trainer.data.length import RunLength
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError, UsageError
-from trainer.model.osft_targets import split_importance
+from trainer.model.osft.targets import split_importance
 from trainer.optim.averaging import is_averaging
 from trainer.optim.schedules import advance
 from trainer.training.callbacks import Events, RunState

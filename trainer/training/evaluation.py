@@ -10,8 +10,8 @@ from trainer.config.groups import EvaluationArguments
 from trainer.data.collate import MicroBatch
 from trainer.distributed.group import Group
 from trainer.errors import UsageError
+from trainer.model.fsdp import inference
 from trainer.model.loss import token_loss_sum
-from trainer.model.shard import inference
 from trainer.training.metrics import BatchMetrics
 from trainer.training.step import to_device
 

@@ -14,8 +14,8 @@ from trainer.data.jsonl import Document, read_documents
 from trainer.data.store import TokenStore
 from trainer.distributed.group import Group
 from trainer.errors import DataError, UsageError
+from trainer.model.fsdp import inference
 from trainer.model.precision import compute_context
-from trainer.model.shard import inference
 
 _BATCH_SIZE = 64  # chats generated at a time on one rank
 

@@ -26,7 +26,8 @@ from trainer.data.ordinary import Collate, Dealing, Inputs, OrdinaryLoader, buil
 from trainer.data.sampler import EpochSampler, LengthGroupedSampler, OrderedSampler
 from trainer.distributed.group import Group
 from trainer.errors import UsageError
-from trainer.model.ordinary import (
+from trainer.model.freezing import operations_per_input
+from trainer.model.traits import (
     check_module,
     count_inputs,
     count_labels,
@@ -34,7 +35,6 @@ from trainer.model.ordinary import (
     prepare_ordinary_model,
     read_traits,
 )
-from trainer.model.parameters import operations_per_input
 from trainer.training.batches import InputCounts, OrdinaryBatch, OrdinaryBatches
 from trainer.training.build import check_evaluations
 

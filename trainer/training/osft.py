@@ -1,6 +1,6 @@
 """Orthogonal subspace fine-tuning around a run: the model split before it is sharded, decomposed before the first step.
 
-Knows the order, and what is told of it; what it means is in `trainer.model.osft`.
+Knows the order, and what is told of it; what it means is in `trainer.model.osft.layers`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from trainer.data.loader import get_data_loader
 from trainer.data.sampler import EpochSampler
 from trainer.data.store import TokenStore
 from trainer.distributed.group import Group
-from trainer.model.osft import Osft
-from trainer.model.osft_factors import start_osft
-from trainer.model.osft_importance import block_importance
-from trainer.model.osft_targets import apply_osft
+from trainer.model.osft.factors import start_osft
+from trainer.model.osft.importance import block_importance
+from trainer.model.osft.layers import Osft
+from trainer.model.osft.targets import apply_osft
 from trainer.training.build import build_model
 from trainer.training.callbacks import Events
 from trainer.training.checkpoints import read_importance

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from trainer.errors import UsageError
-from trainer.model.ordinary import LossFunction, LossRule, find_loss
+from trainer.model.traits import LossFunction, LossRule, find_loss
 from trainer.optim.groups import parameter_groups
 from trainer.optim.optimizers import build_optimizer
 from trainer.optim.scaling import LossScale

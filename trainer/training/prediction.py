@@ -17,9 +17,9 @@ from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, PredictionOutput, denumpify_detensorize
 
 from trainer.errors import UsageError
-from trainer.model.ordinary import count_labels
+from trainer.model.fsdp import inference
 from trainer.model.precision import cast_weights
-from trainer.model.shard import inference
+from trainer.model.traits import count_labels
 from trainer.optim.averaging import averaged_weights
 from trainer.optim.schedules import feed_metric
 from trainer.training.batches import OrdinaryBatch

@@ -17,8 +17,8 @@ from trainer.checkpoint.optimizer import restore_optimizer
 from trainer.checkpoint.storage import StoredTensors
 from trainer.config.arguments import TrainingArguments
 from trainer.errors import CheckpointError
-from trainer.model.load import build_on_meta, materialise, prepare_model, read_config
-from trainer.model.osft_targets import apply_osft
+from trainer.model.build import build_on_meta, materialise, prepare_model, read_config
+from trainer.model.osft.targets import apply_osft
 from trainer.optim.optimizers import build_optimizer
 from trainer.optim.registry import OPTIMIZERS
 from trainer.training.checkpoints import MODEL_FILES, OPTIMIZER, read_importance

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from trainer.distributed.group import Group
 from trainer.errors import NonFiniteError, UsageError
-from trainer.model.osft import Osft
+from trainer.model.osft.layers import Osft
 from trainer.optim.averaging import is_averaging
 from trainer.optim.gradients import clip, global_norm, sum_whole_gradients
 from trainer.optim.in_backward import last_backward, steps_in_backward

@@ -19,7 +19,7 @@ from trainer.config.arguments import TrainingArguments
 from trainer.data.ordinary import has_length
 from trainer.distributed.group import Group
 from trainer.errors import UsageError
-from trainer.model.parameters import operations_per_input
+from trainer.model.freezing import operations_per_input
 from trainer.model.precision import compute_context
 from trainer.optim.groups import MATRIX_DIMENSIONS
 from trainer.optim.optimizers import optimizer_class

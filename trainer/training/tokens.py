@@ -22,9 +22,9 @@ from trainer.data.sampler import EpochSampler
 from trainer.data.store import TokenStore
 from trainer.distributed.group import Group
 from trainer.errors import UsageError
+from trainer.model.freezing import operations_per_input
 from trainer.model.loss import token_loss_sum
-from trainer.model.osft import Osft
-from trainer.model.parameters import operations_per_input
+from trainer.model.osft.layers import Osft
 from trainer.model.tokenizer import load_tokenizer
 from trainer.training.build import (
     build_cost,

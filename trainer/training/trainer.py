@@ -22,7 +22,7 @@ from trainer.distributed.group import Group
 from trainer.errors import UsageError
 from trainer.model.export import export_model
 from trainer.model.noise import embedding_noise
-from trainer.model.ordinary import LossFunction
+from trainer.model.traits import LossFunction
 from trainer.optim.averaging import averaged_weights
 from trainer.optim.scaling import LossScale
 from trainer.training.accelerator import AcceleratorWords

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from trainer.model.osft import Osft, OsftLinear
-from trainer.model.shard import (
+from trainer.model.fsdp import (
     gather_rows,
     largest_of_ranks,
     local_part,
@@ -21,6 +20,7 @@ from trainer.model.shard import (
     scatter_rows,
     sum_over_shards,
 )
+from trainer.model.osft.layers import Osft, OsftLinear
 
 Progress = Callable[[int, int], None]
 """Called with (work done, work in all) after each round of decompositions; work grows as their time does."""

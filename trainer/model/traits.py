@@ -22,10 +22,10 @@ from transformers.utils.generic import can_return_loss, find_labels
 
 from trainer.config.groups import ModelArguments
 from trainer.errors import ModelError
-from trainer.model.kernels import apply_liger_kernels
-from trainer.model.parameters import freeze
+from trainer.model.freezing import freeze
+from trainer.model.fsdp import checkpoint_activations, compile_blocks, is_sharded, shard_modules
+from trainer.model.liger import apply_liger_kernels
 from trainer.model.precision import accumulation_dtype, use_compute_dtype
-from trainer.model.shard import checkpoint_activations, compile_blocks, is_sharded, shard_modules
 
 IGNORED_LABEL = -100
 LossFunction = Callable[..., Tensor]  # (outputs, labels, num_items_in_batch=) -> loss

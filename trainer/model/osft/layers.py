@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trainer.config.groups import OsftArguments
 from trainer.errors import LeakError
-from trainer.model.shard import local_part, sum_over_shards, whole
+from trainer.model.fsdp import local_part, sum_over_shards, whole
 
 UPDATE, FREE, PROTECTED = "osft_update", "osft_free", "osft_protected"
 

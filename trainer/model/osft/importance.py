@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trainer.model.fsdp import decoder_blocks, inference
 from trainer.model.loss import token_loss_sum
-from trainer.model.shard import decoder_blocks, inference
 
 
 def block_importance(model: PreTrainedModel, micro_batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:

@@ -15,9 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from trainer.config.groups import OsftArguments
 from trainer.errors import ModelError
-from trainer.model.osft import OsftLinear
-from trainer.model.parameters import matching_names
-from trainer.model.shard import decoder_blocks
+from trainer.model.freezing import matching_names
+from trainer.model.fsdp import decoder_blocks
+from trainer.model.osft.layers import OsftLinear
 
 SPLITTABLE = (nn.Linear, Conv1D)
 _IMPORTANCE = "_trainer_osft_importance"  # of a model that was split by it

@@ -24,12 +24,12 @@ from transformers.initialization import no_init_weights
 from trainer.config.groups import ModelArguments
 from trainer.errors import ModelError, UsageError, named_error
 from trainer.model.attention import use_packed_attention
+from trainer.model.freezing import freeze
+from trainer.model.fsdp import checkpoint_activations, compile_blocks, local_part, shard_model
 from trainer.model.isolation import check_isolation
-from trainer.model.kernels import apply_liger_kernels
-from trainer.model.osft import is_osft_parameter, unread_parameters
-from trainer.model.parameters import freeze
+from trainer.model.liger import apply_liger_kernels
+from trainer.model.osft.layers import is_osft_parameter, unread_parameters
 from trainer.model.precision import use_compute_dtype
-from trainer.model.shard import checkpoint_activations, compile_blocks, local_part, shard_model
 from trainer.model.tokenizer import align_special_ids, fit_vocabulary, train_padding_rows
 from trainer.model.weights import FileWeights, SeededWeights, Weights
 
