@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from tests.fixtures.ranks.faults import flip_bit, truncate
+from trainer.atomic import stage_folder, write_file, write_json
 from trainer.checkpoint import manifest
-from trainer.checkpoint.find import find_damage
-from trainer.checkpoint.manifest import Manifest, write_file
-from trainer.checkpoint.storage import DTYPES, safetensors_chunks
-from trainer.checkpoint.tree import pack, unpack
+from trainer.checkpoint.manifest import Manifest, find_damage
+from trainer.checkpoint.tensors import DTYPES, pack, safetensors_chunks, unpack
 from trainer.cli.main import main
 from trainer.errors import CheckpointError
 
@@ -71,9 +70,9 @@ def test_the_safetensors_library_reads_what_we_write(tmp_path: Path, shape: tupl
 def write_checkpoint(checkpoints: Path, step: int) -> Path:
     """A checkpoint of two plain files, without tensors."""
     target = manifest.folder_of(checkpoints, step)
-    hidden = manifest.stage(target)
+    hidden = stage_folder(target)
     files = {name: write_file(hidden / name, [b"x" * 100]) for name in ("one", "model/two")}
-    files["tensors.json"] = manifest.write_json(hidden / "tensors.json", {"world_size": 1, "tensors": {}})
+    files["tensors.json"] = write_json(hidden / "tensors.json", {"world_size": 1, "tensors": {}})
     manifest.publish(hidden, target, Manifest(step, 1, True, files))
     return target
 
@@ -104,7 +103,7 @@ def test_every_bit_of_a_manifest_counts(tmp_path: Path) -> None:
 
 
 def test_a_manifest_of_another_format_is_named(tmp_path: Path) -> None:
-    hidden = manifest.stage(tmp_path / "step_1")
+    hidden = stage_folder(tmp_path / "step_1")
     manifest.publish(hidden, tmp_path / "step_1", Manifest(1, 1, True, {}, format_version=99))
     with pytest.raises(CheckpointError, match="format 99, this trainer reads 1"):
         manifest.read_manifest(tmp_path / "step_1")
@@ -125,7 +124,7 @@ def test_retention_keeps_the_newest_and_the_best(tmp_path: Path, limit: int, bes
 
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
-    manifest.stage(tmp_path / "step_4")
+    stage_folder(tmp_path / "step_4")
     write_checkpoint(tmp_path, 3)
     manifest.remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step_3"]

@@ -12,12 +12,11 @@ from transformers import AutoModelForCausalLM
 from tests.fixtures.models import build_pack, packed_model, tiny_llama
 from tests.fixtures.ranks.faults import delay, disk_full
 from tests.fixtures.runs import build_trainer, random_token_samples, weights_of, whole_tensors
+from trainer.atomic import read_json
 from trainer.checkpoint import manifest
-from trainer.checkpoint.find import check, find_damage, newest_whole
-from trainer.checkpoint.manifest import read_json
-from trainer.checkpoint.optimizer import pack_optimizer, restore_optimizer
-from trainer.checkpoint.storage import StoredTensors
-from trainer.checkpoint.weights import model_tensors, restore_model
+from trainer.checkpoint.manifest import check, find_damage, newest_whole
+from trainer.checkpoint.optimizer_state import pack_optimizer, restore_optimizer
+from trainer.checkpoint.tensors import StoredTensors, model_tensors, restore_model
 from trainer.checkpoint.writer import CheckpointWriter, Contents
 from trainer.cli.main import main
 from trainer.config.arguments import TrainingArguments

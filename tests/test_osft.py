@@ -29,8 +29,7 @@ from tests.fixtures.tolerances import (
     OSFT_ORTHONORMAL,
     OSFT_TRAJECTORY_FLOAT64,
 )
-from trainer.checkpoint.storage import StoredTensors
-from trainer.checkpoint.weights import model_tensors, restore_model
+from trainer.checkpoint.tensors import StoredTensors, model_tensors, restore_model
 from trainer.checkpoint.writer import CheckpointWriter, Contents
 from trainer.config.groups import MachineArguments, ModelArguments, OptimizerArguments
 from trainer.distributed.group import Group

@@ -29,7 +29,7 @@ from trainer.optim.schedules import build_schedule
 from trainer.training import output
 from trainer.training.callbacks import Every
 from trainer.training.metrics import BatchMetrics, batch_counts
-from trainer.training.output import open_output_dir, sole_run
+from trainer.training.run_dir import open_output_dir, sole_run
 from trainer.training.signals import SIGNALS, StopRequest
 from trainer.training.step import find_non_finite
 

@@ -11,6 +11,7 @@ from tests.shape.source import imports, modules, name_of, of_each, tree
 # A room may import rooms of a lower number, and its own modules.
 FLOORS = {
     "errors": 0,
+    "atomic": 1,
     "config": 1,
     "data": 3,
     "distributed": 2,
@@ -31,7 +32,7 @@ MAY_USE_TORCH_DISTRIBUTED = {
     "trainer/distributed/group.py",
     "trainer/distributed/launch.py",
     "trainer/model/fsdp.py",
-    "trainer/checkpoint/storage.py",
+    "trainer/checkpoint/tensors.py",
 }
 LOAD_NO_TORCH = ("cli.main", "cli.planning", "cli.report", "data.packing")
 NAMES_A_DTENSOR = ("torch.distributed.tensor", "torch.distributed.device_mesh")

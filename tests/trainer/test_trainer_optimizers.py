@@ -32,10 +32,9 @@ from tests.fixtures.oracles import mean_loss
 from tests.fixtures.runs import build_trainer, random_token_samples, step_lines, weights_of
 from tests.fixtures.tolerances import BY_HAND_FP32, LOSS_FP32, NORM_FP32, REGROUPED_FP32, REGROUPED_MUON
 from tests.shape.source import ROOT
-from trainer.checkpoint.manifest import read_json
-from trainer.checkpoint.optimizer import pack_optimizer, restore_optimizer
-from trainer.checkpoint.storage import StoredTensors
-from trainer.checkpoint.weights import model_tensors, restore_model
+from trainer.atomic import read_json
+from trainer.checkpoint.optimizer_state import pack_optimizer, restore_optimizer
+from trainer.checkpoint.tensors import StoredTensors, model_tensors, restore_model
 from trainer.checkpoint.writer import CheckpointWriter, Contents
 from trainer.cli.main import main
 from trainer.config.arguments import TrainingArguments

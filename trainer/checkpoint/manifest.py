@@ -1,37 +1,30 @@
-"""What a checkpoint folder holds, byte for byte: written hidden, sealed by a manifest, renamed into sight, checked.
+"""The manifest of a checkpoint: which files it holds, whether they are whole, and which checkpoint is the newest.
 
-Owns files, hashes, names of folders and retention; knows nothing of tensors and ranks. Invariants: a hash is taken of
-what was to be written, not of what lies on disk, so whatever spoils a file shows; a folder without a valid manifest
-does not exist; a folder is removed only after it was renamed out of sight.
+Owns names of folders, verification and retention. Invariants: a folder without a valid manifest is no checkpoint; a
+checkpoint that a run resumes from was read and hashed to the last byte; all ranks share the reading and agree on the
+answer.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import shutil
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from trainer.data.store import synchronise
+from trainer.atomic import FileFact, publish_folder, read_sealed, remove_folder, write_sealed
 from trainer.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from trainer.distributed.group import Group  # loads torch
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 FOLDER = "checkpoints"  # in a run's output_dir
 CHUNK_BYTES = 2**24
 PREFIX = "step_"
-
-
-@dataclass(frozen=True)
-class FileFact:
-    """Size and SHA-256 of a file as it was meant to be written."""
-
-    num_bytes: int
-    sha256: str
+NUM_FAULTS_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -46,78 +39,11 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
 
-def write_file(path: Path, chunks: Iterable[Any]) -> FileFact:
-    """Write chunks of bytes, put them on disk, and give their hash.
-
-    Raises:
-        OSError: the disk is full, or the folder is gone.
-    """
-    digest, num_bytes = hashlib.sha256(), 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
-        for chunk in chunks:
-            digest.update(chunk)
-            num_bytes += file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    return FileFact(num_bytes, digest.hexdigest())
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> FileFact:
-    """Write an object as JSON, a line for each of its fields (Python's own indenting takes ten times as long)."""
-    lines = [f"{json.dumps(name)}: {json.dumps(field)}" for name, field in value.items()]
-    return write_file(path, [("{\n" + ",\n".join(lines) + "\n}\n").encode()])
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON back.
-
-    Raises:
-        CheckpointError: the file is absent or not JSON.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); resume from another checkpoint") from error
-
-
-def write_sealed(path: Path, value: Any) -> None:
-    """Write a value as JSON together with its own hash."""
-    write_json(path, {"sha256": _digest(value), "value": value})
-
-
-def read_sealed(path: Path) -> tuple[Any, FileFact]:
-    """Read what `write_sealed` wrote, and the fact of its file.
-
-    Raises:
-        CheckpointError: the file is absent or damaged.
-    """
-    try:
-        content = path.read_bytes()
-        sealed = json.loads(content)
-        if sealed["sha256"] != _digest(sealed["value"]):
-            raise ValueError("its checksum does not match")
-        return sealed["value"], FileFact(len(content), hashlib.sha256(content).hexdigest())
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged ({error})") from error
-
-
-def stage(target: Path) -> Path:
-    """Make the hidden folder in which a checkpoint grows; what an earlier attempt left there is removed."""
-    hidden = target.with_name(f".{target.name}.writing")
-    shutil.rmtree(hidden, ignore_errors=True)
-    hidden.mkdir(parents=True)
-    return hidden
-
-
 def publish(hidden: Path, target: Path, manifest: Manifest) -> None:
     """Seal a staged folder with its manifest and rename it to `target`, which must not exist."""
     body = {**vars(manifest), "files": {name: vars(fact) for name, fact in sorted(manifest.files.items())}}
     write_sealed(hidden / MANIFEST, body)
-    for folder in {hidden, *((hidden / name).parent for name in manifest.files)}:
-        synchronise(folder)
-    hidden.rename(target)
-    synchronise(target.parent)
+    publish_folder(hidden, target)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -136,11 +62,6 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest(**{**body, "files": files})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / MANIFEST} is damaged ({error})") from error
-
-
-def find_damage(folder: Path, files: Mapping[str, FileFact]) -> list[str]:
-    """Read files of a checkpoint and say what is wrong with each that is not as it was written."""
-    return [f"{name} {wrong}" for name, fact in files.items() if (wrong := _damage(folder / name, fact))]
 
 
 def _damage(path: Path, fact: FileFact) -> str | None:
@@ -187,16 +108,8 @@ def retire(checkpoints: Path, limit: int, best: int | None) -> list[Path]:
     kept += [folder for folder in folders if folder not in kept][: max(limit - len(kept), 0)]
     removed = [folder for folder in folders if folder not in kept]
     for folder in removed:
-        remove(folder)
+        remove_folder(folder)
     return removed
-
-
-def remove(folder: Path) -> None:
-    """Remove a checkpoint: out of sight at once, its files after that."""
-    hidden = folder.with_name(f".{folder.name}.removing")
-    shutil.rmtree(hidden, ignore_errors=True)
-    folder.rename(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def remove_leftovers(checkpoints: Path) -> None:
@@ -205,5 +118,50 @@ def remove_leftovers(checkpoints: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+@dataclass(frozen=True)
+class Found:
+    """The newest whole checkpoint, if there is one, and what is newer but not whole."""
+
+    folder: Path | None
+    passed_over: dict[str, str] = field(default_factory=dict)  # name of the folder -> what is wrong with it
+
+
+def find_damage(folder: Path, rank: int = 0, world_size: int = 1) -> list[str]:
+    """Say what is wrong with a checkpoint: every file hashed, every tensor found; each rank reads a share."""
+    try:
+        from trainer.checkpoint.tensors import StoredTensors  # loads torch
+
+        files = read_manifest(folder).files
+        faults = []
+        for name in sorted(files)[rank::world_size]:
+            if (wrong := _damage(folder / name, files[name])) is not None:
+                faults.append(f"{name} {wrong}")
+        return faults + (StoredTensors(folder).find_damage() if rank == 0 else [])
+    except CheckpointError as error:
+        return [str(error)]
+
+
+def check(folder: Path, group: Group) -> None:
+    """Raise CheckpointError, on all ranks, where a checkpoint is not whole."""
+    faults = find_damage(folder, group.rank, group.world_size)
+    more = f" and {len(faults) - NUM_FAULTS_SHOWN} more" if len(faults) > NUM_FAULTS_SHOWN else ""
+    said = group.first_error(CheckpointError("; ".join(faults[:NUM_FAULTS_SHOWN]) + more) if faults else None)
+    if said is not None:
+        raise CheckpointError(f"Can't find a valid checkpoint at {folder}: {said.partition('CheckpointError: ')[2]}")
+
+
+def newest_whole(checkpoints: Path, group: Group) -> Found:
+    """Find the newest whole checkpoint that a run can go on from (all ranks call)."""
+    passed_over: dict[str, str] = {}
+    steps = [step_of(folder) for folder in list_checkpoints(checkpoints)]
+    for step in group.from_lead(steps):
+        folder = folder_of(checkpoints, step)
+        try:
+            check(folder, group)
+        except CheckpointError as error:
+            passed_over[folder.name] = str(error)
+            continue
+        if read_manifest(folder).is_resumable:
+            return Found(folder, passed_over)
+        passed_over[folder.name] = "it holds weights alone (save_only_model)"
+    return Found(None, passed_over)

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.atomic import FileFact, hidden_path, read_sealed, stage_folder, write_file, write_json, write_sealed
 from trainer.checkpoint import manifest
-from trainer.checkpoint.manifest import FileFact, Manifest
-from trainer.checkpoint.randomness import random_state
-from trainer.checkpoint.storage import INDEX, Entries, cut, from_json, merge, safetensors_chunks, to_json
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.run_state import random_state
+from trainer.checkpoint.tensors import INDEX, Entries, cut, from_json, merge, safetensors_chunks, to_json
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError
 
@@ -97,8 +98,8 @@ class CheckpointWriter:
         """
         self.wait()
         target = manifest.folder_of(self.folder, contents.step)
-        hidden = target.with_name(f".{target.name}.writing")
-        self._on_lead(lambda: manifest.stage(target), contents.step)
+        hidden = hidden_path(target)
+        self._on_lead(lambda: stage_folder(target), contents.step)
         shares = {name: cut(tensors, _file(name, self.group), self.group) for name, tensors in contents.tensors.items()}
         if self.is_async:
             shares = {name: (entries, self._to_host(tensors)) for name, (entries, tensors) in shares.items()}
@@ -141,15 +142,13 @@ class CheckpointWriter:
             for name, (_, tensors) in shares.items():
                 if tensors:
                     file = _file(name, self.group)
-                    facts[file] = manifest.write_file(
-                        pending.hidden / file, pending.counted(safetensors_chunks(tensors))
-                    )
+                    facts[file] = write_file(pending.hidden / file, pending.counted(safetensors_chunks(tensors)))
             entries = {tensor: entry for part, _ in shares.values() for tensor, entry in part.items()}
             body = record | {
                 "files": {name: vars(fact) for name, fact in facts.items()},
                 "tensors": to_json(entries, self.group.world_size)["tensors"],
             }
-            manifest.write_sealed(pending.hidden / rank_file(self.group.rank), body)
+            write_sealed(pending.hidden / rank_file(self.group.rank), body)
         except Exception as error:  # noqa: BLE001  whatever it is, it must surface in the training thread
             pending.error = error
 
@@ -185,15 +184,15 @@ class CheckpointWriter:
         files: dict[str, FileFact] = {}
         parts: list[Entries] = []
         for rank in range(self.group.world_size):
-            body, fact = manifest.read_sealed(pending.hidden / rank_file(rank))
+            body, fact = read_sealed(pending.hidden / rank_file(rank))
             parts.append(from_json(body["tensors"]))
             files |= {name: FileFact(**entry) for name, entry in body["files"].items()} | {rank_file(rank): fact}
         contents = pending.contents
         records = {**contents.records, INDEX: to_json(merge(parts), self.group.world_size)}
         for name, value in records.items():
-            files[name] = manifest.write_json(pending.hidden / name, value)
+            files[name] = write_json(pending.hidden / name, value)
         for name, content in contents.files.items():
-            files[name] = manifest.write_file(pending.hidden / name, [content])
+            files[name] = write_file(pending.hidden / name, [content])
         about = Manifest(contents.step, self.group.world_size, contents.is_resumable, files, _versions())
         manifest.publish(pending.hidden, pending.target, about)
 

@@ -78,20 +78,19 @@ def export_checkpoint(folder: Path, options: ExportOptions) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from trainer.checkpoint.find import find_damage
-    from trainer.checkpoint.storage import StoredTensors
+    from trainer.checkpoint.manifest import find_damage
+    from trainer.checkpoint.tensors import StoredTensors
     from trainer.errors import CheckpointError
     from trainer.model.export import export_model
     from trainer.optim.averaging import averaged_weights
-    from trainer.training.checkpoints import MODEL_FILES
-    from trainer.training.recorded import recorded_model, recorded_optimizer
+    from trainer.training.checkpoints import MODEL_FILES, build_saved_model, build_saved_optimizer
 
     if faults := find_damage(folder):
         raise CheckpointError(f"{folder} is not a whole checkpoint: {faults[0]}")
     stored = StoredTensors(folder)
-    model = recorded_model(folder, stored, torch.device("cpu"))
+    model = build_saved_model(folder, stored, torch.device("cpu"))
     has_tokenizer = (folder / MODEL_FILES / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(folder / MODEL_FILES) if has_tokenizer else None
     dtype = getattr(torch, options.save_dtype) if options.save_dtype else None
-    with averaged_weights(recorded_optimizer(folder, stored, model)):
+    with averaged_weights(build_saved_optimizer(folder, stored, model)):
         export_model(model, tokenizer, options.target, dtype, options.max_shard_size)

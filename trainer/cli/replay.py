@@ -23,7 +23,7 @@ def run(words: Sequence[str]) -> int:
     options = tyro.cli(ReplayOptions, args=list(words), prog="trainer replay", description="Run a step again.")
     from rich.console import Console
 
-    from trainer.checkpoint import manifest
+    from trainer.atomic import read_json
     from trainer.config.arguments import TrainingArguments
     from trainer.distributed.group import Group
     from trainer.errors import UsageError
@@ -32,7 +32,7 @@ def run(words: Sequence[str]) -> int:
 
     if not (options.folder / CRASH).is_file():
         raise UsageError(f"{options.folder}: holds no record of a step; name crash/step_N of a run")
-    about = manifest.read_json(options.folder / CRASH)
+    about = read_json(options.folder / CRASH)
     print(about["what"])
     print(
         f"epoch {about['epoch']}, {about['num_samples']} samples from number {about['first_sample']} of its order "

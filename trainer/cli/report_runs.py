@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import DataError, UsageError
-from trainer.training.output import METRICS, PARAMETERS
+from trainer.training.run_dir import METRICS, PARAMETERS
 
 WAITING = "waiting_share"  # computed here, for each step
 

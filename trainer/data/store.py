@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from trainer.atomic import sync
 from trainer.data.tokens import IGNORED
 from trainer.errors import DataError
 
@@ -238,7 +239,7 @@ class StoreWriter:
         }
         _write_metadata(self._temporary, {**self.metadata, **facts})
         for path in [*self._temporary.iterdir(), self._temporary]:
-            synchronise(path)
+            sync(path)
         try:
             self._temporary.rename(self.directory)
         except OSError as error:
@@ -381,12 +382,3 @@ def _check_sample(sample: Sample) -> None:
         raise DataError(found, "both must be flat and of one length")
     if (sample.input_ids < 0).any() or ((sample.labels < 0) & (sample.labels != IGNORED)).any():
         raise DataError("found a negative token id", f"ids must be at least 0, labels too or {IGNORED}")
-
-
-def synchronise(path: Path) -> None:
-    """Put a file, or the names in a folder, on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

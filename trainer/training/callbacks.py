@@ -19,7 +19,7 @@ from trainer.config.arguments import TrainingArguments
 from trainer.errors import OutputError
 from trainer.training.evaluation import best_metric, improves
 from trainer.training.metrics import StepReport
-from trainer.training.output import METRICS
+from trainer.training.run_dir import METRICS
 
 
 @dataclass

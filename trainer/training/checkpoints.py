@@ -19,28 +19,37 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.trainer_callback import CallbackHandler
 
+from trainer.atomic import read_json, read_sealed, write_json
 from trainer.checkpoint import manifest
 from trainer.checkpoint.changes import check_changes, find_changes
-from trainer.checkpoint.find import Found, check, newest_whole
-from trainer.checkpoint.optimizer import pack_optimizer, restore_optimizer
-from trainer.checkpoint.randomness import restore_random_state, start_random_state
-from trainer.checkpoint.state import RunRecord, callback_states, restore_callbacks, restore_state, state_fields
-from trainer.checkpoint.storage import StoredTensors
-from trainer.checkpoint.tree import pack, unpack
-from trainer.checkpoint.weights import model_tensors, restore_model
+from trainer.checkpoint.manifest import Found, check, newest_whole
+from trainer.checkpoint.optimizer_state import pack_optimizer, restore_optimizer
+from trainer.checkpoint.run_state import (
+    RunRecord,
+    callback_states,
+    restore_callbacks,
+    restore_random_state,
+    restore_state,
+    start_random_state,
+    state_fields,
+)
+from trainer.checkpoint.tensors import StoredTensors, model_tensors, pack, restore_model, unpack
 from trainer.checkpoint.writer import CheckpointWriter, Contents, rank_file
 from trainer.config.arguments import TrainingArguments
 from trainer.data.length import RunLength
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError, UsageError
-from trainer.model.osft.targets import split_importance
+from trainer.model.build import build_on_meta, materialise, prepare_model, read_config
+from trainer.model.osft.targets import apply_osft, split_importance
 from trainer.optim.averaging import is_averaging
+from trainer.optim.optimizers import build_optimizer
+from trainer.optim.registry import OPTIMIZERS
 from trainer.optim.schedules import advance
 from trainer.training.callbacks import Events, RunState
-from trainer.training.output import METRICS, PARAMETERS, continue_output_dir
+from trainer.training.run_dir import METRICS, PARAMETERS, continue_output_dir
 from trainer.training.step import Engine
 
 logger = logging.getLogger(__name__)
@@ -173,7 +182,7 @@ class Checkpoints:
         """
         if not manifest.read_manifest(folder).is_resumable:
             raise CheckpointError(f"{folder} holds weights alone (save_only_model): a run cannot go on from it")
-        record = RunRecord.from_dict(manifest.read_json(folder / STATE), str(folder / STATE))
+        record = RunRecord.from_dict(read_json(folder / STATE), str(folder / STATE))
         changes = self._changes(folder, record)
         check_changes(changes, self.args.allow_change, str(folder))
         if read_importance(folder) != split_importance(self.engine.model):
@@ -198,7 +207,7 @@ class Checkpoints:
         self.events.control.should_training_stop |= restored.record.should_stop
         self.events.control.should_epoch_stop |= restored.record.should_stop_epoch
         if manifest.read_manifest(restored.folder).world_size == group.world_size:
-            body, _ = manifest.read_sealed(restored.folder / rank_file(group.rank))
+            body, _ = read_sealed(restored.folder / rank_file(group.rank))
             restore_random_state(body["random"], group.device)
         else:
             start_random_state(self.args.seed, self.state.global_step, group.rank)
@@ -240,7 +249,7 @@ class Checkpoints:
                 if generation is not None:
                     generation.to_json_file(Path(folder, "generation_config.json"))
             if (importance := split_importance(self.engine.model)) is not None:
-                manifest.write_json(Path(folder, IMPORTANCE), importance)
+                write_json(Path(folder, IMPORTANCE), importance)
             if hasattr(handler.processing_class, "save_pretrained"):
                 handler.processing_class.save_pretrained(folder)
             paths = [path for path in Path(folder).rglob("*") if path.is_file()]
@@ -258,7 +267,7 @@ class Checkpoints:
         return found.folder
 
     def _changes(self, folder: Path, record: RunRecord) -> dict[str, str]:
-        saved = type(self.args).from_mapping(manifest.read_json(folder / PARAMETERS)).to_dict()
+        saved = type(self.args).from_mapping(read_json(folder / PARAMETERS)).to_dict()
         changes = find_changes(saved, self.args.to_dict()) | find_changes(record.fingerprints, self._identify())
         names = [name for name, _ in record.callbacks]
         present = [name for name, _ in callback_states(self.events.handler.callbacks)]
@@ -269,7 +278,7 @@ class Checkpoints:
         stored = StoredTensors(folder, group.rank, group.world_size)
         restore_model(self.engine.model, stored)
         kept = frozenset(key for name in changes for key in OPTIMIZER_SETTINGS.get(name, ()))
-        form = manifest.read_json(folder / OPTIMIZER)
+        form = read_json(folder / OPTIMIZER)
         restore_optimizer(self.engine.optimizer, self.engine.model, form, stored, kept)
 
     def _restore_records(self, record: RunRecord, changes: dict[str, str]) -> None:
@@ -308,7 +317,7 @@ def load_best_weights(model: nn.Module, optimizer: Optimizer, state: RunState, g
     stored = StoredTensors(folder, group.rank, group.world_size)
     restore_model(model, stored)
     if is_averaging(optimizer):
-        restore_optimizer(optimizer, model, manifest.read_json(folder / OPTIMIZER), stored, frozenset())
+        restore_optimizer(optimizer, model, read_json(folder / OPTIMIZER), stored, frozenset())
 
 
 def read_importance(folder: Path) -> dict[str, float] | None:
@@ -318,7 +327,39 @@ def read_importance(folder: Path) -> dict[str, float] | None:
         CheckpointError: the file is damaged.
     """
     path = folder / MODEL_FILES / IMPORTANCE
-    return dict(manifest.read_json(path)) if path.is_file() else None
+    return dict(read_json(path)) if path.is_file() else None
+
+
+def build_saved_model(folder: Path, stored: StoredTensors, device: torch.device) -> PreTrainedModel:
+    """Build the language model that a checkpoint or the record of a step holds, with its weights.
+
+    Raises:
+        CheckpointError: only its own program can build it.
+    """
+    if not (folder / MODEL_FILES / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} is of a model that is not built from a config.json: build it yourself, and fill it with "
+            "trainer.checkpoint.tensors.restore_model"
+        )
+    args = TrainingArguments.from_mapping(read_json(folder / PARAMETERS))
+    model = build_on_meta(read_config(args, folder / MODEL_FILES), trust_remote_code=args.trust_remote_code)
+    if (folder / MODEL_FILES / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder / MODEL_FILES)
+    if args.osft:
+        apply_osft(model, args, read_importance(folder))
+    prepare_model(model, args, None, device)
+    materialise(model, stored, device)
+    return model
+
+
+def build_saved_optimizer(folder: Path, stored: StoredTensors, model: PreTrainedModel) -> Optimizer | None:
+    """Build the optimizer of a checkpoint with its state, where it averages the weights to export; else None."""
+    args = TrainingArguments.from_mapping(read_json(folder / PARAMETERS))
+    if args.optim not in OPTIMIZERS or not OPTIMIZERS[args.optim].averages_weights:
+        return None
+    optimizer = build_optimizer(model, args)
+    restore_optimizer(optimizer, model, read_json(folder / OPTIMIZER), stored, frozenset())
+    return optimizer
 
 
 def _by_either_name(folder: Path) -> Path:

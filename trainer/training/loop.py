@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from transformers.trainer_callback import TrainerControl
 
-from trainer.checkpoint.randomness import generator_states
+from trainer.checkpoint.run_state import generator_states
 from trainer.config.arguments import TrainingArguments
 from trainer.data.length import RunLength
 from trainer.training.callbacks import Events, RunState

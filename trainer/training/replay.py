@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from trainer.atomic import read_json, read_sealed
 from trainer.checkpoint import manifest
-from trainer.checkpoint.find import find_damage
-from trainer.checkpoint.randomness import set_generator_states
-from trainer.checkpoint.storage import StoredTensors
-from trainer.checkpoint.tree import unpack
+from trainer.checkpoint.manifest import find_damage
+from trainer.checkpoint.run_state import set_generator_states
+from trainer.checkpoint.tensors import StoredTensors, unpack
 from trainer.checkpoint.writer import rank_file
 from trainer.config.arguments import TrainingArguments
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError
-from trainer.training.output import PARAMETERS
-from trainer.training.recorded import recorded_model
+from trainer.training.checkpoints import build_saved_model
+from trainer.training.run_dir import PARAMETERS
 from trainer.training.tokens import TokenObjective
 
 
@@ -47,8 +47,8 @@ def replay(folder: Path, group: Group) -> Finding | None:
     """
     if faults := find_damage(folder):
         raise CheckpointError(f"{folder} is not a whole record of a step: {faults[0]}")
-    model = recorded_model(folder, StoredTensors(folder), group.device)
-    args = TrainingArguments.from_mapping(manifest.read_json(folder / PARAMETERS))
+    model = build_saved_model(folder, StoredTensors(folder), group.device)
+    args = TrainingArguments.from_mapping(read_json(folder / PARAMETERS))
     if (name := _first_bad_weight(model)) is not None:
         return Finding(0, 0, f"weight {name}, before the step")
     objective = TokenObjective(model, args, group)
@@ -62,7 +62,7 @@ def replay(folder: Path, group: Group) -> Finding | None:
 
 def _read_own(folder: Path, rank: int, world_size: int) -> Any:
     """Batch and generators of one rank."""
-    body, _ = manifest.read_sealed(folder / rank_file(rank))
+    body, _ = read_sealed(folder / rank_file(rank))
     stored = StoredTensors(folder, rank, world_size)
     return unpack(body["step"], lambda name: stored.read(name, ()))
 

@@ -15,6 +15,7 @@ from transformers import set_seed
 from transformers.trainer_callback import CallbackHandler, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import BestRun, TrainOutput
 
+from trainer.checkpoint.run_state import data_fingerprint, tokenizer_fingerprint
 from trainer.config.arguments import TrainingArguments
 from trainer.data.dataset import is_token_data
 from trainer.data.ordinary import Collate
@@ -30,7 +31,6 @@ from trainer.training.build import check_names, check_optimizer
 from trainer.training.callbacks import DefaultFlowCallback, Events, ExportCallback, MetricsFile, RunState
 from trainer.training.checkpoints import Checkpoints, load_best_weights
 from trainer.training.crash import CrashRecorder
-from trainer.training.fingerprints import data_fingerprint, tokenizer_fingerprint
 from trainer.training.generation import Answer
 from trainer.training.loop import Run, train
 from trainer.training.machine import start_machine
@@ -38,9 +38,9 @@ from trainer.training.memory import Snapshot, is_out_of_memory, memory_tracker, 
 from trainer.training.metrics import now
 from trainer.training.ordinary import OrdinaryRoad
 from trainer.training.osft import start
-from trainer.training.output import open_output_dir, sole_run
 from trainer.training.parts import TrainerParts
 from trainer.training.reporting import reporters
+from trainer.training.run_dir import open_output_dir, sole_run
 from trainer.training.search import Objective, Search
 from trainer.training.step import Engine
 from trainer.training.tokens import TokenRoad

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.atomic import remove_folder
 from trainer.checkpoint import manifest
 from trainer.config.arguments import TrainingArguments
 from trainer.errors import CheckpointError, UsageError
@@ -108,7 +109,7 @@ def _continue(folder: Path, args: TrainingArguments, metrics_bytes: int, step: i
     for later in manifest.list_checkpoints(checkpoints):
         if manifest.step_of(later) > step:
             logger.warning("removed %s: the run goes on from step %d", later.name, step)
-            manifest.remove(later)
+            remove_folder(later)
     manifest.remove_leftovers(checkpoints)
     metrics = folder / METRICS
     if metrics.exists():

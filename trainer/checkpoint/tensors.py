@@ -10,22 +10,24 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from trainer.checkpoint.manifest import read_json
+from trainer.atomic import read_json
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError
 from trainer.model.fsdp import Region, local_part
 
 INDEX = "tensors.json"
+OPTIMIZER = "optimizer"  # what the names of its tensors begin with
 SPLIT, SHARED, OWN = "split", "shared", "own"  # in pieces, equal on all ranks, another one on each rank
 DTYPES = {
     torch.float64: "F64",
@@ -314,3 +316,86 @@ def fill(tensor: Tensor, name: str, stored: StoredTensors) -> None:
     if part.numel():
         with torch.no_grad():
             part.copy_(stored.read(name, region))
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Give the tensors to save, sharded as they are.
+
+    Raises:
+        CheckpointError: the model keeps state that is no tensor.
+    """
+    stored = model.state_dict()
+    strange = [name for name, value in stored.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise CheckpointError(f"{strange[0]} of the model is no tensor: a checkpoint cannot hold it")
+    is_adapted = hasattr(model, "peft_config")
+    tensors: dict[str, Tensor] = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad or not is_adapted
+    }
+    return tensors | {name: buffer for name, buffer in model.named_buffers() if name in stored}
+
+
+def restore_model(model: nn.Module, stored: StoredTensors) -> None:
+    """Fill a model, in place, with the weights of a checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to another model.
+    """
+    tensors = model_tensors(model)
+    strange = [name for name in stored.entries if name not in tensors and not name.startswith(f"{OPTIMIZER}/")]
+    if strange:
+        raise CheckpointError(f"{stored.folder} holds {strange[0]}, which this model lacks; it is another model's")
+    for name, tensor in tensors.items():
+        fill(tensor, name, stored)
+
+
+TENSOR, TUPLE, DICT = "$tensor", "$tuple", "$dict"
+
+
+def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Give the JSON form of a value; its tensors go into `tensors`, named by their path from `name` on.
+
+    Raises:
+        CheckpointError: something in it is neither number, text, tensor, list, tuple nor dict.
+    """
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int | float | np.integer | np.floating):
+        return value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, Tensor):
+        if name in tensors:
+            raise CheckpointError(f"two tensors of a checkpoint would be named {name!r}")
+        tensors[name] = value
+        return {TENSOR: name}
+    if isinstance(value, list | tuple):
+        items = [pack(item, f"{name}/{index}", tensors) for index, item in enumerate(value)]
+        return items if isinstance(value, list) else {TUPLE: items}
+    if isinstance(value, dict):
+        return _pack_dict(value, name, tensors)
+    raise CheckpointError(
+        f"{name} is a {type(value).__module__}.{type(value).__qualname__}: only numbers, texts, tensors, and lists, "
+        "tuples and dicts of them can be saved; give the object that owns it a state_dict of these"
+    )
+
+
+def _pack_dict(value: dict[Any, Any], name: str, tensors: dict[str, Tensor]) -> Any:
+    if all(isinstance(key, str) and not key.startswith("$") for key in value):
+        return {key: pack(item, f"{name}/{key}", tensors) for key, item in value.items()}
+    unsaved: dict[str, Tensor] = {}
+    pairs = [[pack(key, name, unsaved), pack(item, f"{name}/{key}", tensors)] for key, item in value.items()]
+    return {DICT: pairs}
+
+
+def unpack(form: Any, read: Callable[[str], Tensor]) -> Any:
+    """Give the value back; `read` gives a tensor by its name."""
+    if isinstance(form, list):
+        return [unpack(item, read) for item in form]
+    if not isinstance(form, dict):
+        return form
+    if form.keys() == {TENSOR}:
+        return read(form[TENSOR])
+    if form.keys() == {TUPLE}:
+        return tuple(unpack(item, read) for item in form[TUPLE])
+    if form.keys() == {DICT}:
+        return {unpack(key, read): unpack(item, read) for key, item in form[DICT]}
+    return {key: unpack(item, read) for key, item in form.items()}

@@ -14,12 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor import empty as empty_dtensor
 
-from trainer.checkpoint.storage import Entry, StoredTensors, fill
-from trainer.checkpoint.tree import pack, unpack
+from trainer.checkpoint.tensors import OPTIMIZER, Entry, StoredTensors, fill, pack, unpack
 from trainer.errors import CheckpointError
 from trainer.optim.mixing import revive
-
-NAME = "optimizer"
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[Any, dict[str, Tensor]]:
@@ -39,7 +36,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[
             f"{type(optimizer).__name__} keeps {', '.join(sorted(extra))} beside state and parameter groups: "
             "it cannot be saved"
         )
-    return pack({"state": state, "groups": groups}, NAME, tensors), tensors
+    return pack({"state": state, "groups": groups}, OPTIMIZER, tensors), tensors
 
 
 def restore_optimizer(
