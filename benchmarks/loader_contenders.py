@@ -1,6 +1,6 @@
 """One loader on one data file: real tokens a second of one rank, and the time until its first batch.
 
-`python benchmarks/loader_contenders.py NAME --num-samples 20000` prints one JSON object. Each reads the same tokenised
+`python benchmarks/loader_contenders.py NAME --num-samples 20000` prints one JSON object. Each reads the same tokenized
 JSONL, prepared in its own way before the clock runs where it keeps what it prepared, and gives batches of about 32k
 tokens as its own trainer would get them.
 """

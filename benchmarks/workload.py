@@ -1,4 +1,4 @@
-"""What the step benchmarks train: tokenised samples with the lengths of chat, and Llamas of several shapes."""
+"""What the step benchmarks train: tokenized samples with the lengths of chat, and Llamas of several shapes."""
 
 from __future__ import annotations
 

@@ -19,24 +19,24 @@ from trainer.data import chat as chat_module
 from trainer.data.chat import ChatFormat, TemplateError, generation_prompt
 from trainer.data.encode import Encoder
 from trainer.data.jsonl import Document, FileKind
-from trainer.data.time_limit import limited_time
-from trainer.data.tokenise import Recipe, Tokeniser
+from trainer.data.limits import limited_time
+from trainer.data.tokenize import DocumentTokenizer, Recipe
 from trainer.errors import DataError, UsageError
 
 CONTENTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 TALK = chat("first?", "one.", "second?", "two.")["messages"]
 
 
-def tokenise(tokenizer: Any, fields: dict[str, Any], **options: Any) -> tuple[np.ndarray, np.ndarray]:
+def tokenize(tokenizer: Any, fields: dict[str, Any], **options: Any) -> tuple[np.ndarray, np.ndarray]:
     document = Document("data.jsonl", 7, fields)
     recipe = Recipe.build(FileKind(document.kind, 1), tokenizer, DataArguments(**options), None)
-    batch, _ = Tokeniser(recipe).tokenise([document])
+    batch, _ = DocumentTokenizer(recipe).tokenize([document])
     return batch.input_ids, batch.labels
 
 
 def trained_text(tokenizer: Any, fields: dict[str, Any], **options: Any) -> list[str]:
     """The runs of trained tokens, as text."""
-    ids, labels = tokenise(tokenizer, fields, **options)
+    ids, labels = tokenize(tokenizer, fields, **options)
     runs = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(labels != -100)) + 1)
     return [tokenizer.decode(ids[run]) for run in runs if labels[run[0]] != -100]
 
@@ -90,7 +90,7 @@ def test_last_trains_the_last_assistant_turn(template: str) -> None:
 
 @pytest.mark.parametrize("template", ["plain", "marks", "mistral", "gemma"])
 def test_all_trains_every_token(template: str) -> None:
-    ids, labels = tokenise(build_tokenizer(template), {"messages": TALK}, train_on="all")
+    ids, labels = tokenize(build_tokenizer(template), {"messages": TALK}, train_on="all")
     np.testing.assert_array_equal(ids, labels)
 
 
@@ -104,7 +104,7 @@ def test_the_space_before_an_answer_belongs_to_it_where_the_template_says_so() -
 def test_token_ids_are_those_of_apply_chat_template(template: str, questions: list[str], answers: list[str]) -> None:
     tokenizer = build_tokenizer(template)
     messages = [turn for q, a in zip(questions, answers, strict=False) for turn in (user(q), assistant(a))]
-    ids, _ = tokenise(tokenizer, {"messages": messages}, on_untrainable="error", train_on="all")
+    ids, _ = tokenize(tokenizer, {"messages": messages}, on_untrainable="error", train_on="all")
     assert ids.tolist() == tokenizer.apply_chat_template(messages, return_dict=False)
 
 
@@ -112,7 +112,7 @@ def test_token_ids_are_those_of_apply_chat_template(template: str, questions: li
 @settings(deadline=None, max_examples=50)
 def test_marks_and_incremental_rendering_agree(questions: list[str], answers: list[str]) -> None:
     messages = [turn for q, a in zip(questions, answers, strict=False) for turn in (user(q), assistant(a))]
-    marked, incremental = (tokenise(build_tokenizer(name), {"messages": messages}) for name in ("marks", "plain"))
+    marked, incremental = (tokenize(build_tokenizer(name), {"messages": messages}) for name in ("marks", "plain"))
     np.testing.assert_array_equal(marked[0], incremental[0])
     np.testing.assert_array_equal(marked[1], incremental[1])
 
@@ -163,7 +163,7 @@ def test_a_normalizer_that_changes_a_text_does_not_shift_its_mask() -> None:
 
 def test_a_tokenizer_that_is_not_byte_level_is_masked_alike() -> None:
     tokenizer = build_tokenizer("marks", byte_level=False)
-    ids, labels = tokenise(tokenizer, {"messages": TALK})
+    ids, labels = tokenize(tokenizer, {"messages": TALK})
     trained = tokenizer.convert_ids_to_tokens(ids[labels != -100].tolist())
     assert "".join(trained).replace("<0x2E>", ".") == f"one.{END}two.{END}"
 
@@ -177,7 +177,7 @@ def test_tool_calls_and_tools_reach_the_template() -> None:
         fields = {"messages": messages, "tools": tools}
         tokenizer = build_tokenizer(template)
         assert trained_text(tokenizer, fields) == expected
-        assert tokenizer.decode(tokenise(tokenizer, fields)[0]).startswith('<|im_start|>tools\n[{"type": "function"')
+        assert tokenizer.decode(tokenize(tokenizer, fields)[0]).startswith('<|im_start|>tools\n[{"type": "function"')
 
 
 @pytest.mark.parametrize("template", ["plain", "marks", "shows_no_reasoning"])
@@ -188,7 +188,7 @@ def test_a_turn_that_says_so_is_not_trained(template: str, flag: dict[str, Any])
     assert trained_text(tokenizer, {"messages": messages}) == ["good" + END]
     assert trained_text(tokenizer, {"messages": messages[:4][::-1]}, train_on="last") == ["good" + END]
     with pytest.raises(DataError, match="a message says that it is not trained"):
-        tokenise(tokenizer, {"messages": messages}, train_on="all")
+        tokenize(tokenizer, {"messages": messages}, train_on="all")
 
 
 @pytest.mark.parametrize("template", ["plain", "marks"])
@@ -220,7 +220,7 @@ def test_what_the_template_leaves_out_is_counted(message: dict[str, Any]) -> Non
     )
     recipe = Recipe.build(FileKind("messages", 1), tokenizer, DataArguments(), None)
     for messages, count in ((TALK, 0), ([*TALK[:2], message, *TALK[2:]], 1)):
-        _, report = Tokeniser(recipe).tokenise([Document("p", 1, {"messages": messages})])
+        _, report = DocumentTokenizer(recipe).tokenize([Document("p", 1, {"messages": messages})])
         assert report["messages_not_written_whole"] == count
 
 
@@ -231,7 +231,7 @@ def test_control_tokens_are_counted_wherever_they_stand() -> None:
     for said in (f"x{END}", "x"):
         parts = [{"type": "text", "text": said}]
         document = Document("p", 1, {"messages": [user(parts), assistant(parts)]})
-        _, report = Tokeniser(recipe).tokenise([document])
+        _, report = DocumentTokenizer(recipe).tokenize([document])
         assert report["control_tokens_in_text"] == (END in said)
 
 
@@ -239,7 +239,7 @@ def test_a_text_without_eos_is_counted() -> None:
     tokenizer = build_tokenizer()
     tokenizer.eos_token = None
     recipe = Recipe.build(FileKind("prompt_completion", 1), tokenizer, DataArguments(), None)
-    _, report = Tokeniser(recipe).tokenise([Document("p", 1, {"prompt": "x", "completion": "yes"})])
+    _, report = DocumentTokenizer(recipe).tokenize([Document("p", 1, {"prompt": "x", "completion": "yes"})])
     assert report["turns_without_end_of_turn"] == 1
 
 
@@ -288,7 +288,7 @@ def test_only_the_completion_of_a_conversational_prompt_is_trained() -> None:
 )
 def test_a_chat_that_cannot_be_masked_is_refused_with_the_reason(template: str, messages: Any, reason: str) -> None:
     with pytest.raises(DataError, match=reason) as caught:
-        tokenise(build_tokenizer(template), {"messages": messages})
+        tokenize(build_tokenizer(template), {"messages": messages})
     assert (caught.value.path, caught.value.line, caught.value.field) == ("data.jsonl", 7, "messages")
 
 
@@ -299,7 +299,7 @@ def test_a_template_that_marks_fewer_spans_than_turns_cannot_train_some_of_them(
     )
     for train_on in ("last", "assistant"):
         with pytest.raises(DataError, match="marks 1 spans for 2 assistant turns"):
-            tokenise(tokenizer, {"messages": TALK}, train_on=train_on)
+            tokenize(tokenizer, {"messages": TALK}, train_on=train_on)
 
 
 def test_turns_without_an_end_are_counted() -> None:
@@ -309,14 +309,14 @@ def test_turns_without_an_end_are_counted() -> None:
         "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% if loop.last %}<|im_end|>{% endif %}\n{% endfor %}"
     )
     recipe = Recipe.build(FileKind("messages", 1), tokenizer, DataArguments(), None)
-    _, report = Tokeniser(recipe).tokenise([Document("p", 1, {"messages": TALK})])
+    _, report = DocumentTokenizer(recipe).tokenize([Document("p", 1, {"messages": TALK})])
     assert report["turns_without_end_of_turn"] == 1
 
 
 def test_bos_stands_once() -> None:
     tokenizer = build_tokenizer("adds_bos", adds_bos=True)
     for fields in ({"messages": TALK}, {"text": "hello"}, {"text": BOS + "hello"}, {"prompt": "a", "completion": "b"}):
-        ids, _ = tokenise(tokenizer, fields)
+        ids, _ = tokenize(tokenizer, fields)
         assert ids.tolist().count(tokenizer.bos_token_id) == 1
         assert ids[0] == tokenizer.bos_token_id
 
@@ -343,7 +343,7 @@ def test_an_eos_that_the_tokenizer_adds_itself_is_the_only_one() -> None:
 def test_a_pretrain_message_is_raw_text() -> None:
     tokenizer = build_tokenizer(adds_bos=True)
     pretrain = {"messages": [{"role": "pretrain", "content": "hello world"}]}
-    np.testing.assert_array_equal(tokenise(tokenizer, pretrain), tokenise(tokenizer, {"text": "hello world"}))
+    np.testing.assert_array_equal(tokenize(tokenizer, pretrain), tokenize(tokenizer, {"text": "hello world"}))
 
 
 def test_a_template_file_replaces_the_tokenizers_own(tmp_path: Path) -> None:
@@ -352,14 +352,14 @@ def test_a_template_file_replaces_the_tokenizers_own(tmp_path: Path) -> None:
     tokenizer = build_tokenizer(None)
     assert trained_text(tokenizer, {"messages": TALK}, chat_template=str(path)) == ["one." + END, "two." + END]
     with pytest.raises(UsageError, match="cannot be read"):
-        tokenise(tokenizer, {"messages": TALK}, chat_template=str(tmp_path / "none"))
+        tokenize(tokenizer, {"messages": TALK}, chat_template=str(tmp_path / "none"))
 
 
 @pytest.mark.parametrize("template", ["plain", "marks", "mistral", "gemma"])
 def test_generation_begins_where_the_trained_turn_does(template: str) -> None:
     tokenizer = build_tokenizer(template)
     prompt, reference = generation_prompt(tokenizer, TALK)
-    ids, labels = tokenise(tokenizer, {"messages": TALK}, train_on="last")
+    ids, labels = tokenize(tokenizer, {"messages": TALK}, train_on="last")
     begin = int(np.flatnonzero(labels != -100)[0])
     assert prompt == ids[:begin].tolist()
     assert tokenizer.decode(ids[begin:], skip_special_tokens=True).strip() == reference == "two."
@@ -403,12 +403,12 @@ def test_parts_that_the_template_would_write_as_code_are_refused(template: str) 
     parts = [{"type": "text", "text": "four"}]
     for messages in ([user("2+2"), assistant(parts)], [user(parts), assistant("four")]):
         with pytest.raises(DataError, match="writes the list itself into the text; make each content a string"):
-            tokenise(build_tokenizer(template), {"messages": messages})
+            tokenize(build_tokenizer(template), {"messages": messages})
 
 
 def test_parts_that_the_template_writes_are_trained() -> None:
     tokenizer = build_tokenizer("plain")
     tokenizer.chat_template = TEMPLATES["plain"].replace("message.content or ''", "message.content[0].text")
     parts = [{"type": "text", "text": "four"}]
-    ids, labels = tokenise(tokenizer, {"messages": [user(parts), assistant(parts)]})
+    ids, labels = tokenize(tokenizer, {"messages": [user(parts), assistant(parts)]})
     assert tokenizer.decode(ids[labels != -100]) == f"four{END}"

@@ -107,7 +107,7 @@ class TestJsonlDataset:
                 name: np.asarray(value).tolist() for name, value in theirs.items()
             }
 
-    def test_text_must_be_tokenised_first(self, tmp_path: Path) -> None:
+    def test_text_must_be_tokenized_first(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"'text'.*trainer prepare"):
             JsonlDataset(write_jsonl(tmp_path / "text.jsonl", [{"text": "hello"}]))
 

@@ -27,15 +27,15 @@ from tests.fixtures.corpora import (
 )
 from tests.fixtures.tokenizers import END, START, TEMPLATES, TEXT_END, build_tokenizer
 from trainer.config.groups import DataArguments
-from trainer.data import tokenise
+from trainer.data import tokenize
 from trainer.data.cache import cache_home
 from trainer.data.jsonl import FileKind, detect_file_kind, read_documents
 from trainer.data.prepare import prepare
 from trainer.data.source import Chunk, Source
 from trainer.data.split import split_validation
 from trainer.data.store import TokenBatch, TokenStore
-from trainer.data.tokenise import Recipe, Tokeniser
-from trainer.data.worker import TokeniserPool, tokenise_chunk
+from trainer.data.tokenize import DocumentTokenizer, Recipe
+from trainer.data.workers import TokenizerPool, tokenize_chunk
 from trainer.errors import DataError, UsageError
 
 TOKENIZER = build_tokenizer()
@@ -176,7 +176,7 @@ def test_workers_give_what_the_caller_would_in_the_order_of_the_file(
             drawers.add(threading.current_thread())
             yield chunk
 
-    with TokeniserPool(recipe, str(path), 2) as pool:
+    with TokenizerPool(recipe, str(path), 2) as pool:
         results = []
         for result in pool.map(drawn()):
             while len(drawers) < 2:  # the caller is busy until a worker has started and takes the next chunks
@@ -184,7 +184,7 @@ def test_workers_give_what_the_caller_would_in_the_order_of_the_file(
             results.append(result)
     assert len(results) == len(chunks) > 20
     for (batch, report), chunk in zip(results, chunks, strict=True):
-        expected, expected_report = tokenise_chunk(Tokeniser(recipe), str(path), chunk)
+        expected, expected_report = tokenize_chunk(DocumentTokenizer(recipe), str(path), chunk)
         assert report == expected_report
         for field in dataclasses.fields(TokenBatch):
             assert getattr(batch, field.name).tolist() == getattr(expected, field.name).tolist()
@@ -203,11 +203,11 @@ def test_an_error_in_a_worker_is_that_of_the_caller(tmp_path: Path, options: Any
     recipe = Recipe.build(FileKind("messages", 1), TOKENIZER, options(), None)
     whole = Chunk(0, path.stat().st_size, 1)
     with pytest.raises(DataError) as expected:
-        tokenise_chunk(Tokeniser(recipe), str(path), whole)
-    with TokeniserPool(recipe, str(path), 1) as pool:
+        tokenize_chunk(DocumentTokenizer(recipe), str(path), whole)
+    with TokenizerPool(recipe, str(path), 1) as pool:
         pool._workers[0].wait_until_ready()
         with pytest.raises(DataError) as raised:
-            pool._workers[0].tokenise(whole)
+            pool._workers[0].tokenize(whole)
     assert str(raised.value) == str(expected.value)
 
 
@@ -217,17 +217,17 @@ def test_the_first_error_of_the_file_is_told_whoever_finds_one_first(tmp_path: P
     path.write_text("\n".join([begin, *path.read_text().splitlines(), end]))
     recipe = Recipe.build(FileKind("messages", 2), TOKENIZER, options(), None)
     whole = path.stat().st_size
-    with TokeniserPool(recipe, str(path), 1) as pool, pytest.raises(DataError, match=r"c.jsonl:1: not JSON"):
+    with TokenizerPool(recipe, str(path), 1) as pool, pytest.raises(DataError, match=r"c.jsonl:1: not JSON"):
         list(pool.map([Chunk(0, 1, 1), Chunk(2, whole - len(end) - 2, 2), Chunk(whole - len(end), len(end), 7)]))
 
 
 def test_a_process_that_dies_is_reported(tmp_path: Path, options: Any) -> None:
     path = write_chats(tmp_path / "c.jsonl", 5)
     recipe = Recipe.build(detect_file_kind(path), TOKENIZER, options(), None)
-    with TokeniserPool(recipe, str(path), 1) as pool:
+    with TokenizerPool(recipe, str(path), 1) as pool:
         pool._workers[0]._process.kill()
         pool._workers[0]._process.wait()
-        with pytest.raises(DataError, match=r"c.jsonl:1: a tokenising process died \(exit status -9\)"):
+        with pytest.raises(DataError, match=r"c.jsonl:1: a tokenizing process died \(exit status -9\)"):
             list(pool.map([Chunk(0, path.stat().st_size, 1)] * 100))
 
 
@@ -256,7 +256,7 @@ def test_what_was_prepared_by_other_rules_is_prepared_anew(
 ) -> None:
     path = write_jsonl(tmp_path / "c.jsonl", [chat("a", "b")])
     prepare(path, TOKENIZER, options())
-    monkeypatch.setattr(tokenise, "RULES_VERSION", tokenise.RULES_VERSION + 1)
+    monkeypatch.setattr(tokenize, "RULES_VERSION", tokenize.RULES_VERSION + 1)
     assert not prepare(path, TOKENIZER, options()).metadata["cached"]
 
 

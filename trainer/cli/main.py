@@ -16,7 +16,7 @@ from trainer.errors import PeerError, TrainerError, UsageError
 
 COMMANDS = {
     "train": "prepare the data, train, evaluate, save",
-    "prepare": "tokenise a data set and report what is in it",
+    "prepare": "tokenize a data set and report what is in it",
     "preview": "show samples, and what of them is trained",
     "plan": "foretell steps, micro-batches and packing, for any number of ranks",
     "export": "write Hugging Face weights in another type",

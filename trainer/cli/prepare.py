@@ -1,4 +1,4 @@
-"""`trainer prepare`: tokenise a data set, and report what is in it and what was refused."""
+"""`trainer prepare`: tokenize a data set, and report what is in it and what was refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class NoArguments:
 def run(words: Sequence[str]) -> int:
     """Prepare every data set that the options name; give the exit code."""
     groups = (DataArguments, ModelArguments, BatchArguments)
-    args, _ = parse("prepare", words, groups, NoArguments, "Tokenise, check and count a data set.")
+    args, _ = parse("prepare", words, groups, NoArguments, "Tokenize, check and count a data set.")
     paths = [path for path in (args.data_path, args.validation_data_path) if path is not None]
     if not paths:
         raise UsageError("data_path is missing: name the JSONL file to prepare")

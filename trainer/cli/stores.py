@@ -16,7 +16,7 @@ console = Console()
 
 
 def open_store(path: str, args: TrainingArguments) -> TokenStore:
-    """Prepare a file as training would, or open a prepared folder; a tokenised file needs no tokenizer."""
+    """Prepare a file as training would, or open a prepared folder; a tokenized file needs no tokenizer."""
     with PreparationDisplay(console) as progress:
         return prepare(path, load_tokenizer_if_named(args), args, args.longest_sample, progress)
 

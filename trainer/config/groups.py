@@ -111,7 +111,7 @@ class DataArguments:
     block_size: int | None = option(
         None, "Pretraining: join documents with EOS, cut blocks of so many tokens.", above=1, maximum=INT32
     )
-    dataset_num_proc: int | None = option(None, "Processes that tokenise; by default one per core.", above=0)
+    dataset_num_proc: int | None = option(None, "Processes that tokenize; by default one per core.", above=0)
     data_cache_dir: str | None = option(None, "Where prepared data is kept; by default ~/.cache/trainer/prepared.")
 
 

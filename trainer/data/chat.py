@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.data.jsonl import TRAINED_FLAGS
+from trainer.data.limits import limited_time
 from trainer.data.messages import Message, call_arguments, content_text, is_plain, is_wanted, with_parsed_arguments
-from trainer.data.time_limit import limited_time
 from trainer.errors import DataError, UsageError
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Tokenised samples as a torch data set.
+"""Tokenized samples as a torch data set.
 
 Owns the form in which samples meet torch: int64 tensors one by one, and a whole global batch by its counts alone, from
 which the collator reads what it needs. Knows no ranks and no order.
@@ -23,7 +23,7 @@ from trainer.errors import DataError, UsageError
 
 
 class JsonlDataset(Dataset[dict[str, Any]]):
-    """Samples of a tokenised .jsonl file or of a prepared store, in the order of the file.
+    """Samples of a tokenized .jsonl file or of a prepared store, in the order of the file.
 
     An item has `input_ids` and `labels` (int64 tensors; -100 marks what is not trained), `len`, and
     `num_loss_counted_tokens`, the trained tokens after the causal shift. That number is always counted; a line that
@@ -34,7 +34,7 @@ class JsonlDataset(Dataset[dict[str, Any]]):
         store: an opened store instead.
 
     Raises:
-        DataError: a line is not a tokenised sample.
+        DataError: a line is not a tokenized sample.
     """
 
     def __init__(self, path: str | PathLike[str] | None = None, *, store: TokenStore | None = None) -> None:
@@ -101,7 +101,7 @@ def _open(path: Path) -> TokenStore:
     if kind != "tokens":
         raise DataError(
             f"its lines are of kind {kind!r}",
-            "token ids are needed here; tokenise the file with `trainer prepare`",
+            "token ids are needed here; tokenize the file with `trainer prepare`",
             path,
         )
     samples, num_miscounted = [], 0

@@ -23,7 +23,7 @@ PRETRAIN_ROLE = "pretrain"
 """Role of a message whose content is raw text, trained whole."""
 
 MASKS = ("loss_mask", "completion_mask", "assistant_masks")
-"""Other names under which tokenised lines say what is trained: 1, or 0."""
+"""Other names under which tokenized lines say what is trained: 1, or 0."""
 
 FIELDS: dict[Kind, frozenset[str]] = {
     "tokens": frozenset({"input_ids", "labels", *MASKS, "attention_mask", "len", "num_loss_counted_tokens"}),

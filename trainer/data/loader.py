@@ -50,7 +50,7 @@ def get_data_loader(
     """Build the loader of this rank's share of every global batch.
 
     Args:
-        data_path: tokenised .jsonl or a prepared store; or give `store`.
+        data_path: tokenized .jsonl or a prepared store; or give `store`.
         batch_size: samples of a global batch, over all ranks; the last batch of an epoch may be smaller.
         max_tokens_per_gpu: token budget of one rank in one micro-batch; `max_tokens_per_rank` is the same.
         seed: of the default sampler, which never ends (`InfiniteSampler`): such a loader has no length.

@@ -1,4 +1,4 @@
-"""A data file to a store of samples: tokenised in parallel, cached by content, everything refused counted.
+"""A data file to a store of samples: tokenized in parallel, cached by content, everything refused counted.
 
 Owns the order of preparing and the report. Must not know what a training step is. Invariant:
 the same data, tokenizer, template and options give the same store, whoever prepares it, however often, in however many
@@ -24,18 +24,18 @@ from trainer.data.jsonl import detect_file_kind
 from trainer.data.source import Source
 from trainer.data.split import are_held_out
 from trainer.data.store import StoreWriter, TokenBatch, TokenStore
-from trainer.data.tokenise import Recipe
-from trainer.data.worker import Tokenised, TokeniserPool
+from trainer.data.tokenize import Recipe
+from trainer.data.workers import Tokenized, TokenizerPool
 from trainer.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all) as a file is tokenised."""
+"""Called with (bytes done, bytes in all) as a file is tokenized."""
 
 _BYTES_PER_PROCESS = 2**24
-"""A process takes about as long to start as tokenising so much."""
+"""A process takes about as long to start as tokenizing so much."""
 
 _COUNTS = (
     "documents",
@@ -67,7 +67,7 @@ def prepare(
 ) -> TokenStore:
     """Return the samples of a JSONL file, or of a folder prepared before.
 
-    `limit` is the longest sample in tokens that training can hold; `tokenizer` may be None for tokenised data. The
+    `limit` is the longest sample in tokens that training can hold; `tokenizer` may be None for tokenized data. The
     store's metadata holds `report` (counts of documents, samples, tokens, loss tokens and everything refused), `kind`,
     `source`, `fingerprint`, and whether it was `cached`.
     """
@@ -107,7 +107,7 @@ class _Job:
 
     def build(self, directory: Path) -> None:
         report = Counter(dict.fromkeys(_COUNTS, 0))
-        pool = TokeniserPool(self.recipe, str(self.source.path), self._num_processes() - 1)
+        pool = TokenizerPool(self.recipe, str(self.source.path), self._num_processes() - 1)
         with StoreWriter(directory) as writer, pool:
             for batch in self._with_blocks(self._counted(pool.map(self.source.chunks), report)):
                 # A block of nothing but its first token, or of prompts alone, has nothing to train.
@@ -121,7 +121,7 @@ class _Job:
                 raise DataError("the file changed while it was read", "prepare it again", self.source.path)
             writer.metadata.update(self._facts(report))
 
-    def _counted(self, results: Iterator[Tokenised], report: Counter[str]) -> Iterator[TokenBatch]:
+    def _counted(self, results: Iterator[Tokenized], report: Counter[str]) -> Iterator[TokenBatch]:
         done = 0
         for chunk, (batch, counts) in zip(self.source.chunks, results, strict=True):
             report.update(counts)

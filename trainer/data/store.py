@@ -1,4 +1,4 @@
-"""Tokenised samples on disk (Arrow, memory-mapped) or in memory.
+"""Tokenized samples on disk (Arrow, memory-mapped) or in memory.
 
 Owns the format: flat tokens in record batches, an index of lengths, loss tokens and documents, and a checked metadata
 file. Must not know where samples come from. Invariant: a store is whole or not there, and opening one reads its index

@@ -1,4 +1,4 @@
-"""Documents that are tokenised already: checked, never changed.
+"""Documents that are tokenized already: checked, never changed.
 
 Owns what `input_ids`, `labels` or a mask, `len` and `num_loss_counted_tokens` of a line may say. Must not know
 tokenizers beyond their number of ids. Invariant: what comes out is what stands in the line, or a DataError.
@@ -20,7 +20,7 @@ _LARGEST_ID = 2**31 - 1
 
 
 def read_tokens(document: Document, vocabulary_size: int | None = None) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Return (input_ids, labels) of a tokenised document; labels default to the ids, all trained or those of a mask."""
+    """Return (input_ids, labels) of a tokenized document; labels default to the ids, all trained or those of a mask."""
     limit = _LARGEST_ID if vocabulary_size is None else vocabulary_size - 1
     ids = _integers(document, "input_ids")
     _check_range(document, "input_ids", ids, limit)

@@ -20,9 +20,9 @@ import numpy as np
 from trainer.data.chat import RENDER_SECONDS, ChatFormat, Rendered, TemplateError
 from trainer.data.encode import Encoded, Encoder
 from trainer.data.jsonl import FIELDS, PRETRAIN_ROLE, Document, FileKind
+from trainer.data.limits import limited_time
 from trainer.data.messages import is_written
 from trainer.data.store import Sample, TokenBatch
-from trainer.data.time_limit import limited_time
 from trainer.data.tokens import IGNORED, agrees_on_loss_tokens, read_tokens
 from trainer.errors import TrainerError, UsageError
 
@@ -90,7 +90,7 @@ class Recipe:
         return cls(**{**fields, "expected": FileKind(**fields["expected"])})
 
 
-class Tokeniser:
+class DocumentTokenizer:
     """A recipe at work."""
 
     def __init__(self, recipe: Recipe) -> None:
@@ -108,7 +108,7 @@ class Tokeniser:
         if self.recipe.chat is not None:
             self.recipe.chat.ends_of_turn  # noqa: B018
 
-    def tokenise(self, documents: Iterable[Document]) -> tuple[TokenBatch, Counter[str]]:
+    def tokenize(self, documents: Iterable[Document]) -> tuple[TokenBatch, Counter[str]]:
         """Return the samples of the documents in order, and the counts of what happened to them."""
         report: Counter[str] = Counter()
         samples: list[Sample] = []
@@ -281,7 +281,7 @@ def _check_options(
 ) -> None:
     kind = expected.kind
     if kind == "tokens" and args.train_on != "assistant":
-        raise UsageError(f"train_on={args.train_on!r} has no effect: the data is tokenised, its labels decide")
+        raise UsageError(f"train_on={args.train_on!r} has no effect: the data is tokenized, its labels decide")
     if kind == "text" and args.train_on == "last":
         raise UsageError("train_on='last' has no effect on 'text': all of it is trained")
     if kind in ("tokens", "text") and args.chat_template is not None:

@@ -1,4 +1,4 @@
-"""Tokenising in several processes: the caller, and subprocesses that speak JSON and raw arrays over their pipes.
+"""Tokenizing in several processes: the caller, and subprocesses that speak JSON and raw arrays over their pipes.
 
 Owns the processes and the protocol. Must not know what a recipe does. Invariant: results come in the order of the file,
 and are those that one process would give. Subprocesses rather than `multiprocessing`: nothing is forked, nothing is
@@ -25,33 +25,33 @@ import numpy as np
 from trainer.data.jsonl import parse_documents
 from trainer.data.source import Chunk
 from trainer.data.store import TokenBatch
-from trainer.data.tokenise import Recipe, Tokeniser
+from trainer.data.tokenize import DocumentTokenizer, Recipe
 from trainer.errors import DataError
 
-Tokenised = tuple[TokenBatch, "Counter[str]"]
-_Task = tuple[Chunk, "Future[Tokenised]"]
+Tokenized = tuple[TokenBatch, "Counter[str]"]
+_Task = tuple[Chunk, "Future[Tokenized]"]
 
 _IN_ADVANCE = 8  # results that a process may have ready before they are asked for: the first of all may take longest
 _ARRAYS = (("input_ids", np.int32), ("labels", np.int32), ("lengths", np.int32), ("documents", np.int64))
 
 
-def tokenise_chunk(tokeniser: Tokeniser, path: str, chunk: Chunk) -> Tokenised:
-    """Tokenise some lines of a file."""
-    return tokeniser.tokenise(parse_documents(chunk.read(path), path, chunk.first_line, tokeniser.recipe.expected))
+def tokenize_chunk(tokenizer: DocumentTokenizer, path: str, chunk: Chunk) -> Tokenized:
+    """Tokenize some lines of a file."""
+    return tokenizer.tokenize(parse_documents(chunk.read(path), path, chunk.first_line, tokenizer.recipe.expected))
 
 
-class TokeniserPool:
-    """Tokenises in the caller, and in some worker processes that are started on entering and gone on leaving.
+class TokenizerPool:
+    """Tokenizes in the caller, and in some worker processes that are started on entering and gone on leaving.
 
     Each takes the next chunk as soon as it has time, a worker not before it has loaded what it needs.
     """
 
     def __init__(self, recipe: Recipe, path: str, num_workers: int) -> None:
         self._recipe, self._path, self._num_workers = recipe, path, num_workers
-        self._tokeniser = Tokeniser(recipe)
+        self._tokenizer = DocumentTokenizer(recipe)
         self._workers: list[_Worker] = []
 
-    def __enter__(self) -> TokeniserPool:
+    def __enter__(self) -> TokenizerPool:
         self._workers = [_Worker(self._recipe, self._path) for _ in range(self._num_workers)]
         return self
 
@@ -60,7 +60,7 @@ class TokeniserPool:
             worker.kill()
             worker.close()
 
-    def map(self, chunks: Iterable[Chunk]) -> Iterator[Tokenised]:
+    def map(self, chunks: Iterable[Chunk]) -> Iterator[Tokenized]:
         """Yield what each chunk gives, in order."""
         tasks = _Tasks(chunks, _IN_ADVANCE * (1 + self._num_workers))
         threads = [Thread(target=_serve, args=(worker, tasks)) for worker in self._workers]
@@ -71,7 +71,7 @@ class TokeniserPool:
                 if tasks.is_next_done:
                     yield tasks.next_result()
                 elif (task := tasks.draw(wait=False)) is not None:
-                    _settle(task, lambda chunk: tokenise_chunk(self._tokeniser, self._path, chunk))
+                    _settle(task, lambda chunk: tokenize_chunk(self._tokenizer, self._path, chunk))
                 elif tasks.are_left:
                     yield tasks.next_result()
                 else:
@@ -90,7 +90,7 @@ class _Tasks:
         self._chunks = iter(chunks)
         self._lock = Lock()
         self._room = Semaphore(most_in_advance)
-        self._results: deque[Future[Tokenised]] = deque()
+        self._results: deque[Future[Tokenized]] = deque()
 
     def draw(self, *, wait: bool) -> _Task | None:
         """Take the next chunk; None if there is none left, or no room for its result and waiting is not wanted."""
@@ -114,7 +114,7 @@ class _Tasks:
         """Whether the next result can be read without waiting."""
         return bool(self._results) and self._results[0].done()
 
-    def next_result(self) -> Tokenised:
+    def next_result(self) -> Tokenized:
         """Wait for the next result; raises what its chunk raised."""
         result = self._results.popleft().result()
         self._room.release()
@@ -131,13 +131,13 @@ def _serve(worker: _Worker, tasks: _Tasks) -> None:
     """Let a worker take chunks until there are none."""
     worker.wait_until_ready()
     while (task := tasks.draw(wait=True)) is not None:
-        _settle(task, worker.tokenise)
+        _settle(task, worker.tokenize)
 
 
-def _settle(task: _Task, tokenise: Callable[[Chunk], Tokenised]) -> None:
+def _settle(task: _Task, tokenize: Callable[[Chunk], Tokenized]) -> None:
     chunk, result = task
     try:
-        result.set_result(tokenise(chunk))
+        result.set_result(tokenize(chunk))
     except Exception as error:  # noqa: BLE001  raised when its turn comes: a chunk before it may hold an error as well
         result.set_exception(error)
 
@@ -163,7 +163,7 @@ class _Worker:
             assert self._process.stdout is not None
             self._process.stdout.readline()
 
-    def tokenise(self, chunk: Chunk) -> Tokenised:
+    def tokenize(self, chunk: Chunk) -> Tokenized:
         assert self._process.stdout is not None
         try:
             self._write(json.dumps(chunk) + "\n")
@@ -172,11 +172,11 @@ class _Worker:
             if isinstance(error, DataError):
                 raise
             status = self._process.wait()
-            found = f"a tokenising process died (exit status {status}) in the lines from here"
+            found = f"a tokenizing process died (exit status {status}) in the lines from here"
             remedy = "was it killed for memory? Lower dataset_num_proc"
             raise DataError(found, remedy, self._path, chunk.first_line) from error
 
-    def _receive(self, pipe: IO[bytes]) -> Tokenised:
+    def _receive(self, pipe: IO[bytes]) -> Tokenized:
         line = pipe.readline()
         if not line:
             raise EOFError
@@ -211,16 +211,16 @@ def main() -> None:
         path = json.loads(sys.stdin.buffer.readline() or "null")
         if path is None:
             return
-        tokeniser = Tokeniser(Recipe.from_json(sys.stdin.buffer.readline().decode()))
-        tokeniser.load()
+        tokenizer = DocumentTokenizer(Recipe.from_json(sys.stdin.buffer.readline().decode()))
+        tokenizer.load()
         _send(results, {"ready": True}, [])
         for line in sys.stdin.buffer:
-            _answer(results, tokeniser, path, Chunk(*json.loads(line)))
+            _answer(results, tokenizer, path, Chunk(*json.loads(line)))
 
 
-def _answer(results: IO[bytes], tokeniser: Tokeniser, path: str, chunk: Chunk) -> None:
+def _answer(results: IO[bytes], tokenizer: DocumentTokenizer, path: str, chunk: Chunk) -> None:
     try:
-        batch, report = tokenise_chunk(tokeniser, path, chunk)
+        batch, report = tokenize_chunk(tokenizer, path, chunk)
     except DataError as error:
         refused = {"found": error.found, "allowed": error.allowed, "line": error.line, "field": error.field}
         _send(results, {"refused": refused}, [])
