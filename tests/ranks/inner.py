@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from tests.fixtures.ranks import worker
+from tests.fixtures.ranks import rank_process
 from tests.fixtures.ranks.launch import Launch
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +73,7 @@ def run(launch: Launch, folder: Path, body: str, *args: str) -> Run:
 
 def _pytest(folder: Path, words: tuple[str, ...]) -> int:
     os.chdir(folder)
-    worker._server = None  # this process is not a rank of the outer pytest but the controller of an inner one
+    rank_process._server = None  # this process is not a rank of the outer pytest but the controller of an inner one
     return int(pytest.main(list(words)))
 
 

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from tests.fixtures.ranks.fakes import FakeNumbersError
+from tests.fixtures.ranks.fake_numbers import FakeNumbersError
 
 
 @pytest.mark.world_size(1, 2, 3)

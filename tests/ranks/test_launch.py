@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
-from tests.fixtures.ranks.cuda import turn_on_gpus
 from tests.fixtures.ranks.faults import bit_flipped, delay, disk_full, kill, nan, send, stop, throw, truncated
+from tests.fixtures.ranks.gpus import exclusive_gpus
 
 CONTENT = b"x" * 1000
 
@@ -139,7 +139,7 @@ def test_a_kill_by_the_clock_needs_no_event(launch):
 
 
 def take_a_turn():
-    with turn_on_gpus(1):
+    with exclusive_gpus(1):
         begin = time.monotonic()
         time.sleep(0.05)
         return begin, time.monotonic()

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.fixtures.ranks import huge_pages
+from tests.fixtures.ranks.collectives import Collective
 from tests.fixtures.ranks.pool import NUM_EQUAL_PROBES, Result, _is_deadlock
 from tests.fixtures.ranks.protocol import Outcome, Position
-from tests.fixtures.ranks.trace import Collective
+from tests.fixtures.ranks.zygote import collapse_huge_pages
 
 
 def waiting_in(number):
@@ -46,7 +46,7 @@ def gather() -> tuple[int, bool]:
     """Megabytes that came to lie in huge pages, and whether what they hold is what it was."""
     content = os.urandom(1 << 20) * 16
     held, before = bytearray(content), huge_megabytes()
-    huge_pages.collapse()
+    collapse_huge_pages()
     return huge_megabytes() - before, held == content
 
 

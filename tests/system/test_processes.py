@@ -24,7 +24,8 @@ import trainer.train
 from tests.fixtures.corpora import write_chats
 from tests.fixtures.models import save_model
 from tests.fixtures.ranks.faults import Fault, disk_full, kill, send
-from tests.fixtures.ranks.launch import Launch, Outcomes, faults_installed
+from tests.fixtures.ranks.injection import faults_installed
+from tests.fixtures.ranks.launch import Launch, Outcomes
 from tests.fixtures.tokenizers import build_tokenizer
 from tests.fixtures.tolerances import LAYOUT_FP32
 from tests.fixtures.torchrun import under_torchrun

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.fixtures.killed import check_as_if_never_killed, draw_faults, job
-from tests.fixtures.ranks.launch import Launch, faults_installed
+from tests.fixtures.ranks.injection import faults_installed
+from tests.fixtures.ranks.launch import Launch
 from tests.fixtures.torchrun import under_torchrun
 
 KILLS = 5  # of one rank or of both
