@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from trainer.data.loader import get_data_loader
-from trainer.data.sampler import EpochSampler, epoch_order
+from trainer.data.order import EpochSampler, epoch_order
 from trainer.data.store import TokenStore
 
 NUM_SAMPLES, BUDGET, SAMPLES_PER_RANK = 20_000, 32_768, 182

@@ -27,7 +27,7 @@ Contender = Callable[[Path], Callable[[], Batches]]  # prepares; what comes back
 
 def ours(data: Path) -> Callable[[], Batches]:
     from trainer.data.loader import get_data_loader
-    from trainer.data.sampler import EpochSampler
+    from trainer.data.order import EpochSampler
     from trainer.data.store import StoreWriter, TokenStore
 
     folder = data.with_suffix(".store")

@@ -23,7 +23,6 @@ from tests.fixtures.packing_cases import DISTRIBUTIONS, instances, optimum
 from tests.fixtures.peers_packing import PEERS
 from tests.fixtures.strategies import PackingCase, cost_models, packing_cases
 from trainer.data import planner
-from trainer.data.bounds import least_packs, least_step_cost, most_cost_within
 from trainer.data.packing import (
     TOKENS,
     CostModel,
@@ -33,7 +32,8 @@ from trainer.data.packing import (
     cost_model_from_config,
     plan_batch,
 )
-from trainer.errors import UsageError
+from trainer.data.planner import least_packs, least_step_cost, most_cost_within
+from trainer.errors import DataError, UsageError
 
 Packer = Callable[..., list[list[int]]]
 Shares = list[list[list[int]]]  # shares[rank][micro_batch]: indices
@@ -108,7 +108,7 @@ class TestBatchLengthsToMinibatches:
         assert {type(i) for pack in share for i in pack} == {int}
 
     def test_overlong_sample_is_named(self, packer: Packer) -> None:
-        with pytest.raises(UsageError, match=r"sample 1 has 200 tokens.*max_tokens_per_rank=100"):
+        with pytest.raises(DataError, match=r"sample 1 has 200 tokens.*max_tokens_per_rank=100"):
             packer([10, 200, 300], 100, 2, 0)
 
     @pytest.mark.parametrize(

@@ -20,13 +20,17 @@ from tests.fixtures import tolerances
 from tests.fixtures.corpora import write_jsonl
 from tests.fixtures.runs import numbered_store
 from tests.fixtures.strategies import TokenSample, trained_batches
-from trainer.data.collate import DUMMY_SAMPLE, MaxTokensPerRankCollator, MicroBatch
-from trainer.data.dataset import JsonlDataset
-from trainer.data.forecast import Layout, forecast
-from trainer.data.loader import get_data_loader
+from trainer.data.length import Layout, forecast
+from trainer.data.loader import (
+    DUMMY_SAMPLE,
+    JsonlDataset,
+    MaxTokensPerRankCollator,
+    MicroBatch,
+    get_data_loader,
+    prefetched,
+)
+from trainer.data.order import EpochSampler, InfiniteSampler, epoch_order
 from trainer.data.packing import CostModel, plan_batch
-from trainer.data.prefetch import prefetched
-from trainer.data.sampler import EpochSampler, InfiniteSampler, epoch_order
 from trainer.data.store import StoreWriter, TokenStore
 from trainer.errors import DataError, UsageError
 

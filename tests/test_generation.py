@@ -11,8 +11,8 @@ from tests.fixtures.models import tiny_llama
 from tests.fixtures.runs import build_arguments
 from tests.fixtures.tokenizers import END, TEXT_END, build_tokenizer
 from trainer.config.groups import MachineArguments
+from trainer.data.mixture import split_validation
 from trainer.data.prepare import prepare
-from trainer.data.split import split_validation
 from trainer.data.store import TokenStore
 from trainer.distributed.group import Group
 from trainer.errors import UsageError

@@ -26,7 +26,7 @@ from tests.fixtures.tolerances import (
 )
 from trainer.cli.main import main
 from trainer.cli.progress import ProgressDisplay
-from trainer.data.sampler import epoch_order
+from trainer.data.order import epoch_order
 from trainer.errors import LeakError, UsageError
 from trainer.mini_trainer import MiniTrainerFlags
 from trainer.model.osft.layers import merged_weight, osft_layers

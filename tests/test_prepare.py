@@ -28,11 +28,10 @@ from tests.fixtures.corpora import (
 from tests.fixtures.tokenizers import END, START, TEMPLATES, TEXT_END, build_tokenizer
 from trainer.config.groups import DataArguments
 from trainer.data import tokenize
-from trainer.data.cache import cache_home
 from trainer.data.jsonl import FileKind, detect_file_kind, read_documents
-from trainer.data.prepare import prepare
-from trainer.data.source import Chunk, Source
-from trainer.data.split import split_validation
+from trainer.data.mixture import split_validation
+from trainer.data.prepare import cache_home, prepare
+from trainer.data.sources import Chunk, Source
 from trainer.data.store import TokenBatch, TokenStore
 from trainer.data.tokenize import DocumentTokenizer, Recipe
 from trainer.data.workers import TokenizerPool, tokenize_chunk
@@ -152,7 +151,7 @@ def test_the_report_adds_up_and_progress_reaches_the_end(tmp_path: Path, options
 
 
 def test_several_processes_prepare_what_one_does(tmp_path: Path, options: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("trainer.data.source.CHUNK_BYTES", 2_000)
+    monkeypatch.setattr("trainer.data.sources.CHUNK_BYTES", 2_000)
     path = write_chats(tmp_path / "c.jsonl", 80)
     one = prepare(path, TOKENIZER, options(dataset_num_proc=1))
     several = prepare(path, TOKENIZER, DataArguments(dataset_num_proc=3, data_cache_dir=str(tmp_path / "other")))
@@ -164,7 +163,7 @@ def test_several_processes_prepare_what_one_does(tmp_path: Path, options: Any, m
 def test_workers_give_what_the_caller_would_in_the_order_of_the_file(
     tmp_path: Path, options: Any, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("trainer.data.source.CHUNK_BYTES", 2_000)
+    monkeypatch.setattr("trainer.data.sources.CHUNK_BYTES", 2_000)
     path = write_chats(tmp_path / "c.jsonl", 150)
     chunks = Source.scan(path).chunks
     recipe = Recipe.build(detect_file_kind(path), TOKENIZER, options(), None)
@@ -191,7 +190,7 @@ def test_workers_give_what_the_caller_would_in_the_order_of_the_file(
 
 
 def test_an_error_names_file_and_line_and_leaves_nothing(tmp_path: Path, options: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("trainer.data.source.CHUNK_BYTES", 2_000)
+    monkeypatch.setattr("trainer.data.sources.CHUNK_BYTES", 2_000)
     path = write_malformed(tmp_path / "c.jsonl", 150, num_documents=160)
     with pytest.raises(DataError, match=r"c.jsonl:150: not JSON"):
         prepare(path, TOKENIZER, options(dataset_num_proc=2))

@@ -19,7 +19,7 @@ from tests.fixtures.runs import build_arguments, build_trainer, random_token_sam
 from tests.fixtures.tolerances import CLIPPED_NORM, LAYOUT_FLOAT64
 from trainer.config.groups import MachineArguments, OptimizerArguments, ScheduleArguments
 from trainer.data.length import run_length
-from trainer.data.sampler import epoch_order
+from trainer.data.order import epoch_order
 from trainer.distributed.group import Group
 from trainer.distributed.topology import Topology
 from trainer.errors import CheckpointError, RankError, UsageError

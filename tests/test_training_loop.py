@@ -17,8 +17,8 @@ from tests.fixtures.models import tiny_llama
 from tests.fixtures.oracles import count_loss_tokens
 from tests.fixtures.runs import Calls, build_trainer, random_token_samples, read_metrics, step_lines, weights_of
 from tests.fixtures.tolerances import LAYOUT_FLOAT64
-from trainer.data.prefetch import prefetched
-from trainer.data.sampler import epoch_order
+from trainer.data.loader import prefetched
+from trainer.data.order import epoch_order
 from trainer.errors import DataError, NonFiniteError, UsageError
 from trainer.training.metrics import timed
 

@@ -13,10 +13,10 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "TrainingArguments": "trainer.config.arguments",
-    "JsonlDataset": "trainer.data.dataset",
-    "InfiniteSampler": "trainer.data.sampler",
-    "EpochSampler": "trainer.data.sampler",
-    "MaxTokensPerRankCollator": "trainer.data.collate",
+    "JsonlDataset": "trainer.data.loader",
+    "InfiniteSampler": "trainer.data.order",
+    "EpochSampler": "trainer.data.order",
+    "MaxTokensPerRankCollator": "trainer.data.loader",
     "batch_lengths_to_minibatches": "trainer.data.packing",
     "batch_lengths_to_minibatches_lpt": "trainer.data.packing",
     "get_data_loader": "trainer.data.loader",

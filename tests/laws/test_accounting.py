@@ -11,9 +11,9 @@ from tests.fixtures.oracles import count_loss_tokens, global_norm, gradients, li
 from tests.fixtures.ranks.context import Ranks
 from tests.fixtures.runs import build_store, build_trainer, random_token_samples, read_metrics, step_lines
 from tests.fixtures.tolerances import CLOSED_FORM_FLOAT64, LAYOUT_FLOAT64
-from trainer.data.forecast import Layout, forecast
+from trainer.data.length import Layout, forecast
+from trainer.data.order import epoch_order
 from trainer.data.packing import TOKENS
-from trainer.data.sampler import epoch_order
 
 LENGTHS = (9, 3, 17, 5, 30, 2, 11, 7, 24, 4)
 SAMPLES = random_token_samples(LENGTHS)

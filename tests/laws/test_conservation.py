@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from tests.fixtures.runs import numbered_store
 from trainer.data.loader import get_data_loader
+from trainer.data.order import EpochSampler, epoch_order
 from trainer.data.packing import plan_batch
-from trainer.data.sampler import EpochSampler, epoch_order
 from trainer.data.store import TokenStore
 from trainer.errors import UsageError
 

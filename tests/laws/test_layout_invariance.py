@@ -14,7 +14,7 @@ from tests.fixtures.models import tiny_llama
 from tests.fixtures.oracles import Sample, gradients, linear_schedule, mean_loss, relative_difference
 from tests.fixtures.runs import build_trainer, gradients_of, random_token_samples, step_lines, weights_of
 from tests.fixtures.tolerances import LAYOUT_FLOAT64, LAYOUT_FP32, LAYOUT_TRAJECTORY_FLOAT64
-from trainer.data.sampler import epoch_order
+from trainer.data.order import epoch_order
 from trainer.training.step import accumulate_gradients
 
 LENGTHS = (9, 3, 17, 5, 30, 2, 11, 7, 24, 4, 13, 6)

@@ -16,9 +16,9 @@ from trainer.data.packing import CostModel, batch_lengths_to_minibatches_lpt, pl
 
 PLAN_IN_A_NEW_PROCESS = """
 import sys
-from trainer.data.forecast import forecast
+from trainer.data.length import forecast
 from trainer.data.packing import CostModel, plan_batch
-from trainer.data.sampler import epoch_order
+from trainer.data.order import epoch_order
 lengths = (epoch_order(500, 1, 2) * 7 % 1900 + 1).tolist()
 print(plan_batch(lengths, 2048, 4, CostModel(5376, 1)))
 assert "torch" not in sys.modules, "planning must not load torch"

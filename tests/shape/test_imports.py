@@ -12,6 +12,7 @@ from tests.shape.source import imports, modules, name_of, of_each, tree
 FLOORS = {
     "errors": 0,
     "atomic": 1,
+    "labels": 0,
     "config": 1,
     "data": 3,
     "distributed": 2,
@@ -26,7 +27,7 @@ FLOORS = {
 }
 # Inside functions alone: scripts ask their options for ranks.
 LOOKS_UP = {"trainer/config/transformers_api.py": "distributed"}
-NEEDS_TORCH = {f"trainer/data/{name}.py" for name in ("collate", "loader", "dataset", "ordinary")}
+NEEDS_TORCH = {f"trainer/data/{name}.py" for name in ("loader", "batched")}
 MAY_USE_TORCH_DISTRIBUTED = {
     "trainer/distributed/blame.py",
     "trainer/distributed/group.py",

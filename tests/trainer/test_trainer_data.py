@@ -30,9 +30,16 @@ from tests.trainer.trainer_test_utils import (
 )
 from trainer.config.arguments import TrainingArguments
 from trainer.config.groups import LoaderArguments
-from trainer.data.columns import keep_columns, sample_lengths
-from trainer.data.ordinary import Dealing, OrdinaryLoader, RankBatches, StreamShare, build_loader
-from trainer.data.sampler import EpochSampler, LengthGroupedSampler, OrderedSampler
+from trainer.data.batched import (
+    BatchedLoader,
+    Dealing,
+    RankBatches,
+    StreamShare,
+    build_loader,
+    keep_columns,
+    sample_lengths,
+)
+from trainer.data.order import EpochSampler, LengthGroupedSampler, OrderedSampler
 from trainer.errors import UsageError
 from trainer.training.step import accumulate_gradients
 from trainer.training.trainer import Trainer
@@ -441,4 +448,4 @@ class TestLabels:
         assert get_regression_trainer(output_dir=tmp_path).label_names == ["labels"]
 
     def test_the_loader_is_ours(self, tmp_path: Path) -> None:
-        assert isinstance(get_regression_trainer(output_dir=tmp_path).get_train_dataloader(), OrdinaryLoader)
+        assert isinstance(get_regression_trainer(output_dir=tmp_path).get_train_dataloader(), BatchedLoader)

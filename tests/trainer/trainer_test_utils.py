@@ -20,7 +20,7 @@ from tests.fixtures.regression import (
     RegressionPreTrainedModel,
 )
 from trainer.config.arguments import TrainingArguments
-from trainer.data.sampler import epoch_order
+from trainer.data.order import epoch_order
 from trainer.training.trainer import Trainer
 
 __all__ = [

@@ -11,10 +11,9 @@ from rich.table import Table
 from trainer.cli.stores import open_store
 from trainer.config.arguments import TrainingArguments
 from trainer.data.costs import CostModel, cost_model_from_config
-from trainer.data.forecast import EpochForecast, Layout, forecast
-from trainer.data.length import run_length
+from trainer.data.length import EpochForecast, Layout, forecast, run_length
+from trainer.data.mixture import split_validation
 from trainer.data.packing import TOKENS
-from trainer.data.split import split_validation
 from trainer.data.store import TokenStore
 
 console = Console()

@@ -20,8 +20,8 @@ from rich.text import Text
 from trainer.cli.parse import parse
 from trainer.config.fields import option
 from trainer.config.groups import BatchArguments, DataArguments, ModelArguments
-from trainer.data.tokens import IGNORED
 from trainer.errors import UsageError
+from trainer.labels import IGNORE_INDEX
 
 MARKS = "⟦⟧"
 """What trained text stands between where there is no colour."""
@@ -67,7 +67,7 @@ def show_samples(console: Console, store: Any, numbers: Sequence[int], decode: C
     console.print(render(legend, has_colour), soft_wrap=True)
     for i in numbers:
         sample = store.sample(i)
-        is_target = sample.labels != IGNORED
+        is_target = sample.labels != IGNORE_INDEX
         is_target[:1] = False  # nothing comes before the first token that could foretell it
         tokens = np.where(is_target, sample.labels, sample.input_ids)
         counts = f"{len(tokens):,} tokens, {store.num_loss_tokens[i]:,} trained"

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from trainer.data.costs import TOKENS, CostModel, cost_model_from_config
 from trainer.data.planner import Batch, pack, spread_to_empty
-from trainer.errors import UsageError
+from trainer.errors import DataError, UsageError
 
 __all__ = [
     "TOKENS",
@@ -24,6 +24,7 @@ __all__ = [
     "Plan",
     "batch_lengths_to_minibatches",
     "batch_lengths_to_minibatches_lpt",
+    "check_fits",
     "cost_model_from_config",
     "plan_batch",
 ]
@@ -61,9 +62,10 @@ def plan_batch(lengths: BatchLengths, max_tokens_per_rank: int, num_ranks: int, 
         cost: what a sample costs; decides the balance, not the number of micro-batches.
 
     Raises:
-        UsageError: for a sample over the budget or arguments out of range.
+        DataError: for a sample over the budget.
+        UsageError: for arguments out of range.
 
-    The dearest micro-batch comes first, so that running out of memory shows at once.
+    The most expensive micro-batch comes first, so that running out of memory shows at once.
     """
     checked = _checked(lengths, max_tokens_per_rank, num_ranks)
     if checked.size == 0:
@@ -112,7 +114,7 @@ def batch_lengths_to_minibatches_lpt(
 
 
 def _to_ranks(packs: list[tuple[int, list[int]]], num_ranks: int) -> tuple[Packs, ...]:
-    """Packs (cost, members), dearest first, to micro-batches: the dearest to the rank that has done least so far."""
+    """Packs (cost, members), most expensive first, to micro-batches: each to the rank that has done least so far."""
     done = [0] * num_ranks
     micro_batches = []
     for start in range(0, len(packs), num_ranks):
@@ -150,19 +152,26 @@ def _checked(lengths: BatchLengths, max_tokens_per_rank: int, num_ranks: int) ->
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise UsageError(f"lengths of shape {array.shape} and type {array.dtype}: a flat list of integers is needed")
     array = array.astype(np.int64)
-    _check_range(array, max_tokens_per_rank)
+    check_fits(array, max_tokens_per_rank)
     return array
 
 
-def _check_range(lengths: NDArray[np.int64], max_tokens_per_rank: int) -> None:
+def check_fits(lengths: NDArray[np.integer], max_tokens_per_rank: int) -> None:
+    """Raise where a sample is longer than the token budget; the only check of its kind.
+
+    Raises:
+        DataError: a sample is over the budget; it names the first one and how many there are.
+        UsageError: a length is negative.
+    """
     wrong = np.flatnonzero((lengths < 0) | (lengths > max_tokens_per_rank))
     if wrong.size == 0:
         return
     index, length = int(wrong[0]), int(lengths[wrong[0]])
     if length < 0:
         raise UsageError(f"sample {index} has length {length}: lengths cannot be negative")
-    raise UsageError(
-        f"sample {index} has {length} tokens, over the budget of max_tokens_per_rank={max_tokens_per_rank} "
-        f"({wrong.size} of {lengths.size} samples are out of range); raise the budget, or shorten or drop the sample "
-        "when preparing the data (overlong)"
+    raise DataError(
+        f"sample {index} has {length} tokens ({wrong.size} of {lengths.size} samples are over the budget)",
+        f"at most max_tokens_per_rank={max_tokens_per_rank} fit; raise it, or choose what happens to longer samples "
+        "when preparing the data (overlong)",
+        field="input_ids",
     )

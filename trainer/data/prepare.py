@@ -1,32 +1,37 @@
 """A data file to a store of samples: tokenized in parallel, cached by content, everything refused counted.
 
-Owns the order of preparing and the report. Must not know what a training step is. Invariant:
-the same data, tokenizer, template and options give the same store, whoever prepares it, however often, in however many
-processes.
+Invariant: the same data, tokenizer, template and options give the same store, however often and in however many
+processes it is prepared. What lies in the cache under a name is a whole store of that content, or is replaced by one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from trainer.config.groups import DataArguments
-from trainer.data.blocks import BlockCutter, end_with_eos
-from trainer.data.cache import fingerprint, open_or_build
 from trainer.data.jsonl import detect_file_kind
-from trainer.data.source import Source
-from trainer.data.split import are_held_out
-from trainer.data.store import StoreWriter, TokenBatch, TokenStore
+from trainer.data.mixture import are_held_out
+from trainer.data.sources import Source
+from trainer.data.store import FORMAT_VERSION, Sample, StoreWriter, TokenBatch, TokenStore
 from trainer.data.tokenize import Recipe
 from trainer.data.workers import Tokenized, TokenizerPool
 from trainer.errors import DataError, UsageError
+from trainer.labels import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -187,3 +192,116 @@ def _open_prepared(
 def _vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of which token each id stands for."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+_HOME = "~/.cache/trainer/prepared"
+
+
+def cache_home(data_cache_dir: str | None) -> Path:
+    """Where prepared data is kept: the folder asked for, or one in the user's home."""
+    return Path(data_cache_dir or _HOME).expanduser()
+
+
+def fingerprint(digest: str, recipe: str, validation_split: float | None) -> str:
+    """Name of a store: a hash of all that decides its content, the versions of the libraries included."""
+    versions = [FORMAT_VERSION, version("tokenizers"), version("transformers")]
+    return hashlib.sha256(json.dumps([versions, digest, recipe, validation_split]).encode()).hexdigest()[:32]
+
+
+def open_or_build(data_cache_dir: str | None, key: str, build: Callable[[Path], None]) -> tuple[TokenStore, bool]:
+    """Open the store of this name, or build it; say whether it was there. A torn or damaged one is built again."""
+    directory = cache_home(data_cache_dir) / key
+    store = _open_if_whole(directory)
+    if store is not None:
+        return store, True
+    with _lock(directory):
+        store = _open_if_whole(directory)
+        if store is not None:
+            return store, True
+        shutil.rmtree(directory, ignore_errors=True)
+        _remove_abandoned(directory.parent, key)
+        _build(build, directory)
+    return TokenStore.open(directory), False
+
+
+def _open_if_whole(directory: Path) -> TokenStore | None:
+    try:
+        return TokenStore.open(directory)
+    except DataError:
+        return None
+
+
+def _build(build: Callable[[Path], None], directory: Path) -> None:
+    try:
+        build(directory)
+    except OSError as error:
+        remedy = "free some space there, or give another folder with data_cache_dir"
+        raise DataError(f"cannot be written ({error})", remedy, directory) from error
+
+
+def _remove_abandoned(home: Path, own: str) -> None:
+    """Remove what processes that were killed have left of any store: nobody holds its lock."""
+    for remains in home.glob("*.tmp-*"):
+        key = remains.name.partition(".tmp-")[0]
+        with (home / f"{key}.lock").open("w") as file, contextlib.suppress(BlockingIOError):
+            if key != own:  # whose lock is ours
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(remains, ignore_errors=True)
+
+
+@contextmanager
+def _lock(directory: Path) -> Iterator[None]:
+    """Let one process build this store at a time."""
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        file = directory.with_name(f"{directory.name}.lock").open("w")
+    except OSError as error:
+        found = f"prepared data cannot be kept in {directory.parent} ({error.strerror})"
+        raise UsageError(f"{found}: give a folder that can be written with data_cache_dir") from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def end_with_eos(batch: TokenBatch, eos_id: int) -> TokenBatch:
+    """Put EOS behind every document that does not end with it; trained if the document's last token is."""
+    ends = np.cumsum(batch.lengths, dtype=np.int64)
+    last = np.maximum(ends - 1, 0)
+    lacks = batch.lengths == 0
+    lacks[~lacks] = batch.input_ids[last[~lacks]] != eos_id
+    label = np.full(len(ends), eos_id, np.int32)
+    masked = batch.lengths > 0
+    label[masked] = np.where(batch.labels[last[masked]] == IGNORE_INDEX, IGNORE_INDEX, eos_id)
+    return TokenBatch(
+        np.insert(batch.input_ids, ends[lacks], eos_id).astype(np.int32, copy=False),
+        np.insert(batch.labels, ends[lacks], label[lacks]).astype(np.int32, copy=False),
+        (batch.lengths + lacks).astype(np.int32),
+        batch.documents,
+    )
+
+
+class BlockCutter:
+    """Takes documents in batches and gives full blocks; what is left over waits for the next batch."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self._rest = TokenBatch.join([], [])
+
+    def cut(self, batch: TokenBatch) -> TokenBatch:
+        """Add documents; return the blocks that are full, each under the document in which it begins."""
+        ids = np.concatenate([self._rest.input_ids, batch.input_ids])
+        labels = np.concatenate([self._rest.labels, batch.labels])
+        documents = np.concatenate([self._rest.documents, np.repeat(batch.documents, batch.lengths)])
+        num_blocks = len(ids) // self.block_size
+        cut = num_blocks * self.block_size
+        ones = np.ones(len(ids) - cut, np.int32)
+        self._rest = TokenBatch(ids[cut:], labels[cut:], ones, documents[cut:])
+        lengths = np.full(num_blocks, self.block_size, np.int32)
+        return TokenBatch(ids[:cut], labels[:cut], lengths, documents[: cut : self.block_size])
+
+    def finish(self) -> TokenBatch:
+        """Return the last, partial block, if anything is left."""
+        rest, self._rest = self._rest, TokenBatch.join([], [])
+        if not len(rest.input_ids):
+            return rest
+        return TokenBatch.join([Sample(rest.input_ids, rest.labels)], [int(rest.documents[0])])

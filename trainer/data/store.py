@@ -24,8 +24,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from trainer.atomic import sync
-from trainer.data.tokens import IGNORED
 from trainer.errors import DataError
+from trainer.labels import IGNORE_INDEX
 
 FORMAT_VERSION = 2
 CHUNK_TOKENS = 2**20
@@ -78,7 +78,7 @@ class TokenBatch:
     def count_loss_tokens(self) -> Int32s:
         """Count, for each sample, the labels trained after the shift by one: the first never is."""
         ends = np.cumsum(self.lengths, dtype=np.int64)
-        trained = self.labels != IGNORED
+        trained = self.labels != IGNORE_INDEX
         trained[(ends - self.lengths)[self.lengths > 0]] = False
         before = np.concatenate([np.zeros(1, np.int64), np.cumsum(trained, dtype=np.int64)])
         counts: Int32s = (before[ends] - before[ends - self.lengths]).astype(np.int32)
@@ -380,5 +380,5 @@ def _check_sample(sample: Sample) -> None:
     if sample.input_ids.ndim != 1 or sample.input_ids.shape != sample.labels.shape:
         found = f"input_ids {sample.input_ids.shape} and labels {sample.labels.shape}"
         raise DataError(found, "both must be flat and of one length")
-    if (sample.input_ids < 0).any() or ((sample.labels < 0) & (sample.labels != IGNORED)).any():
-        raise DataError("found a negative token id", f"ids must be at least 0, labels too or {IGNORED}")
+    if (sample.input_ids < 0).any() or ((sample.labels < 0) & (sample.labels != IGNORE_INDEX)).any():
+        raise DataError("found a negative token id", f"ids must be at least 0, labels too or {IGNORE_INDEX}")

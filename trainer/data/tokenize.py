@@ -19,12 +19,12 @@ import numpy as np
 
 from trainer.data.chat import RENDER_SECONDS, ChatFormat, Rendered, TemplateError
 from trainer.data.encode import Encoded, Encoder
-from trainer.data.jsonl import FIELDS, PRETRAIN_ROLE, Document, FileKind
+from trainer.data.jsonl import FIELDS, PRETRAIN_ROLE, Document, FileKind, agrees_on_loss_tokens, read_tokens
 from trainer.data.limits import limited_time
 from trainer.data.messages import is_written
 from trainer.data.store import Sample, TokenBatch
-from trainer.data.tokens import IGNORED, agrees_on_loss_tokens, read_tokens
 from trainer.errors import TrainerError, UsageError
+from trainer.labels import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -162,7 +162,7 @@ class DocumentTokenizer:
         ids, mask = encoded
         if _raw_text(document) is not None:
             ids, mask = self._with_ends(ids, mask)
-        return Sample(ids, np.where(mask, ids, np.int32(IGNORED)))
+        return Sample(ids, np.where(mask, ids, np.int32(IGNORE_INDEX)))
 
     def _with_ends(self, ids: Any, mask: Any) -> Encoded:
         """Put around a raw text what the tokenizer puts there, and EOS at its end; nothing twice."""
@@ -219,11 +219,11 @@ def _split(sample: Sample, limit: int) -> list[Sample]:
 
 
 def _masked_first(labels: Any) -> Any:
-    return np.concatenate([np.full(1, IGNORED, np.int32), labels[1:]])
+    return np.concatenate([np.full(1, IGNORE_INDEX, np.int32), labels[1:]])
 
 
 def _is_trainable(sample: Sample) -> bool:
-    return bool((sample.labels[1:] != IGNORED).any())
+    return bool((sample.labels[1:] != IGNORE_INDEX).any())
 
 
 def _untrainable(document: Document, recipe: Recipe) -> TrainerError:

@@ -23,7 +23,7 @@ from typing import IO, Any
 import numpy as np
 
 from trainer.data.jsonl import parse_documents
-from trainer.data.source import Chunk
+from trainer.data.sources import Chunk
 from trainer.data.store import TokenBatch
 from trainer.data.tokenize import DocumentTokenizer, Recipe
 from trainer.errors import DataError

@@ -14,7 +14,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import find_batch_size
 
-from trainer.data.ordinary import Dealing, Inputs, OrdinaryLoader, RankBatches, StreamShare, has_length
+from trainer.data.batched import BatchedLoader, Dealing, Inputs, RankBatches, StreamShare, has_length
 from trainer.distributed.group import Group
 from trainer.errors import UsageError
 
@@ -61,7 +61,7 @@ class OrdinaryBatches:
 
     def __init__(self, loader: DataLoader[Inputs], dealing: Dealing, group: Group, count: CountInputs) -> None:
         self.loader, self.dealing, self.group, self.count = loader, dealing, group, count
-        self.num_samples = loader.num_samples if isinstance(loader, OrdinaryLoader) else None
+        self.num_samples = loader.num_samples if isinstance(loader, BatchedLoader) else None
         self.samples_per_step = dealing.per_step
         self._filler: Inputs | None = None  # what a rank without work runs
         self._is_in_place = False  # a stream was moved to where the next epoch goes on
@@ -78,7 +78,7 @@ class OrdinaryBatches:
         to_skip = start
         if self._is_in_place:
             self._is_in_place, to_skip = False, 0
-        elif isinstance(self.loader, OrdinaryLoader):
+        elif isinstance(self.loader, BatchedLoader):
             to_skip = self.loader.move_to(epoch, start)
         else:
             _tell_epoch(self.loader, epoch)
@@ -102,7 +102,7 @@ class OrdinaryBatches:
     def _stream(self) -> Any:
         """The stream, if this process reads it and it keeps its own position."""
         stream = getattr(getattr(self.loader, "dataset", None), "stream", None)
-        is_ours = isinstance(self.loader, OrdinaryLoader) and self.loader.num_workers == 0
+        is_ours = isinstance(self.loader, BatchedLoader) and self.loader.num_workers == 0
         return stream if is_ours and hasattr(stream, "state_dict") and hasattr(stream, "load_state_dict") else None
 
     def _next(self, iterator: Iterator[Inputs], position: int) -> OrdinaryBatch | None:

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.config.arguments import TrainingArguments
 from trainer.data.costs import CostModel, cost_model_from_config
+from trainer.data.mixture import split_validation
 from trainer.data.packing import TOKENS
 from trainer.data.prepare import Progress, left_out, prepare
-from trainer.data.split import split_validation
 from trainer.data.store import TokenStore
 from trainer.distributed.group import Group
 from trainer.errors import DataError, ModelError, UsageError

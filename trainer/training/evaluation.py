@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from trainer.config.groups import EvaluationArguments
-from trainer.data.collate import MicroBatch
+from trainer.data.loader import MicroBatch
 from trainer.distributed.group import Group
 from trainer.errors import UsageError
 from trainer.model.fsdp import inference

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from trainer.data.collate import MicroBatch
+from trainer.data.loader import MicroBatch
 from trainer.distributed.group import Group
 
 T = TypeVar("T")

@@ -19,11 +19,19 @@ from transformers.feature_extraction_sequence_utils import SequenceFeatureExtrac
 
 from trainer.config.arguments import TrainingArguments
 from trainer.config.rules import check_data_kind
-from trainer.data.columns import keep_columns, sample_lengths
-from trainer.data.dataset import is_token_data
-from trainer.data.length import RunLength, ordinary_length
-from trainer.data.ordinary import Collate, Dealing, Inputs, OrdinaryLoader, build_loader, is_stream
-from trainer.data.sampler import EpochSampler, LengthGroupedSampler, OrderedSampler
+from trainer.data.batched import (
+    BatchedLoader,
+    Collate,
+    Dealing,
+    Inputs,
+    build_loader,
+    is_stream,
+    keep_columns,
+    sample_lengths,
+)
+from trainer.data.length import RunLength, custom_length
+from trainer.data.loader import is_token_data
+from trainer.data.order import EpochSampler, LengthGroupedSampler, OrderedSampler
 from trainer.distributed.group import Group
 from trainer.errors import UsageError
 from trainer.model.freezing import operations_per_input
@@ -101,7 +109,7 @@ class OrdinaryRoad:
         self.collate = collate or default_collator(processing_class)
         self.per_device_train_batch_size = args.per_device_train_batch_size
         self.train_dataset, self.eval_dataset = datasets
-        self._eval_loaders: dict[int, tuple[Any, OrdinaryLoader]] = {}  # those whose processes stay
+        self._eval_loaders: dict[int, tuple[Any, BatchedLoader]] = {}  # those whose processes stay
         if is_token_data(self.eval_dataset):
             raise UsageError("eval_dataset is token data and train_dataset is not: give two of one kind")
         for name, dataset in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
@@ -135,11 +143,11 @@ class OrdinaryRoad:
         average = self.args.average_tokens_across_devices
         self.objective = ModelObjective(model, training_step, self.group, average_items=average)
 
-    def train_loader(self, dataset: Any) -> OrdinaryLoader:
+    def train_loader(self, dataset: Any) -> BatchedLoader:
         """Build the loader of this rank's micro-batches of an epoch, in an order of its own each epoch."""
         return self._loader(dataset, None if is_stream(dataset) else self._sampler(dataset), self.dealing)
 
-    def eval_loader(self, dataset: Any) -> OrdinaryLoader:
+    def eval_loader(self, dataset: Any) -> BatchedLoader:
         """Build the loader of this rank's evaluation batches, in the order of the data set."""
         kept, loader = self._eval_loaders.get(id(dataset), (None, None))
         if loader is None or kept is not dataset:
@@ -185,11 +193,11 @@ class OrdinaryRoad:
                 f"train_dataset gives no batch: with dataloader_drop_last it needs {self.dealing.per_micro_batch} "
                 "samples at least"
             )
-        return ordinary_length(batches.num_samples, batches.steps_per_epoch, self.dealing.per_step, self.args)
+        return custom_length(batches.num_samples, batches.steps_per_epoch, self.dealing.per_step, self.args)
 
     def _batches(self, loader: DataLoader[Inputs], dealing: Dealing) -> OrdinaryBatches:
         is_whole = type(getattr(loader, "sampler", None)) in (RandomSampler, SequentialSampler)
-        if is_whole and self.group.world_size > 1 and self.group.is_lead and not isinstance(loader, OrdinaryLoader):
+        if is_whole and self.group.world_size > 1 and self.group.is_lead and not isinstance(loader, BatchedLoader):
             _log.warning(
                 "each of %d ranks reads all of its loader, and a sample may count as often: give a loader of your own "
                 "torch's DistributedSampler",
@@ -219,7 +227,7 @@ class OrdinaryRoad:
     def _dealing(self, per_device: int, accumulation: int, drop_last: bool) -> Dealing:
         return Dealing(per_device, accumulation, self.group.rank, self.group.world_size, drop_last)
 
-    def _loader(self, dataset: Any, sampler: EpochSampler | None, dealing: Dealing) -> OrdinaryLoader:
+    def _loader(self, dataset: Any, sampler: EpochSampler | None, dealing: Dealing) -> BatchedLoader:
         collate = self.collate
         if self.args.remove_unused_columns:
             dataset, collate = keep_columns(dataset, collate, self.traits.columns)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trainer.checkpoint import manifest
 from trainer.config.arguments import TrainingArguments
 from trainer.data.loader import get_data_loader
-from trainer.data.sampler import EpochSampler
+from trainer.data.order import EpochSampler
 from trainer.data.store import TokenStore
 from trainer.distributed.group import Group
 from trainer.model.osft.factors import start_osft

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_callback import CallbackHandler, TrainerCallback, TrainerControl
 
 from trainer.config.arguments import TrainingArguments
-from trainer.data.ordinary import has_length
+from trainer.data.batched import has_length
 from trainer.distributed.group import Group
 from trainer.errors import UsageError
 from trainer.model.freezing import operations_per_input

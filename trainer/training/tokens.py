@@ -14,11 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.config.arguments import TrainingArguments
 from trainer.config.rules import check_data_kind
-from trainer.data.collate import MicroBatch
-from trainer.data.dataset import JsonlDataset, TokenData
 from trainer.data.length import RunLength, run_length
-from trainer.data.loader import get_data_loader
-from trainer.data.sampler import EpochSampler
+from trainer.data.loader import JsonlDataset, MicroBatch, TokenData, get_data_loader
+from trainer.data.order import EpochSampler
 from trainer.data.store import TokenStore
 from trainer.distributed.group import Group
 from trainer.errors import UsageError

@@ -17,8 +17,8 @@ from transformers.trainer_utils import BestRun, TrainOutput
 
 from trainer.checkpoint.run_state import data_fingerprint, tokenizer_fingerprint
 from trainer.config.arguments import TrainingArguments
-from trainer.data.dataset import is_token_data
-from trainer.data.ordinary import Collate
+from trainer.data.batched import Collate
+from trainer.data.loader import is_token_data
 from trainer.distributed.group import Group
 from trainer.errors import UsageError
 from trainer.model.export import export_model

@@ -1,13 +1,14 @@
-"""Ordinary data sets (map-style, streams): how their samples are dealt to ranks, and the loader of one rank's share.
+"""Custom data sets (map-style or streams): how their samples are dealt to ranks, and the loader of one rank's share.
 
-A micro-batch of all ranks is `per_device` samples for each of them in turn; an epoch's tail goes to the first ranks.
-Every rank draws the same order, so who gets what needs no word between them. Of a map-style data set a rank reads its
-own samples alone; a stream is read whole by every rank, which keeps its share. Knows nothing of models and steps.
+A micro-batch of all ranks is `per_device` samples for each of them in turn; the rest of an epoch goes to the first
+ranks. Every rank draws the same order, so ranks need not communicate about who gets what. Of a map-style data set a
+rank reads only its own samples; a stream is read whole by every rank, which keeps its share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
@@ -16,7 +17,10 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from trainer.config.groups import LoaderArguments
-from trainer.data.sampler import EpochSampler
+from trainer.data.order import EpochSampler
+from trainer.errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 Inputs = Any  # what the collator makes of samples: a mapping of names to tensors
 Collate = Callable[[list[Any]], Inputs]
@@ -95,7 +99,7 @@ class SizedStreamShare(StreamShare):
         return full * self.dealing.per_device + sum(self.dealing.own_sizes(rest))
 
 
-class OrdinaryLoader(DataLoader[Inputs]):
+class BatchedLoader(DataLoader[Inputs]):
     """A DataLoader over this rank's micro-batches of one epoch, which knows how they were dealt."""
 
     def __init__(self, dataset: Any, dealing: Dealing, **options: Any) -> None:
@@ -138,7 +142,7 @@ class OrdinaryLoader(DataLoader[Inputs]):
 
 def build_loader(
     dataset: Any, collate: Collate, args: LoaderArguments, dealing: Dealing, sampler: EpochSampler | None, seed: int
-) -> OrdinaryLoader:
+) -> BatchedLoader:
     """Build the loader of this rank's micro-batches.
 
     Args:
@@ -158,9 +162,9 @@ def build_loader(
         "generator": torch.Generator().manual_seed(seed + dealing.rank),  # not the global one, which has other uses
     }
     if sampler is not None:
-        return OrdinaryLoader(dataset, dealing, batch_sampler=RankBatches(sampler, dealing), **options)
+        return BatchedLoader(dataset, dealing, batch_sampler=RankBatches(sampler, dealing), **options)
     share = SizedStreamShare if has_length(dataset) else StreamShare
-    return OrdinaryLoader(share(dataset, dealing), dealing, batch_size=dealing.per_device, **options)
+    return BatchedLoader(share(dataset, dealing), dealing, batch_size=dealing.per_device, **options)
 
 
 def is_stream(dataset: Any) -> bool:
@@ -186,3 +190,71 @@ def chunks(samples: Iterable[T], size: int) -> Iterator[list[T]]:
 def _num_own(dealing: Dealing, num_samples: int) -> int:
     full, rest = divmod(dealing.num_trained(num_samples), dealing.per_micro_batch)
     return full + int(sum(dealing.own_sizes(rest)) > 0)
+
+
+def keep_columns(dataset: Any, collate: Collate, columns: Sequence[str]) -> tuple[Any, Collate]:
+    """Give data set and collator such that batches have these columns alone.
+
+    Raises:
+        UsageError: none of the data set's columns is among them.
+    """
+    present = getattr(dataset, "column_names", None)
+    if present is None or not hasattr(dataset, "remove_columns"):  # not of Hugging Face's datasets
+        return dataset, ColumnFilter(collate, columns)
+    left_out = [name for name in present if name not in columns]
+    if len(left_out) == len(present):
+        raise _nothing_left(left_out, columns)
+    _note(left_out)
+    return dataset.remove_columns(left_out), collate
+
+
+def sample_lengths(dataset: Any, length_column: str, input_name: str) -> list[int]:
+    """Give the length of every sample: from its column, or by measuring its input.
+
+    Raises:
+        UsageError: there is neither.
+    """
+    if length_column in getattr(dataset, "column_names", ()):
+        return list(dataset[length_column])
+    first = dataset[0]
+    if not isinstance(first, Mapping) or input_name not in first:
+        raise UsageError(
+            f"train_sampling_strategy=group_by_length: train_dataset has neither a column {length_column!r} "
+            f"(length_column_name) nor an input {input_name!r} to measure"
+        )
+    return [len(dataset[i][input_name]) for i in range(len(dataset))]
+
+
+class ColumnFilter:
+    """A collator that sees only some columns of each sample."""
+
+    def __init__(self, collate: Collate, columns: Sequence[str]) -> None:
+        self.collate, self.columns = collate, columns
+        self._was_noted = False
+
+    def __call__(self, samples: list[Any]) -> Any:
+        """Collate."""
+        return self.collate([self._kept(sample) for sample in samples])
+
+    def _kept(self, sample: Any) -> Any:
+        if not isinstance(sample, Mapping):
+            return sample
+        left_out = [name for name in sample if name not in self.columns]
+        if sample and len(left_out) == len(sample):
+            raise _nothing_left(left_out, self.columns)
+        if not self._was_noted:
+            _note(left_out)
+            self._was_noted = True
+        return {name: value for name, value in sample.items() if name in self.columns} if left_out else sample
+
+
+def _note(left_out: Sequence[str]) -> None:
+    if left_out:
+        logger.warning("columns that the model does not take are left out: %s", ", ".join(left_out))
+
+
+def _nothing_left(left_out: Sequence[str], columns: Sequence[str]) -> UsageError:
+    return UsageError(
+        f"the model takes none of the columns {', '.join(left_out)}, only {', '.join(columns)}: rename them, or set "
+        "remove_unused_columns=False for a data_collator that makes the model's inputs of them"
+    )
