@@ -19,7 +19,7 @@ import torch
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from trainer.config.fields import check_options
-from trainer.data.ordinary import has_length
+from trainer.data.batched import has_length
 from trainer.data.store import TokenStore
 from trainer.errors import CheckpointError, UsageError
 
