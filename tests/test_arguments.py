@@ -1,9 +1,11 @@
 """TrainingArguments: one meaning from Python, YAML and the command line; nothing unknown or without effect passes."""
 
 import contextlib
+import copy
 import dataclasses
 import json
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from hypothesis import strategies as st
 
 from trainer.cli.parse import parse
 from trainer.cli.train import LaunchArguments
-from trainer.config.arguments import TrainingArguments, read_yaml
+from trainer.config.arguments import TrainingArguments, names_free_at_resume
 from trainer.config.groups import GROUPS
+from trainer.config.suggest import nearest
 from trainer.errors import UsageError
 
 VALID: dict[str, Any] = {
@@ -68,7 +71,7 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
 
 
 def test_every_option_says_what_it_is_and_belongs_to_one_group() -> None:
-    fields = dataclasses.fields(TrainingArguments)
+    fields = dataclasses.fields(TrainingArguments())
     assert all(field.metadata["help"].endswith(".") or "(" in field.metadata["help"] for field in fields)
     grouped = [field.name for group in GROUPS for field in dataclasses.fields(group)]
     assert grouped == [field.name for field in fields]
@@ -159,7 +162,7 @@ def test_a_file_that_is_no_configuration_is_refused_with_its_name(tmp_path: Path
     file = tmp_path / "run.yaml"
     file.write_text(text)
     with pytest.raises(UsageError, match=r"run\.yaml"):
-        read_yaml(file)
+        TrainingArguments.from_yaml(file)
 
 
 def test_no_is_a_choice_in_yaml_too(tmp_path: Path) -> None:
@@ -200,6 +203,113 @@ def test_a_subclass_understands_as_much() -> None:
 def test_scripts_may_ask_for_options_that_are_not_here() -> None:
     args = TrainingArguments(do_train=True)
     assert (args.do_train, args.push_to_hub, args.local_rank, args.log_level) == (True, False, -1, "passive")
-    for name in ("log_on_each_node", "no_such_option"):
-        with pytest.raises(AttributeError, match=f"TrainingArguments has no {name}"):
-            getattr(args, name)
+    assert (args.log_on_each_node, args.enable_jit_checkpoint) == (False, True)
+    assert TrainingArguments(hub_strategy="end").hub_strategy.value == "end"
+    with pytest.raises(AttributeError, match="TrainingArguments has no no_such_option"):
+        args.no_such_option  # noqa: B018
+
+
+class TestAssignment:
+    """Options that are assigned after construction."""
+
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            ("learning_rate", -1, "learning_rate = -1: must be at least 0"),
+            ("learning_rat", 1, "unknown option 'learning_rat': did you mean 'learning_rate'?"),
+            ("eval_strategy", "sometimes", "eval_strategy = 'sometimes': expected one of no, steps, epoch"),
+            ("warmup_ratio", 0.1, "warmup_ratio is a former option of transformers; now warmup_steps, below 1"),
+            ("deepspeed", "x.json", "deepspeed: this option of transformers is not supported"),
+        ],
+    )
+    def test_a_wrong_assignment_is_refused_as_a_wrong_argument_is(self, name: str, value: Any, message: str) -> None:
+        args = TrainingArguments()
+        for assign in (lambda: setattr(args, name, value), lambda: TrainingArguments(**{name: value})):
+            with pytest.raises(UsageError) as refused:
+                assign()
+            assert str(refused.value).startswith(message)
+        assert args == TrainingArguments()
+
+    def test_options_assigned_one_after_another_are_checked_together_when_used(self) -> None:
+        args = TrainingArguments(eval_strategy="steps")
+        args.eval_strategy, args.max_tokens_per_gpu = "no", 77
+        args.check()
+        assert args == TrainingArguments(max_tokens_per_rank=77)  # what was derived is derived anew
+        args.eval_steps = 5
+        with pytest.raises(UsageError, match="eval_steps has no effect with eval_strategy=no"):
+            args.check()
+        args.eval_strategy = "steps"
+        args.check()
+        assert args.do_eval
+
+    def test_a_copy_is_as_good(self) -> None:
+        args = OwnArguments("out", flavour="sour", data_path="d", eval_strategy="steps", freeze_patterns=["a"])
+        for made in (dataclasses.replace(args), copy.deepcopy(args), pickle.loads(pickle.dumps(args))):
+            assert made == args
+            assert (made.data_path, made.freeze_patterns) == ("d", ["a"])
+            with pytest.raises(UsageError, match="must be at least 0"):
+                made.learning_rate = -1
+
+
+class TestRecords:
+    """Options as checkpoints record them."""
+
+    def test_a_record_of_a_subclass_is_read(self) -> None:
+        args = OwnArguments("out", flavour="sour", batch_size=3, eval_strategy="epoch")
+        read, rest = TrainingArguments.from_record(json.loads(args.to_json_string()))
+        assert (read.batch_size, read.eval_strategy, rest) == (3, "epoch", {"flavour": "sour"})
+        assert OwnArguments.from_record(args.to_dict()) == (args, {})
+
+    def test_a_record_of_another_version_is_read(self) -> None:
+        record = TrainingArguments(batch_size=3).to_dict()
+        del record["learning_rate"]  # an option that it did not have
+        former = {"min_samples_per_save": 9, "max_tokens_per_gpu": 77, "gone": True}
+        del record["max_tokens_per_rank"]
+        other_rules = {"eval_steps": 5, "optim": None}
+        read, rest = TrainingArguments.from_record({**record, **former, **other_rules})
+        assert (read.min_samples_per_full_checkpoint, read.max_tokens_per_rank, read.eval_steps) == (9, 77, 5)
+        assert (read.learning_rate, rest) == (TrainingArguments().learning_rate, {"gone": True, "optim": None})
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("adamw", "adamw_torch"), ("cosin", "cosine"), ("adamw_torch_fusd", "adamw_torch_fused"), ("zzz", None)],
+)
+def test_the_nearest_name_is_the_one_meant(name: str, meant: str | None) -> None:
+    assert nearest(name, ["grokadamw", "adamw_torch_fused", "adamw_torch", "cosine_with_restarts", "cosine"]) == meant
+
+
+def test_every_value_of_a_file_is_read_as_its_options_type(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "run_name: 2026-12-01\nlearning_rate: 1e-4\nbf16: yes\nsave_total_limit: null\nnum_train_epochs: inf\n"
+        "osft: on\nosft_unfreeze_rank_ratio: 1e-1\nosft_rank_ratios: {a: 1e-1}\nlogging_strategy: no\n"
+        "optim_groups: {head: {learning_rate: 1e-5, weight_decay: 0}}\nlr_scheduler_kwargs: {min_lr: 1e-6}\n"
+        "report_to: [tensorboard]\nfreeze_patterns: [007, on]\nmax_steps: -1\ntrackio_static_space_id: ~\n"
+        "lr_scheduler_type: cosine_with_min_lr\nddp_find_unused_parameters: null\n"
+    )
+    args = TrainingArguments.from_yaml(file)
+    assert (
+        args.as_given()
+        == TrainingArguments(
+            run_name="2026-12-01",
+            learning_rate=1e-4,
+            bf16=True,
+            num_train_epochs=math.inf,
+            osft=True,
+            osft_unfreeze_rank_ratio=0.1,
+            osft_rank_ratios={"a": 0.1},
+            logging_strategy="no",
+            optim_groups={"head": {"learning_rate": 1e-5, "weight_decay": 0}},
+            lr_scheduler_kwargs={"min_lr": 1e-6},
+            report_to=["tensorboard"],
+            freeze_patterns=["007", "on"],
+            lr_scheduler_type="cosine_with_min_lr",
+        ).as_given()
+    )
+
+
+def test_what_may_change_at_resume_is_said_at_the_option() -> None:
+    free = names_free_at_resume()
+    assert {"min_samples_per_full_checkpoint", "output_dir", "logging_steps"} <= free
+    assert not free & {"learning_rate", "seed", "batch_size", "max_steps", "optim", "osft", "train_on"}

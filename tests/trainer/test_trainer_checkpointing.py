@@ -269,7 +269,7 @@ class TestWhatMayChange:
 
     def test_a_harmless_change_passes(self, tmp_path: Path) -> None:
         regression(tmp_path, max_steps=4).train()
-        trainer = regression(tmp_path, max_steps=4, logging_steps=1, save_steps=3)
+        trainer = regression(tmp_path, max_steps=4, logging_steps=1, save_steps=3, min_samples_per_full_checkpoint=8)
         trainer.train(resume_from_checkpoint=True)
         assert trainer.state.global_step == 4
 

@@ -7,17 +7,28 @@ Python, YAML and the command line all end here, so an option means the same ever
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_origin
 
-from trainer.config.fields import as_list, as_meant, check_options, parse_json, plain, types_of
-from trainer.config.foreign_names import ALIASES
+from trainer.config.fields import (
+    Scalar,
+    as_list,
+    as_option,
+    check_options,
+    check_value,
+    default_of,
+    is_free_at_resume,
+    parse_json,
+    plain,
+    types_of,
+)
+from trainer.config.foreign_names import ALIASES, NOT_HERE, RENAMED, WITH_VALUE
 from trainer.config.groups import (
-    SCHEDULES_BY_METRIC,
     BatchArguments,
     CheckpointArguments,
     DataArguments,
@@ -35,8 +46,16 @@ from trainer.config.groups import (
     ScheduleArguments,
     ScriptArguments,
 )
-from trainer.config.suggest import check_foreign, foreign_value, unknown_option
-from trainer.config.transformers_api import OptionSetters, ProcessWords
+from trainer.config.rules import check_rules
+from trainer.config.suggest import foreign_value, granted, unknown_option
+from trainer.config.transformers_api import (
+    NOT_GIVEN,
+    FieldViews,
+    NamesOfTransformers,
+    OptionSetters,
+    ProcessWords,
+    option_fields,
+)
 from trainer.errors import UsageError
 
 NONE_IS_DEFAULT = (  # transformers says None where it means its default
@@ -44,31 +63,67 @@ NONE_IS_DEFAULT = (  # transformers says None where it means its default
     "metric_for_best_model",
 )
 SECRET = "<secret>"  # instead of an option that nobody should read
-IDENTITIES = ("data", "eval_data", "tokenizer", "callbacks")  # what else of a run may change when it is resumed
 
 
-class _Options(type):
-    """Makes constructors, of subclasses too, understand ALIASES and answer an unknown name with the nearest one."""
+class Choice(str):
+    """The value of an option that is an enum in transformers."""
+
+    @property
+    def value(self) -> str:
+        """The value as plain text, as of an enum."""
+        return str.__str__(self)
+
+    def __reduce__(self) -> tuple[type[Choice], tuple[str]]:
+        return Choice, (self.value,)
+
+
+class _OptionsMeta(type):
+    """Makes constructors, of subclasses too, understand other names and answer an unknown one with the nearest.
+
+    `dataclasses.fields` of the class lists what HfArgumentParser may turn into arguments; of an instance, all options.
+    """
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        if name == "__dataclass_fields__":  # set by the decorator `dataclass`, once it has made the constructor
+            value = FieldViews(value)
+        super().__setattr__(name, value)
 
     def __call__(cls, *args: Any, **options: Any) -> Any:
-        return super().__call__(*args, **_known_options(cls, options))
+        known, foreign = _known_options(cls, options)
+        views: FieldViews = cls.__dict__["__dataclass_fields__"]
+        kind: Any = cls
+        made: Any = object.__new__(kind)
+        vars(made)["_apart"] = {name: known.pop(name) for name in [*known] if not views.of_class[name].init}
+        made.__init__(*args, **known)
+        vars(made).update(vars(made).pop("_apart", {}))  # where a subclass does not call __post_init__ of ours
+        vars(made)["_foreign"] = foreign
+        vars(made)["_is_complete"] = True
+        return made
 
 
-def _known_options(cls: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    names = {field.name: str(field.type) for field in dataclasses.fields(cls)}
+def _known_options(cls: Any, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options under their own names, and those of transformers that ask for nothing we lack."""
+    hints = types_of(cls)
+    names = [field.name for field in option_fields(cls)]
     known: dict[str, Any] = {}
+    foreign: dict[str, Any] = {}
     for given, value in options.items():
         name = ALIASES.get(given, given)
+        if value is NOT_GIVEN:
+            continue
         if name not in names:
-            if check_foreign(given, value):
-                continue
-            raise unknown_option(given, names)
+            is_granted, value = granted(given, value)
+            if not is_granted:
+                raise unknown_option(given, names)
+            if value is not None:
+                foreign[given] = value
+            continue
         if name in known:
             alias = next(alias for alias, meant in ALIASES.items() if meant == name)
             raise UsageError(f"{alias} is another name of {name}: give one of them")
-        is_json = isinstance(value, str) and names[name].startswith("dict[")
+        is_json = isinstance(value, str) and get_origin(hints[name]) is dict
         known[name] = parse_json(value) if is_json else value
-    return known
+    return known, foreign
 
 
 @dataclasses.dataclass
@@ -90,7 +145,8 @@ class TrainingArguments(  # the last base's options come first
     OsftArguments,
     ModelArguments,
     ExportArguments,
-    metaclass=_Options,
+    NamesOfTransformers,
+    metaclass=_OptionsMeta,
 ):
     """Every option of a run.
 
@@ -99,42 +155,66 @@ class TrainingArguments(  # the last base's options come first
     """
 
     def __post_init__(self) -> None:
+        vars(self).update(vars(self).pop("_apart", {}))
+        for name in NOT_HERE:
+            if vars(self).get(name) is NOT_GIVEN:
+                del vars(self)[name]
+        vars(self).update({name: value for name, value in self.defaults().items() if name not in vars(self)})
+        self._complete()
+        check_rules(self)
+
+    def check(self) -> None:
+        """Check every option, and derive anew what was not given: options may have been assigned since.
+
+        Raises:
+            UsageError: an option is of the wrong type, out of range, or has no effect beside the others.
+        """
+        unset = self.defaults()
+        vars(self).update({name: unset[name] for name in self._derived_names()})
+        self._complete()
+        check_rules(self)
+
+    def _complete(self) -> None:
+        """Write options as they are declared, check each by itself, and derive what is not given."""
         self._normalise()
         check_options(self)
-        unset = self._defaults()
-        for name, value in self._derived().items():
-            if getattr(self, name) == unset[name]:
-                setattr(self, name, value)
-        for is_wrong, message in (
-            *self._contradictions(),
-            *self._compute_contradictions(),
-            *self._osft_contradictions(),
-        ):
-            if is_wrong:
-                raise UsageError(message)
+        unset, derived = self.defaults(), {}
+        for name, value in self._derive().items():
+            is_said_again = name not in ("do_eval", "torch_compile") and vars(self)[name] == value  # by `replace`, say
+            if vars(self)[name] == unset[name] or is_said_again:
+                derived[name] = value
+        vars(self).update(derived)
+        vars(self)["_derived"] = derived
+        for name in WITH_VALUE:
+            if isinstance(vars(self).get(name), str):
+                vars(self)[name] = Choice(vars(self)[name])
 
     def _normalise(self) -> None:
         """Write as the options have it what transformers takes in other forms too."""
+        options = vars(self)
         for field in dataclasses.fields(self):
-            if field.name in NONE_IS_DEFAULT and getattr(self, field.name) is None:
-                made = field.default_factory
-                setattr(self, field.name, made() if callable(made) else field.default)
+            value = options[field.name]
+            if field.name in NONE_IS_DEFAULT and value is None:
+                options[field.name] = default_of(field)
+            elif isinstance(value, enum.Enum):
+                options[field.name] = value.value
         if isinstance(self.include_num_input_tokens_seen, bool):
-            self.include_num_input_tokens_seen = "all" if self.include_num_input_tokens_seen else "no"
+            options["include_num_input_tokens_seen"] = "all" if self.include_num_input_tokens_seen else "no"
         if isinstance(self.allow_change, list) and all(isinstance(name, str) for name in self.allow_change):
-            self.allow_change = [name for names in self.allow_change for name in names.split(",")]
+            options["allow_change"] = [name for names in self.allow_change for name in names.split(",")]
         if self.output_dir is None:
-            self.output_dir = ExportArguments.output_dir
+            options["output_dir"] = ExportArguments.output_dir
         if isinstance(self.output_dir, str | os.PathLike):
-            self.output_dir = os.path.expanduser(self.output_dir)
-        self.report_to = [] if self.report_to in (None, "none", ["none"]) else as_list(self.report_to)
+            options["output_dir"] = os.path.expanduser(self.output_dir)
+        options["report_to"] = [] if self.report_to in (None, "none", ["none"]) else as_list(self.report_to)
 
-    def _defaults(self) -> dict[str, Any]:
-        """Give what each option is where it is not given."""
-        return {field.name: field.default for field in dataclasses.fields(self)}
+    def defaults(self) -> dict[str, Any]:
+        """Return what each option is where it is not given; for report_to, as it is written once it was read."""
+        defaults = {field.name: default_of(field) for field in dataclasses.fields(self)}
+        return defaults | {"report_to": []}
 
-    def _derived(self) -> dict[str, Any]:
-        """Give what options are that are not given, by others; scripts read them."""
+    def _derive(self) -> dict[str, Any]:
+        """Return what options are that are not given, by others; scripts read them."""
         does_compile = self.torch_compile or (self.torch_compile_backend or self.torch_compile_mode) is not None
         return {
             "greater_is_better": not self.metric_for_best_model.endswith("loss"),  # going by its name
@@ -144,165 +224,39 @@ class TrainingArguments(  # the last base's options come first
             "torch_compile_backend": "inductor" if does_compile else None,
         }
 
-    def _contradictions(self) -> list[tuple[bool, str]]:
-        return [
-            *(
-                (
-                    interval >= 1 and interval != int(interval),
-                    f"{name} = {interval}: expected a whole number, or a share of all steps below 1",
-                )
-                for name in ("logging_steps", "eval_steps", "save_steps")
-                if (interval := getattr(self, name)) is not None
-            ),
-            *self._evaluation_contradictions(),
-            (
-                bool(self.model_name_or_path and self.model_config),
-                "model_name_or_path (loads weights) and model_config (draws them) exclude each other: give one",
-            ),
-            (
-                bool(self.validation_split and self.validation_data_path),
-                "validation_split and validation_data_path exclude each other: give one",
-            ),
-            (
-                self.data_path is not None and self.data_path == self.validation_data_path,
-                f"data_path and validation_data_path are both {self.data_path!r}: held-out data must not be trained on",
-            ),
-            (
-                self.max_length is not None and self.max_length > self.max_tokens_per_rank,
-                f"max_length = {self.max_length} is more than max_tokens_per_rank = {self.max_tokens_per_rank}, which "
-                "no sample may exceed: lower the one or raise the other",
-            ),
-            (
-                self.warmup_steps > 0 and self.lr_scheduler_type in ("constant", *SCHEDULES_BY_METRIC),
-                f"warmup_steps has no effect with lr_scheduler_type={self.lr_scheduler_type}: say constant_with_warmup",
-            ),
-            (
-                self.lr_scheduler_type in SCHEDULES_BY_METRIC
-                and self.eval_strategy == "no"
-                and self.min_samples_per_evaluation is None,
-                f"lr_scheduler_type={self.lr_scheduler_type} goes by metric_for_best_model: set eval_strategy or "
-                "min_samples_per_evaluation",
-            ),
-            (
-                self.logging_first_step and self.logging_strategy != "steps",
-                f"logging_first_step has no effect with logging_strategy={self.logging_strategy}: say "
-                "logging_strategy=steps",
-            ),
-            *self._checkpoint_contradictions(),
-            (
-                self._tells_trackio and not {"trackio", "all"} & set(self.report_to),
-                "project, trackio_space_id, trackio_bucket_id, and trackio_static_space_id have no effect without "
-                "report_to=trackio; other trackers read their own environment variables",
-            ),
-            (self.max_steps == 0, "max_steps = 0 would train nothing: give a positive number, or -1 for no limit"),
-        ]
+    def _derived_names(self) -> list[str]:
+        """Return the options that still have the value that was derived for them."""
+        derived: dict[str, Any] = vars(self).get("_derived", {})
+        return [name for name, value in derived.items() if vars(self)[name] == value]
 
-    def _evaluation_contradictions(self) -> list[tuple[bool, str]]:
-        return [
-            (
-                not {"inputs", "loss"}.issuperset(self.include_for_metrics),
-                f"include_for_metrics = {self.include_for_metrics}: allowed are inputs and loss",
-            ),
-            (
-                self.eval_steps is not None and self.eval_strategy != "steps",
-                f"eval_steps has no effect with eval_strategy={self.eval_strategy}: say eval_strategy=steps",
-            ),
-            (
-                self.fp16_full_eval and self.bf16_full_eval,
-                "fp16_full_eval and bf16_full_eval exclude each other: give one",
-            ),
-            (
-                self.eval_delay > 0 and self.eval_strategy == "no",
-                "eval_delay has no effect with eval_strategy=no: say steps or epoch",
-            ),
-            (
-                self.metric_improvement_threshold > 0 and not self.does_evaluate,
-                "metric_improvement_threshold has no effect without evaluations: set eval_strategy or "
-                "min_samples_per_evaluation",
-            ),
-            (
-                self.export_best and not self.does_evaluate,
-                "export_best needs evaluations to choose by: set eval_strategy or min_samples_per_evaluation",
-            ),
-            (
-                (self.greater_is_better not in (None, False) or self.metric_for_best_model != "loss")
-                and not self.does_evaluate,
-                "greater_is_better and metric_for_best_model have no effect without evaluations: set eval_strategy or "
-                "min_samples_per_evaluation",
-            ),
-        ]
-
-    def _compute_contradictions(self) -> list[tuple[bool, str]]:
-        return [
-            (self.bf16 and self.fp16, "bf16 and fp16 exclude each other: give one"),
-            (
-                (bool(self.gradient_checkpointing_kwargs) or self.gradient_checkpointing_keeps != "nothing")
-                and not self.gradient_checkpointing,
-                "gradient_checkpointing_kwargs and gradient_checkpointing_keeps have no effect without "
-                "gradient_checkpointing: switch it on",
-            ),
-            (
-                self.length_column_name != "length" and self.train_sampling_strategy != "group_by_length",
-                "length_column_name has no effect but with train_sampling_strategy=group_by_length",
-            ),
-            (
-                not self.dataloader_num_workers
-                and (self.dataloader_prefetch_factor is not None or self.dataloader_persistent_workers),
-                "dataloader_prefetch_factor and dataloader_persistent_workers have no effect without "
-                "dataloader_num_workers: give a number of processes",
-            ),
-        ]
-
-    def _osft_contradictions(self) -> list[tuple[bool, str]]:
-        defaults = dataclasses.asdict(OsftArguments(osft=self.osft))
-        return [
-            (
-                self.osft and self.osft_unfreeze_rank_ratio is None,
-                "osft needs osft_unfreeze_rank_ratio, the share of each matrix that trains: 0.25 is a good start",
-            ),
-            (
-                not self.osft and any(getattr(self, name) != value for name, value in defaults.items()),
-                "the options that begin with osft_ have no effect without osft: say osft=true",
-            ),
-            (
-                not all(isinstance(ratio, int | float) and 0 <= ratio <= 1 for ratio in self.osft_rank_ratios.values()),
-                f"osft_rank_ratios = {self.osft_rank_ratios}: each ratio is a number from 0 to 1",
-            ),
-        ]
-
-    def _checkpoint_contradictions(self) -> list[tuple[bool, str]]:
-        never = self.save_strategy == "no"
-        known = {field.name for field in dataclasses.fields(self)} | set(IDENTITIES)
-        strange = [name for name in self.allow_change if name not in known]
-        return [
-            (
-                self.save_steps != CheckpointArguments.save_steps and self.save_strategy != "steps",
-                f"save_steps has no effect with save_strategy={self.save_strategy}: say save_strategy=steps",
-            ),
-            (
-                never and (self.save_total_limit is not None or self.min_samples_per_full_checkpoint is not None),
-                "save_total_limit and min_samples_per_full_checkpoint have no effect with save_strategy=no",
-            ),
-            (never and self.save_only_model, "save_only_model has no effect with save_strategy=no"),
-            (
-                (self.load_best_model_at_end or self.save_strategy == "best") and not self.does_evaluate,
-                "load_best_model_at_end and save_strategy=best need evaluations to choose by: set eval_strategy or "
-                "min_samples_per_evaluation",
-            ),
-            (
-                self.load_best_model_at_end and never,
-                "load_best_model_at_end needs checkpoints: set save_strategy",
-            ),
-            (
-                bool(strange),
-                f"allow_change names {', '.join(strange)}: give names of options, or {', '.join(IDENTITIES)}",
-            ),
-        ]
-
-    @property
-    def _tells_trackio(self) -> bool:
-        settings = (self.trackio_space_id, self.trackio_bucket_id, self.trackio_static_space_id)
-        return self.project != LoggingArguments.project or any(setting is not None for setting in settings)
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assign an option, checked by itself at once; how it stands to others is checked when they are used."""
+        if not vars(self).get("_is_complete") or name.startswith("_"):
+            super().__setattr__(name, value)
+            return
+        name = ALIASES.get(name, name)
+        fields = {field.name: field for field in dataclasses.fields(self)}
+        if name not in fields:
+            if isinstance(getattr(type(self), name, None), property):
+                raise AttributeError(f"{name} is found out, not set")
+            is_granted, read = granted(name, value)
+            if is_granted:
+                vars(self)["_foreign"][name] = read
+                return
+            if hasattr(type(self), name):
+                super().__setattr__(name, value)
+                return
+            raise unknown_option(name, fields)
+        before = vars(self)[name]
+        vars(self)[name] = value
+        try:
+            self._normalise()
+            check_value(fields[name], types_of(type(self))[name], vars(self)[name])
+        except UsageError:
+            vars(self)[name] = before
+            raise
+        if name in WITH_VALUE:
+            vars(self)[name] = Choice(vars(self)[name])
 
     @property
     def does_evaluate(self) -> bool:
@@ -328,25 +282,35 @@ class TrainingArguments(  # the last base's options come first
 
     def __getattr__(self, name: str) -> Any:
         """Read an option by its other name; one of transformers that is not here, say fsdp, as what may be given."""
-        return getattr(self, ALIASES[name]) if name in ALIASES else foreign_value(name)
+        if name.startswith("_"):
+            raise AttributeError(f"TrainingArguments has no {name}")
+        if name in ALIASES:
+            return getattr(self, ALIASES[name])
+        given: dict[str, Any] = vars(self).get("_foreign", {})
+        value = given[name] if name in given else foreign_value(name)
+        return Choice(value) if name in WITH_VALUE else value
 
     @property
     def longest_sample(self) -> int:
         """Most tokens that a sample may have."""
         return min(self.max_length or self.max_tokens_per_rank, self.max_tokens_per_rank)
 
+    @property
+    def has_held_out_data(self) -> bool:
+        """Whether some option names data that is not trained on."""
+        return bool(self.validation_split) or self.validation_data_path is not None
+
     def to_dict(self) -> dict[str, Any]:
-        """Give every option as plain JSON values, without secrets."""
+        """Return every option as plain JSON values, without secrets."""
         secret = {field.name for field in dataclasses.fields(self) if not field.repr}
         options = dataclasses.asdict(self).items()
         return {name: SECRET if name in secret and value else plain(value) for name, value in options}
 
     def as_given(self) -> dict[str, Any]:
-        """Give every option without what was derived from others, so that it is derived anew where these change."""
-        unset = self._defaults()
-        derived = {name for name, value in self._derived().items() if getattr(self, name) == value}
-        given = {name: getattr(self, name) for name in unset}
-        return given | {name: unset[name] for name in derived - {"torch_compile"}}
+        """Return every option without what was derived from others, so that it is derived anew where these change."""
+        unset = self.defaults()
+        given = {name: vars(self)[name] for name in unset}
+        return given | {name: unset[name] for name in self._derived_names()}
 
     def to_json_string(self) -> str:
         """Give every option as readable JSON; `from_mapping(json.loads(...))` is its inverse."""
@@ -361,14 +325,46 @@ class TrainingArguments(  # the last base's options come first
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> Self:
-        """Build from parsed YAML or JSON; what YAML misreads (1e-4 as text, no as false) is put right."""
-        hints = types_of(cls)
-        return cls(**{name: as_meant(value, hints.get(ALIASES.get(name, name))) for name, value in options.items()})
+        """Build from parsed YAML or JSON; what YAML misreads (1e-4 as text, no as false) is put right, at any depth."""
+        return cls(**read_as_options(cls, options))
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Self:
         """Build from a YAML file."""
-        return cls.from_mapping(read_yaml(path))
+        options = read_yaml(path)
+        try:
+            return cls.from_mapping(options)
+        except UsageError as error:
+            raise UsageError(f"configuration {path}: {error}") from error
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
+        """Build from what `to_dict` wrote, maybe of another class or by another version.
+
+        Former names are understood. Rules between options are those of the version that wrote the record, so they are
+        not checked again.
+
+        Returns:
+            the options, and those of the record that are unknown here or have a value that is not allowed any more.
+        """
+        fields = {field.name: field for field in option_fields(cls)}
+        hints = types_of(cls)
+        known: dict[str, Any] = {}
+        rest: dict[str, Any] = {}
+        for given, value in record.items():
+            name = given if given in fields else RENAMED.get(given, ALIASES.get(given, given))
+            try:
+                if name not in fields:
+                    raise unknown_option(name, fields)
+                read = as_option(value, hints[name])
+                check_value(fields[name], hints[name], read)
+                known[name] = read
+            except UsageError:
+                rest[given] = value
+        args = cls()
+        vars(args).update(known)
+        args._complete()
+        return args, rest
 
 
 @dataclasses.dataclass
@@ -379,43 +375,56 @@ class Seq2SeqTrainingArguments(GenerationArguments, TrainingArguments):  # the l
         UsageError: an option is unknown, of the wrong type, out of range, or has no effect beside the others.
     """
 
-    def _contradictions(self) -> list[tuple[bool, str]]:
-        settings = (self.generation_max_length, self.generation_num_beams)
-        return [
-            *super()._contradictions(),
-            (
-                not self.predict_with_generate and any(setting is not None for setting in settings),
-                "generation_max_length and generation_num_beams have no effect without predict_with_generate",
-            ),
-        ]
-
     def to_dict(self) -> dict[str, Any]:
-        """Give every option as plain JSON values."""
+        """Return every option as plain JSON values."""
         options = super().to_dict()
         if hasattr(self.generation_config, "to_dict"):
             options["generation_config"] = self.generation_config.to_dict()
         return options
 
 
+def names_free_at_resume() -> frozenset[str]:
+    """Return the options that a resumed run may change; what a script declares by itself is not among them."""
+    return frozenset(field.name for field in option_fields(Seq2SeqTrainingArguments) if is_free_at_resume(field))
+
+
+def read_as_options(cls: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Read each value as its option's type; a name that is no option keeps its value as it is."""
+    hints = types_of(cls)
+    return {name: as_option(value, hints.get(ALIASES.get(name, name), Any)) for name, value in options.items()}
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file of options.
+    """Read a YAML file of options; plain words stay Scalar, to be read as the type of their option.
 
     Raises:
         UsageError: the file cannot be read, is not YAML, or is not a list of `name: value`.
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Reads plain words as they stand, and refuses a name that stands twice."""
+
+        yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # noqa: RUF012
+
+        def construct_yaml_str(self, node: Any) -> str:
+            text = self.construct_scalar(node)
+            return str(text) if node.style else Scalar(text)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            names = [name.value for name, _ in node.value if name.tag != "tag:yaml.org,2002:merge"]
+            twice = sorted({str(name) for name in names if names.count(name) > 1})
+            if twice:
+                line = node.start_mark.line + 1
+                raise ValueError(f"{', '.join(twice)} stands there more than once (from line {line}): give it once")
+            return super().construct_mapping(node, deep)
+
+    Loader.add_constructor("tag:yaml.org,2002:str", Loader.construct_yaml_str)
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        options = yaml.safe_load(text)
+        options = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)  # noqa: S506 a SafeLoader
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise UsageError(f"configuration {path}: {error}") from error
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
         found = ", ".join(map(repr, options)) if isinstance(options, dict) else type(options).__name__
         raise UsageError(f"configuration {path}: expected lines of `option: value`, found {found}")
-    node: Any = yaml.compose(text, yaml.SafeLoader)
-    names = [name.value for name, _ in node.value]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UsageError(f"configuration {path}: {', '.join(twice)} stands there more than once: give it once")
-    return options
+    return {str.__str__(name): value for name, value in options.items()}

@@ -9,28 +9,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-_NEVER = object()  # no value of the field says what happens here
 _ENGINE = "weights are always sharded over all ranks by FSDP2; start one process per GPU with torchrun and leave it out"
-_LOGS = "logging is yours to set up: logging.getLogger('trainer').setLevel(...)"
+_LOGS = "set logging.getLogger('trainer').setLevel(...), or --log-level on the command line"
 
 
 @dataclass(frozen=True)
 class NotHere:
-    """A field that our TrainingArguments lacks: the one value that may still be given, and what to use instead."""
+    """A field that our TrainingArguments lacks: the values that may still be given, and what to use instead."""
 
-    default: Any  # transformers' own, where that is what happens here
+    default: Any  # transformers' own, which may be given: scripts hand on all they have
     instead: str
     also: tuple[Any, ...] = ()  # other values that may be given, since they make no difference
+    reads: Any = None  # what a script that asks reads, where that is not the default
 
-    @property
-    def is_granted(self) -> bool:
-        """Whether transformers' default says what happens here anyway, so that scripts may say it."""
-        return self.default is not _NEVER
-
-    def grants(self, value: object) -> bool:
-        """Whether the value asks for nothing but that."""
-        granted = (self.default, *self.also) if self.is_granted else self.also
-        return any(type(value) is type(one) and value == one for one in granted)
+    def granted(self, value: object) -> tuple[bool, Any]:
+        """Return whether a value asks for nothing that does not happen anyway, and the value, read if it was text."""
+        for one in (self.default, *self.also):
+            words = ("", "none", "null") if one is None else (str(one).lower(),)
+            is_same = type(value) is type(one) and value == one
+            if is_same or (isinstance(value, str) and value.lower() in words):
+                return True, one
+        return False, value
 
 
 NOT_HERE: dict[str, NotHere] = {
@@ -45,7 +44,9 @@ NOT_HERE: dict[str, NotHere] = {
     "debug": NotHere("", "a non-finite loss or gradient always ends the run, with the step's number", also=(None,)),
     "deepspeed": NotHere(None, _ENGINE),
     "eval_use_gather_object": NotHere(False, "predictions of any nesting are gathered as tensors", also=(True,)),
-    "enable_jit_checkpoint": NotHere(_NEVER, "a signal always ends the run in order, after the running step"),
+    "enable_jit_checkpoint": NotHere(
+        False, "a signal always ends the run in order, after the running step", reads=True
+    ),
     "fsdp": NotHere(None, _ENGINE),
     "fsdp_config": NotHere(None, _ENGINE),
     "hub_always_push": NotHere(False, "each push is waited for, none is left out", also=(True,)),
@@ -57,10 +58,10 @@ NOT_HERE: dict[str, NotHere] = {
     "local_rank": NotHere(-1, "ranks come from torchrun's environment"),
     "log_level": NotHere("passive", _LOGS),
     "log_level_replica": NotHere("warning", _LOGS),
-    "log_on_each_node": NotHere(_NEVER, "only the lead rank writes and reports"),
+    "log_on_each_node": NotHere(True, "only the main rank writes and reports", reads=False),
     "parallelism_config": NotHere(None, _ENGINE),
     "restore_callback_states_from_checkpoint": NotHere(
-        _NEVER, "callbacks with a state always go on with it", also=(True,)
+        False, "callbacks with a state always go on with it", also=(True,), reads=True
     ),
     "save_on_each_node": NotHere(False, "checkpoints go to one folder that all nodes see"),
     "sortish_sampler": NotHere(False, "evaluation keeps the order of the data set, training shuffles all of it"),
@@ -90,7 +91,20 @@ ALIASES = {
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
 
+WITH_VALUE = ("eval_strategy", "save_strategy", "logging_strategy", "lr_scheduler_type", "optim", "hub_strategy")
+"""Options that are enums in transformers: scripts ask them for `.value`."""
+
+LEFT_TO_SCRIPTS = (  # what scripts load by themselves, and declare in dataclasses of their own beside ours
+    *("model_name_or_path", "model_config", "tokenizer_name_or_path", "trust_remote_code", "attn_implementation"),
+    *("data_path", "validation_data_path", "validation_split", "train_on", "chat_template", "max_length"),
+    *("overlong", "on_untrainable", "block_size", "dataset_num_proc", "data_cache_dir"),
+)
+"""Options that HfArgumentParser does not see in TrainingArguments, so that they do not conflict with a script's own."""
+
 SEQ2SEQ = ("predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config")
+RENAMED = {"min_samples_per_save": "min_samples_per_full_checkpoint"}
+"""Former names of our own options, as older checkpoints record them."""
+
 FORMER_NAMES = {  # of transformers before 5, which scripts still have
     "adafactor": "optim=adafactor",
     "evaluation_strategy": "eval_strategy",
@@ -106,4 +120,83 @@ FORMER_NAMES = {  # of transformers before 5, which scripts still have
     "save_safetensors": "weights are always in safetensors",
     "use_mps_device": "the device is found",
     "warmup_ratio": "warmup_steps, below 1",
+}
+
+_LORA = "LoRA is not an option yet; wrap the model with peft's get_peft_model and give it to Trainer from Python"
+_FOUR_BITS = "quantised weights cannot be trained here; bf16 halves the memory of activations"
+_ATTENTION = "attn_implementation, which is chosen by itself"
+_PACKED = "samples are always packed, each seeing only itself"
+OTHER_TOOLS = {  # names that other trainers give an option -> ours, or what to do
+    "lr": "learning_rate",
+    "lr_scheduler": "lr_scheduler_type",
+    "scheduler": "lr_scheduler_type",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "max_epochs": "num_train_epochs",
+    "optimizer": "optim",
+    "optimizer_type": "optim",
+    "beta1": "adam_beta1",
+    "beta2": "adam_beta2",
+    "eps": "adam_epsilon",
+    "gradient_clipping": "max_grad_norm",
+    "grad_clip": "max_grad_norm",
+    "num_warmup_steps": "warmup_steps",
+    "max_seq_length": "max_length",
+    "max_seq_len": "max_length",
+    "sequence_len": "max_length",
+    "cutoff_len": "max_length",
+    "model_max_length": "max_length",
+    "micro_batch_size": "max_tokens_per_rank",
+    "train_batch_size": "batch_size",
+    "effective_batch_size": "batch_size",
+    "global_batch_size": "batch_size",
+    "model": "model_name_or_path",
+    "base_model": "model_name_or_path",
+    "model_path": "model_name_or_path",
+    "tokenizer": "tokenizer_name_or_path",
+    "tokenizer_name": "tokenizer_name_or_path",
+    "dataset": "data_path",
+    "datasets": "data_path",
+    "dataset_name": "data_path",
+    "dataset_path": "data_path",
+    "train_file": "data_path",
+    "eval_data_path": "validation_data_path",
+    "validation_file": "validation_data_path",
+    "val_set_size": "validation_split",
+    "val_size": "validation_split",
+    "output": "output_dir",
+    "precision": "bf16",
+    "mixed_precision": "bf16",
+    "torch_dtype": "bf16",
+    "dtype": "bf16",
+    "flash_attention": _ATTENTION,
+    "flash_attn": _ATTENTION,
+    "use_flash_attn": _ATTENTION,
+    "packing": _PACKED,
+    "sample_packing": _PACKED,
+    "padding_free": _PACKED,
+    "use_liger": "use_liger_kernels",
+    "liger_kernel": "use_liger_kernels",
+    "wandb_project": "report_to=wandb, and WANDB_PROJECT in the environment",
+    "resume": "resume_from_checkpoint",
+    "nproc": "nproc_per_node",
+    "num_gpus": "nproc_per_node",
+    "gpus": "nproc_per_node",
+    "verbose": "log_level",
+    "load_in_4bit": _FOUR_BITS,
+    "load_in_8bit": _FOUR_BITS,
+    **dict.fromkeys(("use_peft", "use_lora", "lora", "lora_r", "lora_rank", "lora_alpha", "lora_dropout"), _LORA),
+    **dict.fromkeys(("lora_target_modules", "lora_target", "adapter", "peft_config", "finetuning_type"), _LORA),
+}
+
+VALUES = {  # values that people try -> the ones meant
+    "adam": "adamw_torch",
+    "adamw": "adamw_torch",
+    "adamw_fused": "adamw_torch_fused",
+    "adamw_hf": "adamw_torch",
+    "adam8bit": "adamw_8bit",
+    "adamw8bit": "adamw_8bit",
+    "cos": "cosine",
+    "cosine_annealing": "cosine",
+    "warmup": "constant_with_warmup",
 }

@@ -22,16 +22,18 @@ LARGEST_SEED = 2**32 - 1  # of numpy's global generator
 class ExportArguments:
     """What is written, and where."""
 
-    output_dir: str = option("outputs", "Folder of everything that the run writes.")
-    overwrite_output_dir: bool = option(False, "Start afresh in a folder that already holds a run.")
+    output_dir: str = option("outputs", "Folder of everything that the run writes.", at_resume="free")
+    overwrite_output_dir: bool = option(False, "Start afresh in a folder that already holds a run.", at_resume="free")
     min_samples_per_checkpoint: int | None = option(
-        None, "Export Hugging Face weights each time so many samples were trained.", above=0
+        None, "Export Hugging Face weights each time so many samples were trained.", above=0, at_resume="free"
     )
-    export_at_epoch: bool = option(False, "Export Hugging Face weights after each epoch.")
-    export_best: bool = option(False, "Export Hugging Face weights whenever metric_for_best_model improves.")
-    export_final: bool = option(True, "Export Hugging Face weights after the last step.")
+    export_at_epoch: bool = option(False, "Export Hugging Face weights after each epoch.", at_resume="free")
+    export_best: bool = option(
+        False, "Export Hugging Face weights whenever metric_for_best_model improves.", at_resume="free"
+    )
+    export_final: bool = option(True, "Export Hugging Face weights after the last step.", at_resume="free")
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = option(
-        None, "Type of exported weights; by default the type in which the model was stored."
+        None, "Type of exported weights; by default the type in which the model was stored.", at_resume="free"
     )
 
 
@@ -39,23 +41,30 @@ class ExportArguments:
 class ModelArguments:
     """Model and tokenizer."""
 
-    model_name_or_path: str | None = option(None, "Folder or hub name of the model to fine-tune.")
-    model_config: str | None = option(None, "A config.json, or its folder, to start from random weights instead.")
-    tokenizer_name_or_path: str | None = option(None, "Folder or hub name of the tokenizer, if not the model's own.")
-    trust_remote_code: bool = option(False, "Run code that comes with the model. Only for sources you trust.")
+    model_name_or_path: str | None = option(None, "Folder or hub name of the model to fine-tune.", at_resume="free")
+    model_config: str | None = option(
+        None, "A config.json, or its folder, to start from random weights instead.", at_resume="free"
+    )
+    tokenizer_name_or_path: str | None = option(
+        None, "Folder or hub name of the tokenizer, if not the model's own.", at_resume="free"
+    )
+    trust_remote_code: bool = option(
+        False, "Run code that comes with the model. Only for sources you trust.", at_resume="free"
+    )
     attn_implementation: str = option("auto", "auto, packed_sdpa, varlen, flash_attention_2 or sdpa.")
     bf16: bool = option(False, "Compute in bfloat16; master weights, gradients summed and optimizer stay in float32.")
     fp16: bool = option(False, "Compute in float16 with a scaled loss, where the GPU has no bfloat16.")
     tf32: bool | None = option(None, "Let float32 products on the GPU keep 10 bits of mantissa; None: as torch has it.")
-    gradient_checkpointing: bool = option(False, "Recompute activations in backward to save memory.")
+    gradient_checkpointing: bool = option(False, "Recompute activations in backward to save memory.", at_resume="free")
     gradient_checkpointing_keeps: Literal["nothing", "products"] = option(
         "nothing",
         "What of a block is not recomputed: nothing; or products, of matrices and attention, which cost most.",
+        at_resume="free",
     )
     gradient_checkpointing_kwargs: dict[str, Any] = option({}, "Settings of torch.utils.checkpoint, as JSON.")
-    torch_compile: bool = option(False, "Compile each transformer block.")
-    torch_compile_backend: str | None = option(None, "Compiler to use, if not torch's own.")
-    torch_compile_mode: str | None = option(None, "Mode of torch's compiler.")
+    torch_compile: bool = option(False, "Compile each transformer block.", at_resume="free")
+    torch_compile_backend: str | None = option(None, "Compiler to use, if not torch's own.", at_resume="free")
+    torch_compile_mode: str | None = option(None, "Mode of torch's compiler.", at_resume="free")
     neftune_noise_alpha: float | None = option(None, "Strength of the noise that NEFTune adds to embeddings.", above=0)
     use_liger_kernels: bool = option(False, "Use Liger's fused kernels (GPU only).")
     freeze_patterns: list[str] = option([], "Regular expressions; parameters whose name matches one are not trained.")
@@ -95,14 +104,16 @@ class DataArguments:
     """Training and validation data."""
 
     data_path: str | None = option(
-        None, "JSONL of messages, prompt/completion, text or token ids; or a prepared folder."
+        None, "JSONL of messages, prompt/completion, text or token ids; or a prepared folder.", at_resume="free"
     )
-    validation_data_path: str | None = option(None, "Held-out data in the same form.")
+    validation_data_path: str | None = option(None, "Held-out data in the same form.", at_resume="free")
     validation_split: float = option(0.0, "Fraction of the documents held out for evaluation.", minimum=0, below=1)
     train_on: Literal["assistant", "all", "last"] = option(
         "assistant", "Which turns are trained: every assistant turn, all turns, or the last assistant turn."
     )
-    chat_template: str | None = option(None, "A Jinja file to use instead of the tokenizer's own chat template.")
+    chat_template: str | None = option(
+        None, "A Jinja file to use instead of the tokenizer's own chat template.", at_resume="free"
+    )
     max_length: int | None = option(
         None, "Longest sample allowed, in tokens; by default the token budget.", above=0, maximum=INT32
     )
@@ -111,8 +122,12 @@ class DataArguments:
     block_size: int | None = option(
         None, "Pretraining: join documents with EOS, cut blocks of so many tokens.", above=1, maximum=INT32
     )
-    dataset_num_proc: int | None = option(None, "Processes that tokenize; by default one per core.", above=0)
-    data_cache_dir: str | None = option(None, "Where prepared data is kept; by default ~/.cache/trainer/prepared.")
+    dataset_num_proc: int | None = option(
+        None, "Processes that tokenize; by default one per core.", above=0, at_resume="free"
+    )
+    data_cache_dir: str | None = option(
+        None, "Where prepared data is kept; by default ~/.cache/trainer/prepared.", at_resume="free"
+    )
 
 
 @dataclass
@@ -120,9 +135,11 @@ class BatchArguments:
     """Global batch and token budget."""
 
     batch_size: int = option(64, "Samples per optimizer step, over all ranks.", above=0, maximum=INT32)
-    max_tokens_per_rank: int = option(8192, "Token budget of one rank in one micro-batch.", above=0, maximum=INT32)
+    max_tokens_per_rank: int = option(
+        8192, "Token budget of one rank in one micro-batch.", above=0, maximum=INT32, at_resume="free"
+    )
     packing_cost: Literal["attention", "tokens"] = option(
-        "attention", "What packing balances over ranks: tokens plus squared lengths, or tokens alone."
+        "attention", "What packing balances over ranks: tokens plus squared lengths, or tokens alone.", at_resume="free"
     )
     label_smoothing_factor: float = option(0.0, "Share of the target spread over the vocabulary.", minimum=0, below=1)
 
@@ -132,16 +149,22 @@ class LoaderArguments:
     """Batches of data sets of one's own: whatever is not token data, which is packed."""
 
     per_device_train_batch_size: int = option(8, "Samples of one rank in one micro-batch.", above=0, maximum=INT32)
-    per_device_eval_batch_size: int = option(8, "Samples of one rank in one evaluation batch.", above=0, maximum=INT32)
+    per_device_eval_batch_size: int = option(
+        8, "Samples of one rank in one evaluation batch.", above=0, maximum=INT32, at_resume="free"
+    )
     gradient_accumulation_steps: int = option(1, "Micro-batches of one rank in one optimizer step.", above=0)
     average_tokens_across_devices: bool = option(True, "Count the labels of a step over all ranks, not on each alone.")
     dataloader_drop_last: bool = option(False, "Leave out the samples of an epoch that do not fill a micro-batch.")
     dataloader_num_workers: int = option(
-        0, "Processes that read and collate; 0 does it in the training process.", minimum=0
+        0, "Processes that read and collate; 0 does it in the training process.", minimum=0, at_resume="free"
     )
-    dataloader_pin_memory: bool = option(True, "Collate into page-locked memory where there is a GPU.")
-    dataloader_persistent_workers: bool = option(False, "Keep those processes from epoch to epoch.")
-    dataloader_prefetch_factor: int | None = option(None, "Batches that each process reads ahead.", above=0)
+    dataloader_pin_memory: bool = option(
+        True, "Collate into page-locked memory where there is a GPU.", at_resume="free"
+    )
+    dataloader_persistent_workers: bool = option(False, "Keep those processes from epoch to epoch.", at_resume="free")
+    dataloader_prefetch_factor: int | None = option(
+        None, "Batches that each process reads ahead.", above=0, at_resume="free"
+    )
     remove_unused_columns: bool = option(True, "Leave out columns that the model's forward does not take.")
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = option(
         "random", "Order of training samples; group_by_length draws batches of like lengths."
@@ -226,7 +249,10 @@ class PredictionArguments:
     batch_eval_metrics: bool = option(False, "Call compute_metrics for each batch, with compute_result at the last.")
     eval_do_concat_batches: bool = option(True, "Join predictions into one array; else a list has one for each batch.")
     eval_accumulation_steps: int | None = option(
-        None, "Batches after which predictions move from the GPU to main memory; by default at the end.", above=0
+        None,
+        "Batches after which predictions move from the GPU to main memory; by default at the end.",
+        above=0,
+        at_resume="free",
     )
     bf16_full_eval: bool = option(False, "Hold the weights in bfloat16 while evaluating; they come back unchanged.")
     fp16_full_eval: bool = option(False, "Hold the weights in float16 while evaluating; they come back unchanged.")
@@ -237,26 +263,39 @@ class CheckpointArguments:
     """Full-state checkpoints, and going on from them."""
 
     save_strategy: Literal["no", "steps", "epoch", "best", "signal"] = option(
-        "steps", "When to save the full state: every save_steps and at the end, ...; on signals too, unless no."
+        "steps",
+        "When to save the full state: every save_steps and at the end, ...; on signals too, unless no.",
+        at_resume="free",
     )
     save_steps: float = option(
-        500, "Steps between checkpoints, with save_strategy=steps; below 1 a share of all steps.", above=0
+        500,
+        "Steps between checkpoints, with save_strategy=steps; below 1 a share of all steps.",
+        above=0,
+        at_resume="free",
     )
     min_samples_per_full_checkpoint: int | None = option(
-        None, "Save the full state each time so many samples were trained, too.", above=0
+        None, "Save the full state each time so many samples were trained, too.", above=0, at_resume="free"
     )
-    save_total_limit: int | None = option(None, "Keep so many checkpoints, the newest; the best one stays.", above=0)
-    save_only_model: bool = option(False, "Save weights without what a resumed run needs.")
+    save_total_limit: int | None = option(
+        None, "Keep so many checkpoints, the newest; the best one stays.", above=0, at_resume="free"
+    )
+    save_only_model: bool = option(False, "Save weights without what a resumed run needs.", at_resume="free")
     async_save: bool | None = option(
-        None, "Write checkpoints beside training, which waits only for a copy in memory; by default with token data."
+        None,
+        "Write checkpoints beside training, which waits only for a copy in memory; by default with token data.",
+        at_resume="free",
     )
-    load_best_model_at_end: bool = option(False, "Save the best model, and end with its weights.")
+    load_best_model_at_end: bool = option(False, "Save the best model, and end with its weights.", at_resume="free")
     resume_from_checkpoint: str | None = option(
-        None, "A checkpoint to go on from; auto: the newest whole one in output_dir, or from the start if none."
+        None,
+        "A checkpoint to go on from; auto: the newest whole one in output_dir, or from the start if none.",
+        at_resume="free",
     )
-    allow_change: list[str] = option([], "Options (or data, eval_data, tokenizer, callbacks) that a resume may change.")
+    allow_change: list[str] = option(
+        [], "Options (or data, eval_data, tokenizer, callbacks) that a resume may change.", at_resume="free"
+    )
     non_finite: Literal["stop", "skip"] = option(
-        "stop", "When loss or gradient is NaN or infinite: stop, or leave that step out and go on."
+        "stop", "When loss or gradient is NaN or infinite: stop, or leave that step out and go on.", at_resume="free"
     )
 
 
@@ -264,41 +303,54 @@ class CheckpointArguments:
 class LoggingArguments:
     """Logging and progress."""
 
-    logging_strategy: Literal["no", "steps", "epoch"] = option("steps", "When callbacks and log history get a line.")
-    logging_steps: float = option(
-        10, "Steps between two such lines; below 1 a share of all steps; metrics.jsonl has every step.", above=0
+    logging_strategy: Literal["no", "steps", "epoch"] = option(
+        "steps", "When callbacks and log history get a line.", at_resume="free"
     )
-    logging_first_step: bool = option(False, "Log the first step too.")
+    logging_steps: float = option(
+        10,
+        "Steps between two such lines; below 1 a share of all steps; metrics.jsonl has every step.",
+        above=0,
+        at_resume="free",
+    )
+    logging_first_step: bool = option(False, "Log the first step too.", at_resume="free")
     logging_nan_inf_filter: bool = option(
-        True, "Leave the losses of steps that non_finite=skip left out out of the logged mean; else they show in it."
+        True,
+        "Leave the losses of steps that non_finite=skip left out out of the logged mean; else they show in it.",
+        at_resume="free",
     )
     include_num_input_tokens_seen: Literal["no", "all", "non_padding"] = option(
         "no", "Add to each line the number of input tokens so far, with or without padding."
     )
     report_to: str | list[str] = option(
-        "none", "Experiment trackers: tensorboard, wandb, mlflow or another that transformers knows; all; none."
+        "none",
+        "Experiment trackers: tensorboard, wandb, mlflow or another that transformers knows; all; none.",
+        at_resume="free",
     )
-    run_name: str | None = option(None, "Name of the run in the trackers.")
-    project: str = option("huggingface", "Project of the run, for trackio.")
-    trackio_space_id: str | None = option(None, "Space that shows the run, for trackio.")
-    trackio_bucket_id: str | None = option(None, "Bucket of that space, for trackio.")
+    run_name: str | None = option(None, "Name of the run in the trackers.", at_resume="free")
+    project: str = option("huggingface", "Project of the run, for trackio.", at_resume="free")
+    trackio_space_id: str | None = option(None, "Space that shows the run, for trackio.", at_resume="free")
+    trackio_bucket_id: str | None = option(None, "Bucket of that space, for trackio.", at_resume="free")
     trackio_static_space_id: str | None | Literal[False] = option(
-        None, "Static copy of that space, for trackio; false: none."
+        None, "Static copy of that space, for trackio; false: none.", at_resume="free"
     )
-    disable_tqdm: bool = option(False, "Plain lines instead of a progress bar.")
+    disable_tqdm: bool = option(False, "Plain lines instead of a progress bar.", at_resume="free")
 
 
 @dataclass
 class HubArguments:
     """The Hugging Face hub."""
 
-    push_to_hub: bool = option(False, "Push each export to the hub, with a model card.")
-    hub_model_id: str | None = option(None, "Repository on the hub; by default the name of output_dir.")
-    hub_token: str | None = option(
-        None, "Token that may write there; by default that of `hf auth login`.", is_secret=True
+    push_to_hub: bool = option(False, "Push each export to the hub, with a model card.", at_resume="free")
+    hub_model_id: str | None = option(
+        None, "Repository on the hub; by default the name of output_dir.", at_resume="free"
     )
-    hub_private_repo: bool | None = option(None, "Whether a new repository, or trackio's space, is private.")
-    hub_revision: str | None = option(None, "Branch of the repository; by default main.")
+    hub_token: str | None = option(
+        None, "Token that may write there; by default that of `hf auth login`.", is_secret=True, at_resume="free"
+    )
+    hub_private_repo: bool | None = option(
+        None, "Whether a new repository, or trackio's space, is private.", at_resume="free"
+    )
+    hub_revision: str | None = option(None, "Branch of the repository; by default main.", at_resume="free")
 
 
 @dataclass
@@ -310,18 +362,22 @@ class MachineArguments:
         None, "Seed of the data order alone; by default seed.", minimum=0, maximum=LARGEST_SEED
     )
     full_determinism: bool = option(False, "Refuse operations that are not reproducible on the GPU; slower.")
-    skip_memory_metrics: bool = option(True, "Leave out the memory used by each stage, which costs time to watch.")
-    use_cpu: bool = option(False, "Stay on the CPU although a GPU is there.")
-    ddp_timeout: int = option(1800, "Seconds a rank waits for the others before the job ends.", above=0, maximum=INT32)
+    skip_memory_metrics: bool = option(
+        True, "Leave out the memory used by each stage, which costs time to watch.", at_resume="free"
+    )
+    use_cpu: bool = option(False, "Stay on the CPU although a GPU is there.", at_resume="free")
+    ddp_timeout: int = option(
+        1800, "Seconds a rank waits for the others before the job ends.", above=0, maximum=INT32, at_resume="free"
+    )
 
 
 @dataclass
 class ScriptArguments:
     """What scripts ask their options for; the Trainer itself reads none of it."""
 
-    do_train: bool = option(False, "For scripts: whether to train.")
-    do_eval: bool = option(False, "For scripts: whether to evaluate.")
-    do_predict: bool = option(False, "For scripts: whether to predict.")
+    do_train: bool = option(False, "For scripts: whether to train.", at_resume="free")
+    do_eval: bool = option(False, "For scripts: whether to evaluate.", at_resume="free")
+    do_predict: bool = option(False, "For scripts: whether to predict.", at_resume="free")
 
 
 @dataclass

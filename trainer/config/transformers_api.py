@@ -1,16 +1,20 @@
-"""What scripts ask transformers' TrainingArguments about the process they run in: rank, device, who goes first.
+"""What scripts written for transformers expect of its TrainingArguments beside the options themselves.
 
-The answers are those of `trainer.distributed`, looked up when they are asked for; options know nothing of ranks.
+Their questions about the process (rank, device, who goes first), answered by `trainer.distributed` when they are asked;
+`set_training` and its like; and a list of fields that HfArgumentParser can add to a script's own.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self
 
+from trainer.config.foreign_names import LEFT_TO_SCRIPTS, NOT_HERE
 from trainer.config.groups import LoaderArguments, MachineArguments
 from trainer.errors import UsageError
 
@@ -19,6 +23,71 @@ if TYPE_CHECKING:
     from transformers.training_args import ParallelMode
 
     from trainer.distributed.topology import Topology
+
+
+class NotGiven:
+    """Default of an option of transformers that is not here, where a parser lists it."""
+
+    def __repr__(self) -> str:
+        return "not supported"
+
+
+NOT_GIVEN = NotGiven()
+
+
+class NamesOfTransformers:
+    """Types of the options of transformers that are not here, which HfArgumentParser looks up by name."""
+
+    __annotations__ = dict.fromkeys(NOT_HERE, "str")  # noqa: RUF012
+
+
+class FieldViews:
+    """`__dataclass_fields__` of options: a reader of the class finds other fields than a reader of an instance.
+
+    The class is read by HfArgumentParser, which makes an argument of each field that a constructor takes: options that
+    scripts declare beside ours are hidden there (`init` is False), or their parsers would end with a conflict; names of
+    transformers that are not here are listed, so that our advice is given. The class is read, too, by the decorator
+    `dataclass` of a subclass. An instance has all options and nothing else, for `dataclasses.replace` and `asdict`.
+    """
+
+    def __init__(self, fields: Mapping[str, dataclasses.Field[Any]]) -> None:
+        own = {name: field for name, field in fields.items() if field.default is not NOT_GIVEN}
+        is_first = len(own) == len(fields)  # of TrainingArguments itself, where nothing is hidden yet
+        self.of_instance = {name: _with_init(field, True) for name, field in own.items()}
+        self.of_class = dict(own)
+        for name in LEFT_TO_SCRIPTS:
+            if is_first:
+                self.of_class[name] = _with_init(own[name], False)
+        for name, about in NOT_HERE.items():
+            if name not in own:
+                self.of_class[name] = _foreign_field(name, about.instead)
+
+    def __get__(self, instance: object | None, owner: type) -> dict[str, dataclasses.Field[Any]]:
+        return self.of_class if instance is None else self.of_instance
+
+
+def option_fields(options: type) -> tuple[dataclasses.Field[Any], ...]:
+    """Return the fields of every option of a class of options."""
+    views: FieldViews = vars(options)["__dataclass_fields__"]
+    return tuple(views.of_instance.values())
+
+
+def _with_init(field: dataclasses.Field[Any], init: bool) -> dataclasses.Field[Any]:
+    if field.init == init:
+        return field
+    field = copy.copy(field)
+    field.init = init
+    return field
+
+
+def _foreign_field(name: str, instead: str) -> dataclasses.Field[Any]:
+    metadata = {"help": f"Not supported: {instead}.".replace("%", "%%"), "nargs": "?", "const": "true"}
+    default: Any = NOT_GIVEN
+    field: dataclasses.Field[Any] = dataclasses.field(default=default, repr=False, compare=False, metadata=metadata)
+    field.name, field.type = name, str
+    field._field_type = dataclasses._FIELD  # type: ignore[attr-defined]
+    field.kw_only = True
+    return field
 
 
 class ProcessWords(MachineArguments, LoaderArguments):
@@ -83,12 +152,12 @@ class ProcessWords(MachineArguments, LoaderArguments):
 
     @property
     def train_batch_size(self) -> int:
-        """Samples of one rank in one micro-batch of an ordinary data set; one process drives one device."""
+        """Samples of one rank in one micro-batch of a custom data set; one process drives one device."""
         return self.per_device_train_batch_size
 
     @property
     def eval_batch_size(self) -> int:
-        """Samples of one rank in one evaluation batch of an ordinary data set."""
+        """Samples of one rank in one evaluation batch of a custom data set."""
         return self.per_device_eval_batch_size
 
     def get_process_log_level(self) -> int:
@@ -133,7 +202,7 @@ class OptionSetters:
 
     def with_options(self, options: Mapping[str, Any]) -> Self:
         """Change options in place, unless they contradict others: then an error, and nothing changes."""
-        self.__dict__.update(type(self)(**{**self.as_given(), **options}).__dict__)
+        self.__dict__.update(type(self)(**{**vars(self).get("_foreign", {}), **self.as_given(), **options}).__dict__)
         return self
 
     set_training = _setter(
