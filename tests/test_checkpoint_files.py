@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from tests.fixtures.ranks.faults import flip_bit, truncate
-from trainer.atomic import stage_folder, write_file, write_json
+from trainer.atomic import publish_folder, read_sealed, stage_folder, write_file, write_json, write_sealed
 from trainer.checkpoint import manifest
-from trainer.checkpoint.manifest import Manifest, find_damage
+from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.tensors import DTYPES, pack, safetensors_chunks, unpack
+from trainer.checkpoint.verify import find_damage
 from trainer.cli.main import main
 from trainer.errors import CheckpointError
 
@@ -67,17 +68,25 @@ def test_the_safetensors_library_reads_what_we_write(tmp_path: Path, shape: tupl
             assert torch.equal(read.to(torch.float64), tensor.to(torch.float64))
 
 
-def write_checkpoint(checkpoints: Path, step: int) -> Path:
-    """A checkpoint of two plain files, without tensors."""
+def write_checkpoint(checkpoints: Path, step: int, run_id: str | None = None) -> Path:
+    """Weights alone: a checkpoint of two plain files, without tensors."""
     target = manifest.folder_of(checkpoints, step)
-    hidden = stage_folder(target)
+    hidden = stage_folder(manifest.hidden_name(target, "writing", run_id))
     files = {name: write_file(hidden / name, [b"x" * 100]) for name in ("one", "model/two")}
     files["tensors.json"] = write_json(hidden / "tensors.json", {"world_size": 1, "tensors": {}})
-    manifest.publish(hidden, target, Manifest(step, 1, True, files))
+    write_sealed(hidden / "rank_0.json", {})
+    files["rank_0.json"] = read_sealed(hidden / "rank_0.json")[1]
+    write_manifest(hidden, Manifest(step, 1, False, files, run_id=run_id))
+    publish_folder(hidden, target)
     return target
 
 
-FILES = ("one", "model/two", "tensors.json", "manifest.json")
+def write_manifest(folder: Path, about: Manifest) -> None:
+    files = {name: vars(fact) for name, fact in about.files.items()}
+    write_sealed(folder / "manifest.json", {**vars(about), "files": files})
+
+
+FILES = ("one", "model/two", "tensors.json", "rank_0.json", "manifest.json")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -103,10 +112,9 @@ def test_every_bit_of_a_manifest_counts(tmp_path: Path) -> None:
 
 
 def test_a_manifest_of_another_format_is_named(tmp_path: Path) -> None:
-    hidden = stage_folder(tmp_path / "step_1")
-    manifest.publish(hidden, tmp_path / "step_1", Manifest(1, 1, True, {}, format_version=99))
-    with pytest.raises(CheckpointError, match="format 99, this trainer reads 1"):
-        manifest.read_manifest(tmp_path / "step_1")
+    write_manifest(tmp_path, Manifest(1, 1, True, {}, format_version=99))
+    with pytest.raises(CheckpointError, match="format 99, this trainer reads 1 to 2; a newer one may read it"):
+        manifest.read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -117,17 +125,40 @@ def test_retention_keeps_the_newest_and_the_best(tmp_path: Path, limit: int, bes
     for step in range(1, 6):
         write_checkpoint(tmp_path, step)
     (tmp_path / "step_notes").mkdir()
-    removed = manifest.retire(tmp_path, limit, best)
+    removed = manifest.retire(tmp_path, limit, best, None)
     assert sorted(map(manifest.step_of, manifest.list_checkpoints(tmp_path))) == kept
     assert len(removed) == 5 - len(kept)
     assert not list(tmp_path.glob(".step_*"))
 
 
-def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
-    stage_folder(tmp_path / "step_4")
+def test_only_leftovers_of_the_run_itself_are_removed(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 3)
-    manifest.remove_leftovers(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["step_3"]
+    for run_id in ("mine", "other", None):
+        stage_folder(manifest.hidden_name(tmp_path / "step_4", "writing", run_id))
+    (tmp_path / ".step_notes").mkdir()
+    manifest.remove_leftovers(tmp_path, {"mine"})
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept == [".step_4.writing", ".step_4.writing-other", ".step_notes", "step_3"]
+
+
+def test_retention_counts_and_removes_only_the_runs_own(tmp_path: Path) -> None:
+    for step, run_id in enumerate(["mine", "other", "mine", None, "mine", "mine"]):
+        write_checkpoint(tmp_path, step, run_id)
+    flip_bit(tmp_path / "step_4" / "manifest.json")
+    manifest.retire(tmp_path, 1, None, "mine")
+    assert sorted(map(manifest.step_of, manifest.list_checkpoints(tmp_path))) == [1, 3, 4, 5]
+
+
+def test_what_others_put_into_a_checkpoint_outlives_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (1, 2):
+        write_checkpoint(tmp_path / "checkpoints", step)
+    adapter = tmp_path / "checkpoints" / "step_1" / "model" / "adapter.bin"
+    adapter.write_text("mine")
+    assert find_damage(adapter.parents[1]) == []
+    manifest.retire(tmp_path / "checkpoints", 1, None, None)
+    left = [path for path in tmp_path.rglob("*") if path.is_file() and "step_1" in str(path)]
+    assert left == [tmp_path / "checkpoints.discarded" / "step_1" / "model" / "adapter.bin"]
+    assert "files that the trainer did not write" in caplog.text
 
 
 def test_verify_says_what_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,9 +14,9 @@ from tests.fixtures.ranks.faults import delay, disk_full
 from tests.fixtures.runs import build_trainer, random_token_samples, weights_of, whole_tensors
 from trainer.atomic import read_json
 from trainer.checkpoint import manifest
-from trainer.checkpoint.manifest import check, find_damage, newest_whole
 from trainer.checkpoint.optimizer_state import pack_optimizer, restore_optimizer
 from trainer.checkpoint.tensors import StoredTensors, model_tensors, restore_model
+from trainer.checkpoint.verify import check, find_damage, newest_whole
 from trainer.checkpoint.writer import CheckpointWriter, Contents
 from trainer.cli.main import main
 from trainer.config.arguments import TrainingArguments
@@ -29,6 +29,13 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, fused=True),
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-2, momentum=0.9),
     "adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=1e-2),
+}
+
+
+RECORDS: dict[str, Any] = {  # what a run adds
+    "training_params.json": {},
+    "state.json": {"should_stop": False, "should_stop_epoch": False, "callbacks": []}
+    | {name: {} for name in ("state", "schedule", "fingerprints")},
 }
 
 
@@ -48,7 +55,7 @@ def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 
 
 def contents_of(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> Contents:
     form, tensors = pack_optimizer(optimizer, model)
-    return Contents(step, {"model": model_tensors(model), "optimizer": tensors}, {"optimizer.json": form})
+    return Contents(step, {"model": model_tensors(model), "optimizer": tensors}, {**RECORDS, "optimizer.json": form})
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -168,6 +175,7 @@ NAMES = (
     "rank_0.json",
     "model_0.safetensors",
     "optimizer_0.safetensors",
+    *RECORDS,
 )
 
 
@@ -197,7 +205,9 @@ def told_of_a_save(folder: Path, is_async: bool) -> list[tuple[int, int, float]]
     told: list[tuple[int, int, float]] = []
     tensors = {str(number): torch.ones(100) for number in range(3)}
     with Group.join(TrainingArguments(use_cpu=True)) as group:
-        writer = CheckpointWriter(folder, group, is_async=is_async, limit=None, tell=lambda *share: told.append(share))
+        writer = CheckpointWriter(
+            folder, group, is_async=is_async, limit=None, report=lambda *share: told.append(share)
+        )
         writer.save(Contents(1, {"model": tensors, "optimizer": tensors}, {}))
         writer.wait()
     return told
@@ -319,6 +329,7 @@ WRITTEN = {  # by each rank, in this order
         "model_0.safetensors",
         "optimizer_0.safetensors",
         "rank_0.json",
+        *RECORDS,
         "optimizer.json",
         "tensors.json",
         "manifest.json",

@@ -26,7 +26,7 @@ from trainer.errors import CheckpointError, RankError, UsageError
 from trainer.optim.gradients import clip, global_norm
 from trainer.optim.optimizers import build_optimizer
 from trainer.optim.schedules import build_schedule
-from trainer.training import output
+from trainer.training import run_dir
 from trainer.training.callbacks import Every
 from trainer.training.metrics import BatchMetrics, batch_counts
 from trainer.training.run_dir import open_output_dir, sole_run
@@ -287,7 +287,7 @@ class TestOutputFolder:
         assert not (tmp_path / "metrics.jsonl").exists()
 
     def test_two_runs_never_mix_in_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(output, "SECONDS_FOR_OTHERS", 0.1)
+        monkeypatch.setattr(run_dir, "SECONDS_FOR_OTHERS", 0.1)
         args, group = build_arguments(tmp_path / "run"), one_process()
         with sole_run(args, group):
             with pytest.raises(UsageError, match="is in use by a run that is going on"), sole_run(args, group):

@@ -10,12 +10,18 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
 from trainer.errors import CheckpointError
+
+LISTING = ".export.json"  # what an exported folder holds: only this may be removed for the next export
+MAX_RECORD_BYTES = 2**28
+# What reading values of the wrong shape or type raises: a record may hold any JSON.
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -49,15 +55,56 @@ def write_json(path: Path, value: Mapping[str, Any]) -> FileFact:
     return write_file(path, [("{\n" + ",\n".join(lines) + "\n}\n").encode()])
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file to read; a pipe or a device, which could be read without end, is refused.
+
+    Raises:
+        CheckpointError: it is absent, unreadable or something else than a regular file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for its writer
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"{path} is not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def check_name(name: str) -> None:
+    """Raise CheckpointError where the name of a file leads out of the folder that lists it."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
+        raise CheckpointError(f"{name!r} is no name of a file inside the folder")
+
+
+def read_record(path: Path) -> bytes:
+    """Read a small file whole.
+
+    Raises:
+        CheckpointError: it is not a regular file of at most `MAX_RECORD_BYTES`.
+    """
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > MAX_RECORD_BYTES:
+            raise CheckpointError(f"{path} has more than {MAX_RECORD_BYTES} bytes: it is no record of a checkpoint")
+        try:
+            return file.read()
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error})") from error
+
+
 def read_json(path: Path) -> Any:
     """Read JSON back.
 
     Raises:
         CheckpointError: the file is absent or not JSON.
     """
+    content = read_record(path)
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); resume from another checkpoint") from error
 
 
@@ -73,15 +120,15 @@ def read_sealed(path: Path) -> tuple[Any, FileFact]:
     Raises:
         CheckpointError: the file is absent or damaged.
     """
+    content = read_record(path)
     try:
-        content = path.read_bytes()
         sealed = json.loads(content)
         digest = hashlib.sha256(json.dumps(sealed["value"], sort_keys=True).encode()).hexdigest()
         if sealed["sha256"] != digest:
             raise ValueError("its checksum does not match")
-        return sealed["value"], FileFact(len(content), hashlib.sha256(content).hexdigest())
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except MALFORMED as error:
         raise CheckpointError(f"{path} is damaged ({error})") from error
+    return sealed["value"], FileFact(len(content), hashlib.sha256(content).hexdigest())
 
 
 def sync(path: Path) -> None:
@@ -98,9 +145,17 @@ def hidden_path(target: Path, purpose: str = "writing") -> Path:
     return target.with_name(f".{target.name}.{purpose}")
 
 
-def stage_folder(target: Path) -> Path:
-    """Make the hidden folder in which `target` is written; what an earlier attempt left there is removed."""
-    hidden = hidden_path(target)
+def sync_size(path: Path) -> int | None:
+    """Put a file on disk and return its size; None where there is none."""
+    try:
+        sync(path)
+    except FileNotFoundError:
+        return None
+    return path.stat().st_size
+
+
+def stage_folder(hidden: Path) -> Path:
+    """Make a hidden folder in which another one is written; what an earlier attempt left there is removed."""
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
     return hidden
@@ -114,9 +169,41 @@ def publish_folder(hidden: Path, target: Path) -> None:
     sync(target.parent)
 
 
-def remove_folder(folder: Path) -> None:
-    """Remove a folder: out of sight at once, its files after that."""
-    hidden = hidden_path(folder, "removing")
-    shutil.rmtree(hidden, ignore_errors=True)
-    folder.rename(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
+def remove_listed(folder: Path, names: Iterable[str]) -> bool:
+    """Remove these files of a folder, and the folder if it is then empty; return whether it is gone."""
+    parents = {folder}
+    for name in names:
+        path = folder / name
+        path.unlink(missing_ok=True)
+        parents |= {parent for parent in path.parents if folder in parent.parents}
+    for parent in sorted(parents, key=lambda path: len(path.parts), reverse=True):
+        try:
+            parent.rmdir()
+        except OSError:  # something else lies in it
+            continue
+    return not folder.exists()
+
+
+def write_listing(folder: Path) -> None:
+    """Record in a folder that is all ours which files it holds, so that they can be told from what is added to it."""
+    files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    write_json(folder / LISTING, {"files": files})
+
+
+def read_listing(folder: Path) -> set[str]:
+    """Return the files that `write_listing` recorded; none where there is no record."""
+    try:
+        return {LISTING, *map(str, read_json(folder / LISTING)["files"])}
+    except (CheckpointError, *MALFORMED):
+        return set()
+
+
+def is_untouched(folder: Path) -> bool:
+    """Return whether a folder has a listing and holds nothing else than what that names."""
+    listed = read_listing(folder)
+    if not listed or folder.is_symlink():
+        return False
+    for path in folder.rglob("*"):
+        if path.is_symlink() or (not path.is_dir() and path.relative_to(folder).as_posix() not in listed):
+            return False
+    return True

@@ -12,7 +12,7 @@ from tests.fixtures.killed import check_as_if_never_killed, check_what_is_there,
 from tests.fixtures.ranks.faults import Fault, disk_full, kill, nan, stop, throw
 from tests.fixtures.ranks.launch import Outcomes
 from trainer.checkpoint import manifest
-from trainer.checkpoint.manifest import find_damage
+from trainer.checkpoint.verify import find_damage
 from trainer.errors import CheckpointError, NonFiniteError, RankError
 
 KILLS_PER_RUN = 5

@@ -195,7 +195,9 @@ class TestResuming:
         trainer.train(resume_from_checkpoint="auto")
         assert "passed over step_12" in caplog.text
         assert "model_0.safetensors does not have the content that was written" in caplog.text
-        assert "removed step_12: the run goes on from step 8" in caplog.text
+        aside = tmp_path / "checkpoints.discarded" / "step_12"
+        assert f"set aside step_12 as {aside}: the run goes on from step 8" in caplog.text
+        assert (aside / "model_0.safetensors").is_file()
         assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 13))
         assert saved_steps(tmp_path) == [4, 8, 12]
 

@@ -1,30 +1,29 @@
-"""The manifest of a checkpoint: which files it holds, whether they are whole, and which checkpoint is the newest.
+"""The manifest of a checkpoint: what it holds, what wrote it, where it lies, and which ones are kept.
 
-Owns names of folders, verification and retention. Invariants: a folder without a valid manifest is no checkpoint; a
-checkpoint that a run resumes from was read and hashed to the last byte; all ranks share the reading and agree on the
-answer.
+Owns names of folders and files, and retention; loads no torch. Invariants: a folder without a valid manifest is no
+checkpoint; only checkpoints of the run itself are removed, and of them only the files that their manifest lists.
 """
 
 from __future__ import annotations
 
-import hashlib
+import logging
+import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from trainer.atomic import FileFact, publish_folder, read_sealed, remove_folder, write_sealed
-from trainer.errors import CheckpointError
+from trainer.atomic import MALFORMED, FileFact, check_name, hidden_path, read_sealed, remove_listed
+from trainer.config.fields import check_options
+from trainer.errors import CheckpointError, UsageError
 
-if TYPE_CHECKING:
-    from trainer.distributed.group import Group  # loads torch
+logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-FOLDER = "checkpoints"  # in a run's output_dir
-CHUNK_BYTES = 2**24
+FORMAT_VERSION = 2  # 1: without run_id
+MANIFEST, STATE, OPTIMIZER_STATE, INDEX = "manifest.json", "state.json", "optimizer.json", "tensors.json"
+PARAMETERS = "training_params.json"
+FOLDER, DISCARDED = "checkpoints", "checkpoints.discarded"  # in a run's output_dir
 PREFIX = "step_"
-NUM_FAULTS_SHOWN = 3
+_LEFTOVER = re.compile(rf"\.{PREFIX}\d+\.(?:writing|removing)(?:-(\w+))?")
 
 
 @dataclass(frozen=True)
@@ -36,132 +35,141 @@ class Manifest:
     is_resumable: bool  # False for weights alone
     files: dict[str, FileFact]
     versions: dict[str, str] = field(default_factory=dict)
+    run_id: str | None = None
     format_version: int = FORMAT_VERSION
 
 
-def publish(hidden: Path, target: Path, manifest: Manifest) -> None:
-    """Seal a staged folder with its manifest and rename it to `target`, which must not exist."""
-    body = {**vars(manifest), "files": {name: vars(fact) for name, fact in sorted(manifest.files.items())}}
-    write_sealed(hidden / MANIFEST, body)
-    publish_folder(hidden, target)
-
-
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a checkpoint.
+    """Read the manifest of a checkpoint; fields that this version does not know are ignored.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or another version of the trainer wrote it.
+        CheckpointError: there is none, it is damaged, or a newer version of the trainer wrote it.
     """
-    if not (folder / MANIFEST).is_file():
+    if not (folder / MANIFEST).exists():
         raise CheckpointError(f"{folder} is not a whole checkpoint: it has no {MANIFEST}")
     body, _ = read_sealed(folder / MANIFEST)
     try:
-        if body["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format {body['format_version']}, this trainer reads {FORMAT_VERSION}")
-        files = {name: FileFact(**fact) for name, fact in body["files"].items()}
-        return Manifest(**{**body, "files": files})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        version = body["format_version"]
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+            raise ValueError(f"format {version!r}, this trainer reads 1 to {FORMAT_VERSION}; a newer one may read it")
+        files = {}
+        for name, fact in body["files"].items():
+            check_name(name)
+            files[name] = FileFact(fact["num_bytes"], fact["sha256"])
+            check_options(files[name])
+        known = {each.name: body[each.name] for each in fields(Manifest) if each.name in body}
+        manifest = Manifest(**{**known, "files": files})
+        check_options(manifest)
+        if manifest.step < 0 or manifest.world_size < 1:
+            raise ValueError(f"step {manifest.step} of {manifest.world_size} ranks")
+        return manifest
+    except (*MALFORMED, UsageError, CheckpointError) as error:
         raise CheckpointError(f"{folder / MANIFEST} is damaged ({error})") from error
 
 
-def _damage(path: Path, fact: FileFact) -> str | None:
-    digest = hashlib.sha256()
-    try:
-        size = path.stat().st_size
-        if size != fact.num_bytes:
-            return f"has {size} bytes instead of {fact.num_bytes}"
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
-    except FileNotFoundError:
-        return "is missing"
-    except OSError as error:
-        return f"cannot be read ({error})"
-    return None if digest.hexdigest() == fact.sha256 else "does not have the content that was written"
-
-
 def folder_of(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint after a step lies."""
+    """Return where the checkpoint after a step lies."""
     return checkpoints / f"{PREFIX}{step}"
 
 
 def step_of(folder: Path) -> int:
-    """The step after which a checkpoint was written, by the name of its folder; -1 for other folders."""
+    """Return the step after which a checkpoint was written, by the name of its folder; -1 for other folders."""
     number = folder.name.removeprefix(PREFIX)
     return int(number) if folder.name.startswith(PREFIX) and number.isdecimal() else -1
 
 
+def rank_file(rank: int) -> str:
+    """Return the name of the record of one rank."""
+    return f"rank_{rank}.json"
+
+
 def list_checkpoints(checkpoints: Path) -> list[Path]:
-    """Folders that bear a checkpoint's name, newest first, valid or not."""
+    """Return the folders that bear a checkpoint's name, newest first, valid or not."""
     found = checkpoints.iterdir() if checkpoints.is_dir() else ()
     return sorted((path for path in found if step_of(path) >= 0 and path.is_dir()), key=step_of, reverse=True)
 
 
-def retire(checkpoints: Path, limit: int, best: int | None) -> list[Path]:
-    """Remove all but the newest `limit` checkpoints; the best one stays, and the newest always does.
+def find_unlisted(folder: Path) -> list[str]:
+    """Return the files of a checkpoint that its manifest does not list: what others put there."""
+    listed = {MANIFEST, *read_manifest(folder).files}
+    found = []
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if name not in listed and (path.is_symlink() or not path.is_dir()):
+            found.append(name)
+    return sorted(found)
+
+
+def retire(checkpoints: Path, limit: int, best: int | None, run_id: str | None) -> list[Path]:
+    """Remove all but the newest `limit` checkpoints of a run; the best one stays, and the newest always does.
+
+    Checkpoints that another run wrote, or that cannot be read, are neither counted nor touched.
 
     Returns:
         The folders removed.
     """
-    folders = list_checkpoints(checkpoints)
+    folders = []
+    for folder in list_checkpoints(checkpoints):
+        if not folder.is_symlink() and is_of_run(folder, run_id):
+            folders.append(folder)
     kept = folders[:1] + [folder for folder in folders[1:] if step_of(folder) == best]
     kept += [folder for folder in folders if folder not in kept][: max(limit - len(kept), 0)]
     removed = [folder for folder in folders if folder not in kept]
     for folder in removed:
-        remove_folder(folder)
+        remove(folder)
     return removed
 
 
-def remove_leftovers(checkpoints: Path) -> None:
-    """Remove what a killed run left half written or half removed."""
-    for folder in checkpoints.glob(f".{PREFIX}*"):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@dataclass(frozen=True)
-class Found:
-    """The newest whole checkpoint, if there is one, and what is newer but not whole."""
-
-    folder: Path | None
-    passed_over: dict[str, str] = field(default_factory=dict)  # name of the folder -> what is wrong with it
-
-
-def find_damage(folder: Path, rank: int = 0, world_size: int = 1) -> list[str]:
-    """Say what is wrong with a checkpoint: every file hashed, every tensor found; each rank reads a share."""
+def is_of_run(folder: Path, run_id: str | None) -> bool:
+    """Return whether a run wrote a checkpoint; False where that cannot be read."""
     try:
-        from trainer.checkpoint.tensors import StoredTensors  # loads torch
-
-        files = read_manifest(folder).files
-        faults = []
-        for name in sorted(files)[rank::world_size]:
-            if (wrong := _damage(folder / name, files[name])) is not None:
-                faults.append(f"{name} {wrong}")
-        return faults + (StoredTensors(folder).find_damage() if rank == 0 else [])
-    except CheckpointError as error:
-        return [str(error)]
+        return read_manifest(folder).run_id == run_id
+    except CheckpointError:
+        return False
 
 
-def check(folder: Path, group: Group) -> None:
-    """Raise CheckpointError, on all ranks, where a checkpoint is not whole."""
-    faults = find_damage(folder, group.rank, group.world_size)
-    more = f" and {len(faults) - NUM_FAULTS_SHOWN} more" if len(faults) > NUM_FAULTS_SHOWN else ""
-    said = group.first_error(CheckpointError("; ".join(faults[:NUM_FAULTS_SHOWN]) + more) if faults else None)
-    if said is not None:
-        raise CheckpointError(f"Can't find a valid checkpoint at {folder}: {said.partition('CheckpointError: ')[2]}")
+def remove(folder: Path) -> None:
+    """Remove a checkpoint: out of sight at once, its files after that; what its manifest does not list is kept.
+
+    Raises:
+        CheckpointError: it has no valid manifest; nothing was removed.
+    """
+    about = read_manifest(folder)
+    listed = [*about.files, MANIFEST]
+    hidden = hidden_name(folder, "removing", about.run_id)
+    if hidden.exists():
+        raise CheckpointError(f"{hidden} is in the way: look at it and remove it")
+    folder.rename(hidden)
+    if not remove_listed(hidden, listed):
+        logger.warning("%s holds files that the trainer did not write: they are in %s", folder, discard(hidden, folder))
 
 
-def newest_whole(checkpoints: Path, group: Group) -> Found:
-    """Find the newest whole checkpoint that a run can go on from (all ranks call)."""
-    passed_over: dict[str, str] = {}
-    steps = [step_of(folder) for folder in list_checkpoints(checkpoints)]
-    for step in group.from_lead(steps):
-        folder = folder_of(checkpoints, step)
-        try:
-            check(folder, group)
-        except CheckpointError as error:
-            passed_over[folder.name] = str(error)
-            continue
-        if read_manifest(folder).is_resumable:
-            return Found(folder, passed_over)
-        passed_over[folder.name] = "it holds weights alone (save_only_model)"
-    return Found(None, passed_over)
+def discard(folder: Path, shown_as: Path | None = None) -> Path:
+    """Move a checkpoint aside, to checkpoints.discarded/step_N or the first number after it that is free."""
+    shown_as = shown_as or folder
+    aside = shown_as.parent.with_name(f"{shown_as.parent.name}.discarded")
+    aside.mkdir(exist_ok=True)
+    target, number = aside / shown_as.name, 0
+    while target.exists():
+        number += 1
+        target = aside / f"{shown_as.name}.{number}"
+    folder.rename(target)
+    return target
+
+
+def hidden_name(folder: Path, purpose: str, run_id: str | None) -> Path:
+    """Return the name under which a run writes or removes a checkpoint out of sight."""
+    return hidden_path(folder, purpose if run_id is None else f"{purpose}-{run_id}")
+
+
+def remove_leftovers(checkpoints: Path, run_ids: set[str | None]) -> None:
+    """Remove what these runs, killed meanwhile, left half written or half removed."""
+    for folder in sorted(checkpoints.glob(f".{PREFIX}*")):
+        if is_leftover(folder, run_ids):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_leftover(folder: Path, run_ids: set[str | None]) -> bool:
+    """Return whether a folder is one in which one of these runs wrote or removed a checkpoint."""
+    matched = _LEFTOVER.fullmatch(folder.name)
+    return matched is not None and matched[1] in run_ids and folder.is_dir() and not folder.is_symlink()

@@ -70,6 +70,13 @@ def restore_optimizer(
     revive(optimizer)
 
 
+def check_form(form: Any) -> None:
+    """Raise CheckpointError where the JSON of an optimizer is not of the form of `pack_optimizer`."""
+    is_right = isinstance(form, dict) and isinstance(form.get("state"), dict) and isinstance(form.get("groups"), list)
+    if not is_right or not all(isinstance(group, dict) and "params" in group for group in form["groups"]):
+        raise CheckpointError("is no state of an optimizer: expected an object of state and groups")
+
+
 def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
     """Names of the parameters, group by group."""
     known = {id(parameter): name for name, parameter in model.named_parameters()}

@@ -9,19 +9,26 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers.trainer_callback import ExportableState, TrainerCallback
+from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerState
 
-from trainer.config.fields import check_options
+from trainer.atomic import MALFORMED, read_json
+from trainer.checkpoint.manifest import PARAMETERS
+from trainer.config.arguments import TrainingArguments, names_free_at_resume
+from trainer.config.fields import check_options, describe, fits, types_of
 from trainer.data.batched import has_length
 from trainer.data.store import TokenStore
 from trainer.errors import CheckpointError, UsageError
+
+logger = logging.getLogger(__name__)
 
 NUM_SAMPLES_READ = 64  # of a token store, spread over it; all lengths are read besides
 PER_PROCESS = ("is_world_process_zero", "is_local_process_zero", "stateful_callbacks")
@@ -38,37 +45,107 @@ class RunRecord:
     callbacks: list[Any]  # [name of the class, state] of those that have one
     fingerprints: dict[str, Any]  # of data, tokenizer and model: name -> text
     metrics_bytes: int | None = None  # of metrics.jsonl at that moment
+    metrics_sha256: str | None = None  # of the end of these bytes
     stream: Any = None  # position of a stream that tells it
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give it as plain values."""
-        return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Any, place: str) -> RunRecord:
-        """Read it back.
+        """Read it back; fields that this version does not know are ignored.
 
         Raises:
-            CheckpointError: a field is missing, unknown or of another type.
+            CheckpointError: a field is missing or of another type.
         """
         try:
-            record = cls(**values)
+            known = {each.name: values[each.name] for each in dataclasses.fields(cls) if each.name in values}
+            record = cls(**known)
             check_options(record)
-        except (TypeError, UsageError) as error:
+            for name, state in record.callbacks:
+                if not isinstance(name, str) or not isinstance(state, dict):
+                    raise TypeError(f"{name!r} is no callback with its state")
+        except (*MALFORMED, UsageError) as error:
             raise CheckpointError(f"{place} is no record of a run ({error})") from error
         return record
 
 
-def state_fields(state: Any) -> dict[str, Any]:
-    """Give the fields of a TrainerState, without what differs from process to process."""
+def state_fields(state: TrainerState) -> dict[str, Any]:
+    """Return the fields of a TrainerState, without what differs from process to process."""
     return {name: value for name, value in dataclasses.asdict(state).items() if name not in PER_PROCESS}
 
 
-def restore_state(state: Any, fields: dict[str, Any]) -> None:
-    """Set the fields of a TrainerState."""
-    known = {f.name for f in dataclasses.fields(state)} - set(PER_PROCESS)
-    for name in known & fields.keys():
-        setattr(state, name, fields[name])
+def restore_state(state: TrainerState, saved: dict[str, Any]) -> None:
+    """Set the fields of a TrainerState.
+
+    Raises:
+        CheckpointError: one has a value of another type; nothing was set.
+    """
+    kind: Any = type(state)
+    known = {each.name for each in dataclasses.fields(kind)} - set(PER_PROCESS)
+    values = {name: saved[name] for name in saved if name in known}
+    hints = types_of(kind)
+    for name, value in values.items():
+        # A field may start as None whatever its annotation says: transformers' `log_history` does.
+        if value is not None and not fits(value, hints[name]):
+            raise CheckpointError(f"{name} = {value!r} in a record of the state: expected {describe(hints[name])}")
+    for name, value in values.items():
+        setattr(state, name, value)
+
+
+def read_options(folder: Path) -> dict[str, Any]:
+    """Return the options with which a checkpoint was saved, as the file holds them.
+
+    Raises:
+        CheckpointError: the file is absent or damaged.
+    """
+    path = folder / PARAMETERS
+    saved = read_json(path)
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{path} is no record of options: it holds {type(saved).__name__} instead of an object")
+    return saved
+
+
+def options_of(folder: Path) -> TrainingArguments:
+    """Return the options of a checkpoint that this version knows, for building its model.
+
+    Raises:
+        CheckpointError: the file is absent or damaged.
+    """
+    args, rest = TrainingArguments.from_record(read_options(folder))
+    if rest:
+        logger.info("%s was saved with options that are unknown here, which do not matter: %s", folder, rest)
+    return args
+
+
+def option_changes(folder: Path, args: TrainingArguments) -> dict[str, str]:
+    """Return which options differ from those of a checkpoint in a way that may move numbers: name -> both values.
+
+    An option that the version which saved it did not have counts as saved with its default value.
+    """
+    saved, rest = type(args).from_record(read_options(folder))
+    changes = find_changes(saved.to_dict(), args.to_dict())
+    if unknown := {name: value for name, value in rest.items() if value not in (None, False, [], {})}:
+        changes["unknown_options"] = f"{unknown} when it was saved, which this class of arguments does not know"
+    return changes
+
+
+def find_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
+    """Return what differs, with both values; a name that only one of the two has counts where it has a value."""
+    free = names_free_at_resume()
+    names = [name for name in {**saved, **current} if name not in free]
+    return {
+        name: f"{saved.get(name)!r} when it was saved, {current.get(name)!r} now"
+        for name in names
+        if saved.get(name) != current.get(name)
+    }
+
+
+def check_changes(changes: Mapping[str, str], allowed: Collection[str], place: str) -> None:
+    """Raise UsageError where something changed that was not allowed to."""
+    refused = {name: values for name, values in changes.items() if name not in allowed}
+    if refused:
+        listed = "; ".join(f"{name} was {values}" for name, values in refused.items())
+        raise UsageError(
+            f"{place} cannot be resumed exactly: {listed}; set it back, or say allow_change={','.join(refused)}"
+        )
 
 
 def callback_states(callbacks: Sequence[TrainerCallback]) -> list[Any]:
@@ -111,6 +188,20 @@ def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(_bytes(state["torch"]))
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(_bytes(state["cuda"]), device)
+
+
+def check_random_state(state: dict[str, Any]) -> None:
+    """Set generators of our own to a state.
+
+    Raises:
+        LookupError, TypeError, ValueError, RuntimeError, AttributeError: it is no such state.
+    """
+    version, words, gauss = state["python"]
+    random.Random().setstate((version, tuple(words), gauss))
+    numpy = state["numpy"]
+    key = np.array(numpy["state"]["key"], np.uint32)
+    np.random.RandomState().set_state({**numpy, "state": {**numpy["state"], "key": key}})
+    torch.Generator().set_state(_bytes(state["torch"]))
 
 
 def generator_states(device: torch.device) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +22,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from trainer.atomic import read_json
+from trainer.atomic import MALFORMED, check_name, open_regular, read_json
+from trainer.checkpoint.manifest import INDEX
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError
 from trainer.model.fsdp import Region, local_part
 
-INDEX = "tensors.json"
 OPTIMIZER = "optimizer"  # what the names of its tensors begin with
 SPLIT, SHARED, OWN = "split", "shared", "own"  # in pieces, equal on all ranks, another one on each rank
 DTYPES = {
@@ -54,11 +55,6 @@ class Piece:
     offset: tuple[int, ...]
     shape: tuple[int, ...]
 
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
 
 @dataclass
 class Entry:
@@ -72,9 +68,17 @@ class Entry:
 
     def fault(self) -> str | None:
         """Say why the pieces do not cover the tensor once, if they do not."""
+        covered = 0
+        for piece in self.pieces:
+            if len(piece.offset) != len(self.shape) or len(piece.shape) != len(self.shape):
+                return f"a piece has {len(piece.shape)} dimensions instead of {len(self.shape)}"
+            for start, length, size in zip(piece.offset, piece.shape, self.shape, strict=True):
+                if start < 0 or length < 0 or start + length > size:
+                    return f"a piece of shape {piece.shape} at {piece.offset} lies outside of {self.shape}"
+            covered += math.prod(piece.shape)
         if self.kind == OWN:
             return None
-        covered, size = sum(piece.size for piece in self.pieces), math.prod(self.shape)
+        size = math.prod(self.shape)
         if covered != size or len({(piece.offset, piece.shape) for piece in self.pieces}) != len(self.pieces):
             return f"its {len(self.pieces)} pieces hold {covered} of {size} elements"
         return None
@@ -97,51 +101,45 @@ def cut(tensors: Mapping[str, Tensor], file: str, group: Group) -> tuple[Entries
     entries: Entries = {}
     local: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        kind = SPLIT if name not in plain else SHARED if name in shared else OWN
-        entry = entries[name] = _entry(name, tensor, kind)
+        if tensor.dtype not in DTYPES:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise CheckpointError(f"{name} is of type {tensor.dtype}: a checkpoint holds {allowed}")
+        if isinstance(tensor, DTensor):
+            if not all(type(placement) in (Shard, Replicate) for placement in tensor.placements):
+                raise CheckpointError(
+                    f"{name} is placed as {tensor.placements}: a checkpoint holds shards and replicas"
+                )
+            kind = SPLIT
+            placements = tuple(p.dim if isinstance(p, Shard) else None for p in tensor.placements)
+            coordinate: Any = tensor.device_mesh.get_coordinate()
+            # Of replicas, the first one writes.
+            is_writer = all(at == 0 for at, dimension in zip(coordinate, placements, strict=True) if dimension is None)
+        else:
+            kind, placements = SHARED if name in shared else OWN, None
+            is_writer = kind == OWN or group.is_lead
+        entry = entries[name] = Entry(DTYPES[tensor.dtype], tuple(tensor.shape), kind, placements)
         part, region = local_part(tensor)
-        offset, shape = tuple(s.start for s in region), tuple(s.stop - s.start for s in region)
-        if _is_writer(tensor, kind, group) and (part.numel() or not math.prod(entry.shape)):
+        if is_writer and (part.numel() or not math.prod(entry.shape)):
+            offset, shape = tuple(s.start for s in region), tuple(s.stop - s.start for s in region)
             entry.pieces.append(Piece(file, offset, shape))
             local[name] = part
     return entries, local
 
 
-def _entry(name: str, tensor: Tensor, kind: str) -> Entry:
-    if tensor.dtype not in DTYPES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise CheckpointError(f"{name} is of type {tensor.dtype}: a checkpoint holds {allowed}")
-    placements = None
-    if isinstance(tensor, DTensor):
-        if not all(type(p) in (Shard, Replicate) for p in tensor.placements):
-            raise CheckpointError(f"{name} is placed as {tensor.placements}: a checkpoint holds shards and replicas")
-        placements = tuple(p.dim if isinstance(p, Shard) else None for p in tensor.placements)
-    return Entry(DTYPES[tensor.dtype], tuple(tensor.shape), kind, placements)
-
-
-def _is_writer(tensor: Tensor, kind: str, group: Group) -> bool:
-    """Whether this rank is the one that writes its part: of replicas, the first does."""
-    if isinstance(tensor, DTensor):
-        coordinate: Any = tensor.device_mesh.get_coordinate()
-        return all(c == 0 for c, p in zip(coordinate, tensor.placements, strict=True) if isinstance(p, Replicate))
-    return kind == OWN or group.is_lead
-
-
 def _equal_on_all_ranks(tensors: Mapping[str, Tensor], group: Group) -> set[str]:
-    """Names of the tensors that every rank holds alike."""
+    """Return the names of the tensors that every rank holds alike."""
     if group.world_size == 1 or not tensors:
         return set(tensors)
-    names = sorted(tensors)
-    mine = torch.tensor([_fingerprint(name, tensors[name]) for name in names], device=group.device)
+    names, fingerprints = sorted(tensors), []
+    for name in names:
+        tensor = tensors[name]
+        digest = hashlib.blake2b(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=7)
+        digest.update(_bytes_of(tensor))
+        fingerprints.append(int.from_bytes(digest.digest(), "big"))
+    mine = torch.tensor(fingerprints, device=group.device)
     leads = group.sum_tensor(mine.clone() if group.is_lead else torch.zeros_like(mine))
     num_other = group.sum_tensor((mine != leads).long()).tolist()
     return {name for name, count in zip(names, num_other, strict=True) if not count}
-
-
-def _fingerprint(name: str, tensor: Tensor) -> int:
-    digest = hashlib.blake2b(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=7)
-    digest.update(_bytes_of(tensor))
-    return int.from_bytes(digest.digest(), "big")
 
 
 def _bytes_of(tensor: Tensor) -> Any:
@@ -150,7 +148,7 @@ def _bytes_of(tensor: Tensor) -> Any:
 
 
 def safetensors_chunks(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
-    """The bytes of a safetensors file, tensor by tensor, so that hashing and writing need no copy of all of them."""
+    """Yield the bytes of a safetensors file tensor by tensor, so that no copy of all of them is needed."""
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # keeps every tensor aligned
     header, end = {}, 0
     for name in names:
@@ -182,23 +180,62 @@ def merge(parts: Iterable[Entries]) -> Entries:
 
 
 def to_json(entries: Entries, world_size: int) -> Any:
-    """Give the index as plain values."""
+    """Return the index as plain values."""
     tensors = {name: {**vars(e), "pieces": [vars(piece) for piece in e.pieces]} for name, e in entries.items()}
     return {"world_size": world_size, "tensors": tensors}
 
 
 def from_json(form: Any) -> Entries:
-    """Read the tensors of an index back."""
-    return {
-        name: Entry(
-            entry["dtype"],
-            tuple(entry["shape"]),
-            entry["kind"],
-            None if entry["placements"] is None else tuple(entry["placements"]),
-            [Piece(piece["file"], tuple(piece["offset"]), tuple(piece["shape"])) for piece in entry["pieces"]],
-        )
-        for name, entry in form.items()
-    }
+    """Read the tensors of an index back.
+
+    Raises:
+        ValueError, TypeError, LookupError, AttributeError: it is not an index.
+    """
+    entries: Entries = {}
+    for name, entry in form.items():
+        pieces = []
+        for piece in entry["pieces"]:
+            pieces.append(Piece(str(piece["file"]), _whole_numbers(piece["offset"]), _whole_numbers(piece["shape"])))
+        if entry["dtype"] not in _NAMED or entry["kind"] not in (SPLIT, SHARED, OWN):
+            raise ValueError(f"{name} is of type {entry['dtype']!r} and kind {entry['kind']!r}")
+        placements = entry["placements"]
+        if placements is not None:
+            placements = tuple(None if axis is None else _whole_numbers([axis])[0] for axis in placements)
+        entries[name] = Entry(entry["dtype"], _whole_numbers(entry["shape"]), entry["kind"], placements, pieces)
+    return entries
+
+
+def _whole_numbers(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise TypeError(f"{values!r} is no list of whole numbers")
+    return tuple(values)
+
+
+def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Read which tensors a safetensors file holds: their types and shapes, all of them inside the file.
+
+    Raises:
+        CheckpointError: it is not a regular file, or not a safetensors file.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            length = int.from_bytes(file.read(8), "little")
+            if length > size - 8:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(length))
+            found = {}
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    start, end = entry["data_offsets"]
+                    shape = _whole_numbers(entry["shape"])
+                    num_bytes = math.prod(shape) * _NAMED[entry["dtype"]].itemsize
+                    if not 0 <= start <= end <= size - 8 - length or end - start != num_bytes:
+                        raise ValueError(f"{name} lies outside of the file")
+                    found[name] = (entry["dtype"], shape)
+        except MALFORMED as error:
+            raise CheckpointError(f"{path} is no safetensors file ({error})") from error
+        return found
 
 
 class StoredTensors:
@@ -209,7 +246,7 @@ class StoredTensors:
         form = read_json(folder / INDEX)
         try:
             self.saved_world_size, self.entries = int(form["world_size"]), from_json(form["tensors"])
-        except (KeyError, TypeError, AttributeError) as error:
+        except MALFORMED as error:
             raise CheckpointError(f"{folder / INDEX} is no index of tensors ({error!r})") from error
         self._open: dict[str, Any] = {}
 
@@ -233,28 +270,42 @@ class StoredTensors:
         if entry.kind == OWN:
             return self._read_own(name, entry)
         region = region or tuple(slice(0, size) for size in entry.shape)
-        shape = [s.stop - s.start for s in region]
-        found = torch.empty(shape, dtype=_NAMED[entry.dtype])
+        found = torch.empty([s.stop - s.start for s in region], dtype=_NAMED[entry.dtype])
         num_missing = found.numel()
         for piece in entry.pieces:
-            common = _overlap(region, piece)
-            if common is None:
-                continue
-            target = tuple(slice(c.start - r.start, c.stop - r.start) for c, r in zip(common, region, strict=True))
-            source = tuple(slice(c.start - o, c.stop - o) for c, o in zip(common, piece.offset, strict=True))
-            found[target] = self._slice(piece.file, name, source)
-            num_missing -= math.prod(c.stop - c.start for c in common)
+            target, source, num_common = [], [], 1
+            for wanted, offset, size in zip(region, piece.offset, piece.shape, strict=True):
+                start, stop = max(wanted.start, offset), min(wanted.stop, offset + size)
+                target.append(slice(start - wanted.start, stop - wanted.start))
+                source.append(slice(start - offset, stop - offset))
+                num_common *= max(stop - start, 0)
+            if num_common:
+                found[tuple(target)] = self._slice(piece.file, name, tuple(source))
+                num_missing -= num_common
         if num_missing:
             raise CheckpointError(f"{self.folder}: {num_missing} elements of {name} are in none of its pieces")
         return found
 
-    def find_damage(self) -> list[str]:
-        """Say of each tensor that cannot be read whole what is wrong."""
-        wrong = []
+    def find_damage(self) -> dict[str, list[str]]:
+        """Return what is wrong with the tensors, by the file in which it shows."""
+        faults: dict[str, list[str]] = {}
+        headers: dict[str, dict[str, tuple[str, tuple[int, ...]]] | None] = {}
         for name, entry in self.entries.items():
-            faults = {entry.fault(), *(self._fault(name, entry, piece) for piece in entry.pieces)} - {None}
-            wrong += [f"{name}: {fault}" for fault in faults]
-        return wrong
+            if (fault := entry.fault()) is not None:
+                faults.setdefault(INDEX, []).append(f"{name}: {fault}")
+            for piece in entry.pieces:
+                if piece.file not in headers:
+                    try:
+                        check_name(piece.file)
+                        headers[piece.file] = read_header(self.folder / piece.file)
+                    except CheckpointError as error:
+                        headers[piece.file] = None
+                        faults.setdefault(piece.file, []).append(str(error))
+                header = headers[piece.file]
+                if header is not None and header.get(name) != (entry.dtype, piece.shape):
+                    expected = f"the index says {entry.dtype} {piece.shape}"
+                    faults.setdefault(piece.file, []).append(f"{name} is {header.get(name)}, {expected}")
+        return faults
 
     def _read_own(self, name: str, entry: Entry) -> Tensor:
         """The tensor that this rank had for itself."""
@@ -266,15 +317,6 @@ class StoredTensors:
         piece = entry.pieces[self.rank]
         return self._slice(piece.file, name, tuple(slice(0, size) for size in piece.shape))
 
-    def _fault(self, name: str, entry: Entry, piece: Piece) -> str | None:
-        try:
-            stored = self._file(piece.file).get_slice(name)
-        except (CheckpointError, SafetensorError) as error:
-            return f"not readable from {piece.file} ({error})"
-        found = (stored.get_dtype(), tuple(stored.get_shape()))
-        expected = (entry.dtype, piece.shape)
-        return None if found == expected else f"{piece.file} holds {found}, the index says {expected}"
-
     def _slice(self, file: str, name: str, region: Region) -> Tensor:
         try:
             tensor: Tensor = self._file(file).get_slice(name)[region] if region else self._file(file).get_tensor(name)
@@ -285,18 +327,12 @@ class StoredTensors:
     def _file(self, file: str) -> Any:
         if file not in self._open:
             try:
+                check_name(file)
+                open_regular(self.folder / file).close()  # safe_open waits for ever on a pipe
                 self._open[file] = safe_open(self.folder / file, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{self.folder / file} cannot be read ({error})") from error
         return self._open[file]
-
-
-def _overlap(region: Region, piece: Piece) -> Region | None:
-    common = tuple(
-        slice(max(r.start, o), min(r.stop, o + size))
-        for r, o, size in zip(region, piece.offset, piece.shape, strict=True)
-    )
-    return common if all(c.start < c.stop for c in common) else None
 
 
 def fill(tensor: Tensor, name: str, stored: StoredTensors) -> None:
@@ -371,19 +407,14 @@ def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         items = [pack(item, f"{name}/{index}", tensors) for index, item in enumerate(value)]
         return items if isinstance(value, list) else {TUPLE: items}
     if isinstance(value, dict):
-        return _pack_dict(value, name, tensors)
+        if all(isinstance(key, str) and not key.startswith("$") for key in value):
+            return {key: pack(item, f"{name}/{key}", tensors) for key, item in value.items()}
+        unsaved: dict[str, Tensor] = {}
+        return {DICT: [[pack(key, name, unsaved), pack(item, f"{name}/{key}", tensors)] for key, item in value.items()]}
     raise CheckpointError(
         f"{name} is a {type(value).__module__}.{type(value).__qualname__}: only numbers, texts, tensors, and lists, "
         "tuples and dicts of them can be saved; give the object that owns it a state_dict of these"
     )
-
-
-def _pack_dict(value: dict[Any, Any], name: str, tensors: dict[str, Tensor]) -> Any:
-    if all(isinstance(key, str) and not key.startswith("$") for key in value):
-        return {key: pack(item, f"{name}/{key}", tensors) for key, item in value.items()}
-    unsaved: dict[str, Tensor] = {}
-    pairs = [[pack(key, name, unsaved), pack(item, f"{name}/{key}", tensors)] for key, item in value.items()]
-    return {DICT: pairs}
 
 
 def unpack(form: Any, read: Callable[[str], Tensor]) -> Any:

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.atomic import FileFact, hidden_path, read_sealed, stage_folder, write_file, write_json, write_sealed
+from trainer.atomic import FileFact, publish_folder, read_sealed, stage_folder, write_file, write_json, write_sealed
 from trainer.checkpoint import manifest
-from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.manifest import INDEX, Manifest, rank_file
 from trainer.checkpoint.run_state import random_state
-from trainer.checkpoint.tensors import INDEX, Entries, cut, from_json, merge, safetensors_chunks, to_json
+from trainer.checkpoint.tensors import Entries, cut, from_json, merge, safetensors_chunks, to_json
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError
 
@@ -55,6 +55,10 @@ class _Pending:
     thread: threading.Thread = field(init=False)
     error: Exception | None = None
 
+    def report(self, report: Callable[[int, int, float], None]) -> None:
+        """Say how far this rank is."""
+        report(min(self.num_written, self.num_bytes), self.num_bytes, time.monotonic() - self.started)
+
     def counted(self, chunks: Iterable[Any]) -> Iterator[Any]:
         """The chunks, counted as they are taken."""
         for chunk in chunks:
@@ -70,7 +74,11 @@ class CheckpointWriter:
         group: all ranks.
         is_async: write beside the training; it waits only while this rank's share is copied to host memory.
         limit: how many to keep, None for all; see `manifest.retire`.
-        tell: told now and then of this rank's share: bytes written, bytes in all, seconds since the save began.
+        report: called now and then with this rank's share: bytes written, bytes in all, seconds since the save began.
+
+    Attributes:
+        run_id: of the run that saves; only checkpoints that carry it are ever removed.
+        best_step: the step whose checkpoint is never removed.
     """
 
     def __init__(
@@ -80,10 +88,11 @@ class CheckpointWriter:
         *,
         is_async: bool,
         limit: int | None,
-        tell: Callable[[int, int, float], None] = lambda *_: None,
+        report: Callable[[int, int, float], None] = lambda *_: None,
     ) -> None:
-        self.folder, self.group, self.is_async, self.limit, self._tell = folder, group, is_async, limit, tell
-        self.best_step: int | None = None  # never removed
+        self.folder, self.group, self.is_async, self.limit, self._report = folder, group, is_async, limit, report
+        self.run_id: str | None = None
+        self.best_step: int | None = None
         self._pending: _Pending | None = None
         self._host: dict[str, Tensor] = {}  # pinned copies, kept from one save to the next
 
@@ -98,8 +107,8 @@ class CheckpointWriter:
         """
         self.wait()
         target = manifest.folder_of(self.folder, contents.step)
-        hidden = hidden_path(target)
-        self._on_lead(lambda: stage_folder(target), contents.step)
+        hidden = manifest.hidden_name(target, "writing", self.run_id)
+        self._on_lead(lambda: stage_folder(hidden), contents.step)
         shares = {name: cut(tensors, _file(name, self.group), self.group) for name, tensors in contents.tensors.items()}
         if self.is_async:
             shares = {name: (entries, self._to_host(tensors)) for name, (entries, tensors) in shares.items()}
@@ -111,11 +120,13 @@ class CheckpointWriter:
         return None if self.is_async else self._finish()
 
     def poll(self) -> Path | None:
-        """Publish the save in flight once every rank has written its share, and give it (all ranks call)."""
-        if self._pending is None:
+        """Publish the save in flight once every rank has written its share, and return it (all ranks call)."""
+        pending = self._pending
+        if pending is None:
             return None
-        is_done = not self._look(self._pending)
-        num_done, num_failed = self.group.sum([is_done, is_done and self._pending.error is not None])
+        pending.report(self._report)
+        is_done = not pending.thread.is_alive()
+        num_done, num_failed = self.group.sum([is_done, is_done and pending.error is not None])
         return self._finish() if num_failed or num_done == self.group.world_size else None
 
     def wait(self) -> Path | None:
@@ -153,34 +164,33 @@ class CheckpointWriter:
             pending.error = error
 
     def _finish(self) -> Path:
+        """Wait for every rank's share, publish, and remove what is beyond the limit."""
         pending, self._pending = self._pending, None
         assert pending is not None
-        while self._look(pending):
+        pending.report(self._report)
+        while pending.thread.is_alive():
             pending.thread.join(SECONDS_BETWEEN_LOOKS)
-        self._agree(pending.error, pending.contents.step, pending.hidden)
-        self._on_lead(lambda: self._publish(pending), pending.contents.step, pending.hidden)
-        self._on_lead(self._retire, pending.contents.step)
+            pending.report(self._report)
+        step = pending.contents.step
+        self._agree(pending.error, step, pending.hidden)
+        self._on_lead(lambda: self._publish(pending), step, pending.hidden)
+        if self.limit is not None:
+            _, error = self.group.try_on_lead(self._retire, OSError, CheckpointError)
+            if (said := self.group.first_error(error)) is not None:
+                raise CheckpointError(f"{pending.target} is there, but older ones could not be removed: {said}")
         return pending.target
 
-    def _look(self, pending: _Pending) -> bool:
-        """Whether this rank is still writing; tells how far it is."""
-        self._tell(min(pending.num_written, pending.num_bytes), pending.num_bytes, time.monotonic() - pending.started)
-        return pending.thread.is_alive()
+    def _retire(self) -> None:
+        assert self.limit is not None
+        manifest.retire(self.folder, self.limit, self.best_step, self.run_id)
 
     def _on_lead(self, act: Callable[[], object], step: int, hidden: Path | None = None) -> None:
-        """Have the lead do something; if it fails, it fails on every rank."""
+        """Have the main rank do something; if it fails, it fails on every rank."""
         _, error = self.group.try_on_lead(act, OSError, CheckpointError)
         self._agree(error, step, hidden)
 
-    def _retire(self) -> None:
-        if self.limit is not None:
-            try:
-                manifest.retire(self.folder, self.limit, self.best_step)
-            except OSError as error:
-                raise CheckpointError(f"it is there, but older ones could not be removed: {error}") from error
-
     def _publish(self, pending: _Pending) -> None:
-        """Add what is the same for all ranks, seal, and rename."""
+        """Add what is the same for all ranks, seal with the manifest, and rename."""
         files: dict[str, FileFact] = {}
         parts: list[Entries] = []
         for rank in range(self.group.world_size):
@@ -193,8 +203,12 @@ class CheckpointWriter:
             files[name] = write_json(pending.hidden / name, value)
         for name, content in contents.files.items():
             files[name] = write_file(pending.hidden / name, [content])
-        about = Manifest(contents.step, self.group.world_size, contents.is_resumable, files, _versions())
-        manifest.publish(pending.hidden, pending.target, about)
+        about = Manifest(
+            contents.step, self.group.world_size, contents.is_resumable, files, _versions(), run_id=self.run_id
+        )
+        body = {**vars(about), "files": {name: vars(fact) for name, fact in sorted(files.items())}}
+        write_sealed(pending.hidden / manifest.MANIFEST, body)
+        publish_folder(pending.hidden, pending.target)
 
     def _agree(self, error: Exception | None, step: int, hidden: Path | None = None) -> None:
         """Raise CheckpointError on every rank if there is an error on any."""
@@ -203,14 +217,9 @@ class CheckpointWriter:
             return
         if hidden is not None and self.group.is_lead:
             shutil.rmtree(hidden, ignore_errors=True)
-        raise CheckpointError(
-            f"the checkpoint after step {step} failed: {said}; the checkpoints before it are untouched"
-        ) from error
-
-
-def rank_file(rank: int) -> str:
-    """Name of the record of one rank."""
-    return f"rank_{rank}.json"
+        steps = [number for number in map(manifest.step_of, manifest.list_checkpoints(self.folder)) if number >= 0]
+        last = f"the last one is {manifest.folder_of(self.folder, steps[0])}" if steps else "there is none before it"
+        raise CheckpointError(f"the checkpoint after step {step} failed: {said}; {last}") from error
 
 
 def _file(name: str, group: Group) -> str:

@@ -78,8 +78,8 @@ def export_checkpoint(folder: Path, options: ExportOptions) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from trainer.checkpoint.manifest import find_damage
     from trainer.checkpoint.tensors import StoredTensors
+    from trainer.checkpoint.verify import find_damage
     from trainer.errors import CheckpointError
     from trainer.model.export import export_model
     from trainer.optim.averaging import averaged_weights

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.checkpoint.manifest import PARAMETERS
 from trainer.errors import DataError, UsageError
-from trainer.training.run_dir import METRICS, PARAMETERS
+from trainer.training.run_dir import METRICS
 
 WAITING = "waiting_share"  # computed here, for each step
 

@@ -26,7 +26,7 @@ def run(words: Sequence[str]) -> int:
     options = tyro.cli(VerifyOptions, args=list(words), prog="trainer verify", description="Check checkpoints.")
     from rich.console import Console
 
-    from trainer.checkpoint.manifest import find_damage
+    from trainer.checkpoint.verify import find_damage
 
     num_damaged = 0
     for folder in find_checkpoints(options.folder):

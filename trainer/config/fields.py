@@ -81,7 +81,7 @@ def check_options(configuration: Any) -> None:
 
 def check_value(field: dataclasses.Field[Any], hint: Any, value: Any) -> None:
     """Raise UsageError where a value of one option has the wrong type or lies outside its declared range."""
-    if not _fits(value, hint):
+    if not fits(value, hint):
         raise UsageError(f"{field.name} = {value!r}: expected {describe(hint)}")
     if isinstance(value, str) and (not value or "\0" in value):
         raise UsageError(f"{field.name} = {value!r}: expected text that is not empty; leave the option out for none")
@@ -212,14 +212,15 @@ def is_union(hint: Any) -> bool:
     return get_origin(hint) in (Union, types.UnionType)
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
+    """Return whether a value is of an annotated type."""
     if is_union(hint):
-        return any(_fits(value, part) for part in get_args(hint))
+        return any(fits(value, part) for part in get_args(hint))
     origin = get_origin(hint) or hint
     if origin is Literal:
         return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in get_args(hint))
     if origin is list:
-        return isinstance(value, list | tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
+        return isinstance(value, list | tuple) and all(fits(item, get_args(hint)[0]) for item in value)
     if origin in (int, float) and isinstance(value, bool):
         return False
     return origin is Any or isinstance(value, (int, float) if origin is float else origin)

@@ -8,6 +8,9 @@ weights are stored once, under the names of the hub.
 from __future__ import annotations
 
 import copy
+import fnmatch
+import itertools
+import logging
 import os
 import shutil
 import stat
@@ -19,9 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from trainer.atomic import is_untouched, read_listing, sync, write_listing
 from trainer.errors import CheckpointError
 from trainer.model.fsdp import any_rank, is_lead, whole
 from trainer.model.osft.layers import is_osft_parameter, merged_weight, osft_layers
+
+logger = logging.getLogger(__name__)
 
 MAX_SHARD_SIZE = "5GB"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"  # an export holds one of them at least
@@ -107,6 +113,7 @@ def _stage(
             save_file(tensors, hidden / WEIGHTS)
         if tokenizer is not None:
             tokenizer.save_pretrained(hidden)
+        write_listing(hidden)
         _seal(hidden)
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
@@ -115,28 +122,35 @@ def _stage(
 
 
 def _replace_folder(hidden: Path, target: Path) -> None:
-    """Rename a finished export, in place of an older one."""
-    former = target.with_name(f".{target.name}.former")
-    shutil.rmtree(former, ignore_errors=True)
+    """Rename a finished export, in place of an older one; what is not an untouched export of ours is set aside."""
     try:
-        is_export = any((target / name).is_file() for name in (CONFIG, WEIGHTS))
-        if target.exists() and not is_export and any(target.iterdir()):
+        looks_like_export = any((target / name).is_file() for name in (CONFIG, WEIGHTS))
+        if target.exists() and not looks_like_export and any(target.iterdir()):
             raise ValueError("the folder holds something else than an export; choose another")
-        if target.exists():
+        if is_untouched(target):
+            former = target.with_name(f".{target.name}.former")
+            shutil.rmtree(former, ignore_errors=True)
             target.rename(former)
-        hidden.rename(target)
+            hidden.rename(target)
+            shutil.rmtree(former, ignore_errors=True)
+        else:
+            if looks_like_export:
+                names = (target.with_name(f"{target.name}.{number}") for number in itertools.count(1))
+                aside = next(path for path in names if not path.exists())
+                target.rename(aside)
+                logger.warning("%s holds what this trainer did not write: set aside as %s", target, aside)
+            hidden.rename(target)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
-    shutil.rmtree(former, ignore_errors=True)
 
 
 def _move_files(hidden: Path, target: Path) -> None:
     """Move the files of a finished export among others; weights of an older one go, the config comes last."""
     target.mkdir(parents=True, exist_ok=True)
     new = {path.name: path for path in hidden.iterdir()}
-    for stale in target.glob("model*.safetensors*"):
-        if stale.name not in new:
-            stale.unlink()
+    for name in read_listing(target) - new.keys():
+        if fnmatch.fnmatch(name, "model*.safetensors*"):
+            (target / name).unlink(missing_ok=True)
     for name in sorted(new, key=lambda name: name == CONFIG):
         new[name].replace(target / name)
     hidden.rmdir()
@@ -167,8 +181,4 @@ def _seal(directory: Path) -> None:
     for path in [*directory.rglob("*"), directory]:
         if path.is_file():
             path.chmod(readable)
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path)

@@ -6,12 +6,14 @@ a checkpoint is, bit for bit, the run that was never stopped (on another number 
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import logging
 import math
-import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +24,17 @@ from torch.optim import Optimizer
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.trainer_callback import CallbackHandler
 
-from trainer.atomic import read_json, read_sealed, write_json
+from trainer.atomic import MALFORMED, read_json, read_sealed, sync_size, write_json
 from trainer.checkpoint import manifest
-from trainer.checkpoint.changes import check_changes, find_changes
-from trainer.checkpoint.manifest import Found, check, newest_whole
+from trainer.checkpoint.manifest import OPTIMIZER_STATE, PARAMETERS, STATE, rank_file
 from trainer.checkpoint.optimizer_state import pack_optimizer, restore_optimizer
 from trainer.checkpoint.run_state import (
     RunRecord,
     callback_states,
+    check_changes,
+    find_changes,
+    option_changes,
+    options_of,
     restore_callbacks,
     restore_random_state,
     restore_state,
@@ -37,11 +42,12 @@ from trainer.checkpoint.run_state import (
     state_fields,
 )
 from trainer.checkpoint.tensors import StoredTensors, model_tensors, pack, restore_model, unpack
-from trainer.checkpoint.writer import CheckpointWriter, Contents, rank_file
+from trainer.checkpoint.verify import Found, check, newest_whole
+from trainer.checkpoint.writer import CheckpointWriter, Contents
 from trainer.config.arguments import TrainingArguments
 from trainer.data.length import RunLength
 from trainer.distributed.group import Group
-from trainer.errors import CheckpointError, UsageError
+from trainer.errors import CheckpointError, TrainerError, UsageError, named_error
 from trainer.model.build import build_on_meta, materialise, prepare_model, read_config
 from trainer.model.osft.targets import apply_osft, split_importance
 from trainer.optim.averaging import is_averaging
@@ -49,12 +55,12 @@ from trainer.optim.optimizers import build_optimizer
 from trainer.optim.registry import OPTIMIZERS
 from trainer.optim.schedules import advance
 from trainer.training.callbacks import Events, RunState
-from trainer.training.run_dir import METRICS, PARAMETERS, continue_output_dir
+from trainer.training.run_dir import METRICS, continue_output_dir, end_of_file, read_run_id
 from trainer.training.step import Engine
 
 logger = logging.getLogger(__name__)
 
-STATE, OPTIMIZER = "state.json", "optimizer.json"
+ADAM_BYTES = 8  # of state for each trained parameter, which most optimizers stay below
 MODEL_FILES = "model"  # folder of config and tokenizer in a checkpoint
 IMPORTANCE = "osft_importance.json"  # among them, where `osft_adaptive_samples` gave each block a ratio of its own
 OPTIMIZER_SETTINGS = {  # option -> what it sets in the parameter groups
@@ -85,7 +91,7 @@ class Checkpoints:
         engine: model, optimizer and schedule.
         events: state and callbacks.
         batches: where global batches come from; a stream's position is asked of them.
-        identify: gives the fingerprints of data and tokenizer.
+        identify: returns the fingerprints of data and tokenizer.
         is_async: whether training goes on while one is written.
     """
 
@@ -113,7 +119,7 @@ class Checkpoints:
             engine.group,
             is_async=is_async,
             limit=args.save_total_limit,
-            tell=functools.partial(events.tell, "on_write"),
+            report=functools.partial(events.tell, "on_write"),
         )
         self._files: dict[str, bytes] | None = None
         self._restored: Restored | None = None
@@ -128,9 +134,11 @@ class Checkpoints:
         state = self.state
         is_saved, state.saved_step = state.saved_step == state.global_step, state.global_step
         self.mark_best()
-        if not is_saved:
-            self.finish()
-            self._tell(self._writer.save(self._contents()))
+        if is_saved:
+            return
+        self.finish()
+        self._writer.run_id = read_run_id(Path(self.args.output_dir))
+        self._announce(self._writer.save(self._contents()))
 
     def mark_best(self) -> None:
         """Take the checkpoint of this step, if there is one, for the best, if it is."""
@@ -145,11 +153,11 @@ class Checkpoints:
         Raises:
             CheckpointError: it failed.
         """
-        self._tell(self._writer.poll())
+        self._announce(self._writer.poll())
 
     def finish(self) -> None:
         """Wait for a save in flight."""
-        self._tell(self._writer.wait())
+        self._announce(self._writer.wait())
 
     def find(self, asked: bool | str | None) -> Path | None:
         """Find the checkpoint to go on from; None to start from the beginning.
@@ -170,8 +178,8 @@ class Checkpoints:
                 check(folder, group)
                 return folder
             found = newest_whole(folder, group)
-            return self._say(found, folder, must_exist=True)
-        return self._say(newest_whole(self.folder, group), self.folder, must_exist=asked != "auto")
+            return self._chosen(found, folder, must_exist=True)
+        return self._chosen(newest_whole(self.folder, group), self.folder, must_exist=asked != "auto")
 
     def restore(self, folder: Path, length: RunLength) -> RunLength:
         """Bring the run to where it was when a checkpoint was written; gives how long it is from there.
@@ -182,22 +190,30 @@ class Checkpoints:
         """
         if not manifest.read_manifest(folder).is_resumable:
             raise CheckpointError(f"{folder} holds weights alone (save_only_model): a run cannot go on from it")
-        record = RunRecord.from_dict(read_json(folder / STATE), str(folder / STATE))
-        changes = self._changes(folder, record)
-        check_changes(changes, self.args.allow_change, str(folder))
-        if read_importance(folder) != split_importance(self.engine.model):
-            raise UsageError(
-                f"{folder} records another importance of the blocks than was measured now (osft_adaptive_samples): "
-                "name it in the option resume_from_checkpoint, so that it is known when the model is built"
-            )
-        self._restored = Restored(folder, record, changes)
-        self._restore_tensors(folder, changes)
-        self._restore_records(record, changes)
-        continue_output_dir(self.args, self.engine.group, record.metrics_bytes, self.state.global_step)
-        return self._length_from_here(length, changes)
+        with reading(folder):
+            record = RunRecord.from_dict(read_json(folder / STATE), str(folder / STATE))
+            changes = self._changes(folder, record)
+            check_changes(changes, self.args.allow_change, str(folder))
+            if read_importance(folder) != split_importance(self.engine.model):
+                raise UsageError(
+                    f"{folder} records another importance of the blocks than was measured now (osft_adaptive_samples): "
+                    "name it in the option resume_from_checkpoint, so that it is known when the model is built"
+                )
+            self._restored = Restored(folder, record, changes)
+            group = self.engine.group
+            stored = StoredTensors(folder, group.rank, group.world_size)
+            restore_model(self.engine.model, stored)
+            kept = frozenset(key for name in changes for key in OPTIMIZER_SETTINGS.get(name, ()))
+            form = read_json(folder / OPTIMIZER_STATE)
+            restore_optimizer(self.engine.optimizer, self.engine.model, form, stored, kept)
+            self._restore_records(record, changes)
+            continue_output_dir(self.args, group, folder, record, self.state.global_step)
+            return self._length_from_here(length, changes)
 
     def begin(self) -> None:
         """Set what the beginning of a run resets: random generators, and what callbacks had asked for."""
+        if self.is_on:
+            self._check_room()
         if self._restored is None:
             return
         restored, group = self._restored, self.engine.group
@@ -208,33 +224,54 @@ class Checkpoints:
         self.events.control.should_epoch_stop |= restored.record.should_stop_epoch
         if manifest.read_manifest(restored.folder).world_size == group.world_size:
             body, _ = read_sealed(restored.folder / rank_file(group.rank))
-            restore_random_state(body["random"], group.device)
+            with reading(restored.folder):
+                restore_random_state(body["random"], group.device)
         else:
             start_random_state(self.args.seed, self.state.global_step, group.rank)
 
-    def _contents(self) -> Contents:
-        model, optimizer = self.engine.model, self.engine.optimizer
-        records = {PARAMETERS: self.args.to_dict(), STATE: self._record().to_dict()}
-        tensors = {"model": model_tensors(model)}
-        if not self.args.save_only_model:
-            records[OPTIMIZER], tensors["optimizer"] = pack_optimizer(optimizer, model)
-        if self._files is None:
-            self._files = self.model_files()
-        return Contents(
-            self.state.global_step, tensors, records, self._files, is_resumable=not self.args.save_only_model
-        )
+    def _check_room(self) -> None:
+        """Warn where the disk has no room for the next checkpoint."""
+        folder = Path(self.args.output_dir)
+        if not self.engine.group.is_lead or not folder.is_dir():
+            return
+        planned = 0
+        for parameter in self.engine.model.parameters():
+            planned += parameter.numel() * parameter.element_size()
+            if parameter.requires_grad and not self.args.save_only_model:
+                planned += parameter.numel() * ADAM_BYTES
+        free = shutil.disk_usage(folder).free
+        if free < planned:
+            logger.warning(
+                "output_dir %s has %.1f GB free, and a checkpoint takes about %.1f GB: free some, or choose another",
+                folder,
+                free / 1e9,
+                planned / 1e9,
+            )
 
-    def _record(self) -> RunRecord:
-        control, is_over = self.events.control, 0 < self.state.max_steps <= self.state.global_step
-        return RunRecord(
+    def _contents(self) -> Contents:
+        model, control = self.engine.model, self.events.control
+        is_over = 0 < self.state.max_steps <= self.state.global_step
+        metrics = Path(self.args.output_dir, METRICS)
+        metrics_bytes = sync_size(metrics)
+        record = RunRecord(
             state=_pack_plain(state_fields(self.state), "the state"),
             should_stop=control.should_training_stop and not is_over and not self.events.is_stopped_by_signal,
             should_stop_epoch=control.should_epoch_stop,
             schedule=_pack_plain(self.engine.schedule.state_dict(), "the learning-rate schedule"),
             callbacks=callback_states(self.events.handler.callbacks),
             fingerprints=self._identify(),
-            metrics_bytes=_synchronised_size(Path(self.args.output_dir, METRICS)),
+            metrics_bytes=metrics_bytes,
+            metrics_sha256=end_of_file(metrics, metrics_bytes) if metrics_bytes else None,
             stream=_pack_plain(self.batches.position(), "the position of train_dataset"),
+        )
+        records = {PARAMETERS: self.args.to_dict(), STATE: dataclasses.asdict(record)}
+        tensors = {"model": model_tensors(model)}
+        if not self.args.save_only_model:
+            records[OPTIMIZER_STATE], tensors["optimizer"] = pack_optimizer(self.engine.optimizer, model)
+        if self._files is None:
+            self._files = self.model_files()
+        return Contents(
+            self.state.global_step, tensors, records, self._files, is_resumable=not self.args.save_only_model
         )
 
     def model_files(self) -> dict[str, bytes]:
@@ -255,7 +292,7 @@ class Checkpoints:
             paths = [path for path in Path(folder).rglob("*") if path.is_file()]
             return {str(Path(MODEL_FILES, path.relative_to(folder))): path.read_bytes() for path in paths}
 
-    def _say(self, found: Found, folder: Path, *, must_exist: bool) -> Path | None:
+    def _chosen(self, found: Found, folder: Path, *, must_exist: bool) -> Path | None:
         for name, reason in found.passed_over.items():
             if self.engine.group.is_lead:
                 logger.warning("passed over %s: %s", name, reason)
@@ -267,19 +304,10 @@ class Checkpoints:
         return found.folder
 
     def _changes(self, folder: Path, record: RunRecord) -> dict[str, str]:
-        saved = type(self.args).from_mapping(read_json(folder / PARAMETERS)).to_dict()
-        changes = find_changes(saved, self.args.to_dict()) | find_changes(record.fingerprints, self._identify())
+        changes = option_changes(folder, self.args) | find_changes(record.fingerprints, self._identify())
         names = [name for name, _ in record.callbacks]
         present = [name for name, _ in callback_states(self.events.handler.callbacks)]
         return changes | find_changes({"callbacks": names}, {"callbacks": present})
-
-    def _restore_tensors(self, folder: Path, changes: dict[str, str]) -> None:
-        group = self.engine.group
-        stored = StoredTensors(folder, group.rank, group.world_size)
-        restore_model(self.engine.model, stored)
-        kept = frozenset(key for name in changes for key in OPTIMIZER_SETTINGS.get(name, ()))
-        form = read_json(folder / OPTIMIZER)
-        restore_optimizer(self.engine.optimizer, self.engine.model, form, stored, kept)
 
     def _restore_records(self, record: RunRecord, changes: dict[str, str]) -> None:
         restore_state(self.state, _unpack_plain(record.state))
@@ -302,11 +330,27 @@ class Checkpoints:
         would_have_taken = (self.state.num_epochs_done + 1) * per_epoch - left
         return replace(length, num_steps_more=self.state.global_step - would_have_taken)
 
-    def _tell(self, folder: Path | None) -> None:
+    def _announce(self, folder: Path | None) -> None:
         if folder is not None:
             is_asked = self.events.control.should_save  # transformers' event takes it back
             self.events.emit("on_save", checkpoint=folder)
             self.events.control.should_save |= is_asked
+
+
+@contextlib.contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Name the checkpoint in whatever a record of the wrong form raises.
+
+    Raises:
+        CheckpointError: instead of it.
+    """
+    try:
+        yield
+    except TrainerError:
+        raise
+    except MALFORMED as error:
+        reason = named_error(error)
+        raise CheckpointError(f"{folder} cannot be read ({reason}); resume from another checkpoint") from error
 
 
 def load_best_weights(model: nn.Module, optimizer: Optimizer, state: RunState, group: Group) -> None:
@@ -317,7 +361,7 @@ def load_best_weights(model: nn.Module, optimizer: Optimizer, state: RunState, g
     stored = StoredTensors(folder, group.rank, group.world_size)
     restore_model(model, stored)
     if is_averaging(optimizer):
-        restore_optimizer(optimizer, model, read_json(folder / OPTIMIZER), stored, frozenset())
+        restore_optimizer(optimizer, model, read_json(folder / OPTIMIZER_STATE), stored, frozenset())
 
 
 def read_importance(folder: Path) -> dict[str, float] | None:
@@ -341,7 +385,7 @@ def build_saved_model(folder: Path, stored: StoredTensors, device: torch.device)
             f"{folder} is of a model that is not built from a config.json: build it yourself, and fill it with "
             "trainer.checkpoint.tensors.restore_model"
         )
-    args = TrainingArguments.from_mapping(read_json(folder / PARAMETERS))
+    args = options_of(folder)
     model = build_on_meta(read_config(args, folder / MODEL_FILES), trust_remote_code=args.trust_remote_code)
     if (folder / MODEL_FILES / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder / MODEL_FILES)
@@ -354,11 +398,11 @@ def build_saved_model(folder: Path, stored: StoredTensors, device: torch.device)
 
 def build_saved_optimizer(folder: Path, stored: StoredTensors, model: PreTrainedModel) -> Optimizer | None:
     """Build the optimizer of a checkpoint with its state, where it averages the weights to export; else None."""
-    args = TrainingArguments.from_mapping(read_json(folder / PARAMETERS))
+    args = options_of(folder)
     if args.optim not in OPTIMIZERS or not OPTIMIZERS[args.optim].averages_weights:
         return None
     optimizer = build_optimizer(model, args)
-    restore_optimizer(optimizer, model, read_json(folder / OPTIMIZER), stored, frozenset())
+    restore_optimizer(optimizer, model, read_json(folder / OPTIMIZER_STATE), stored, frozenset())
     return optimizer
 
 
@@ -381,16 +425,3 @@ def _pack_plain(value: Any, name: str) -> Any:
 
 def _unpack_plain(form: Any) -> Any:
     return unpack(form, torch.tensor)  # never called: there are no tensors
-
-
-def _synchronised_size(path: Path) -> int | None:
-    """Put a file on disk and give its size; None where there is none."""
-    try:
-        descriptor = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
-        return None
-    try:
-        os.fsync(descriptor)
-        return os.fstat(descriptor).st_size
-    finally:
-        os.close(descriptor)

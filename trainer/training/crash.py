@@ -13,14 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer.checkpoint.manifest import folder_of
+from trainer.checkpoint.manifest import PARAMETERS, folder_of
 from trainer.checkpoint.tensors import model_tensors, pack
 from trainer.checkpoint.writer import CheckpointWriter, Contents
 from trainer.config.arguments import TrainingArguments
 from trainer.errors import NonFiniteError
 from trainer.training.callbacks import RunState
 from trainer.training.checkpoints import Checkpoints
-from trainer.training.run_dir import PARAMETERS
 from trainer.training.step import Engine, GlobalBatch, StepResult
 
 logger = logging.getLogger(__name__)

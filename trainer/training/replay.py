@@ -16,17 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from trainer.atomic import read_json, read_sealed
+from trainer.atomic import read_sealed
 from trainer.checkpoint import manifest
-from trainer.checkpoint.manifest import find_damage
-from trainer.checkpoint.run_state import set_generator_states
+from trainer.checkpoint.manifest import rank_file
+from trainer.checkpoint.run_state import options_of, set_generator_states
 from trainer.checkpoint.tensors import StoredTensors, unpack
-from trainer.checkpoint.writer import rank_file
-from trainer.config.arguments import TrainingArguments
+from trainer.checkpoint.verify import find_damage
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError
 from trainer.training.checkpoints import build_saved_model
-from trainer.training.run_dir import PARAMETERS
 from trainer.training.tokens import TokenObjective
 
 
@@ -48,7 +46,7 @@ def replay(folder: Path, group: Group) -> Finding | None:
     if faults := find_damage(folder):
         raise CheckpointError(f"{folder} is not a whole record of a step: {faults[0]}")
     model = build_saved_model(folder, StoredTensors(folder), group.device)
-    args = TrainingArguments.from_mapping(read_json(folder / PARAMETERS))
+    args = options_of(folder)
     if (name := _first_bad_weight(model)) is not None:
         return Finding(0, 0, f"weight {name}, before the step")
     objective = TokenObjective(model, args, group)
