@@ -56,9 +56,12 @@ LANES = {
     "extras": Lane(("-n", WORKERS, "--dist", "worksteal", *OPTIONAL), at_least=400),
     "gloo2": Lane(("--ranks", "2", "--backends", "gloo", "-m", "world_size", "tests"), at_least=20),
     "gloo4": Lane(("--ranks", "4", "--backends", "gloo", "-m", "world_size", "tests"), at_least=5),
+    # On GPUs only what asks for them: nccl cells, as many as there were at the last change of this number, or more.
     **{
-        f"gpu{count}": Lane(("--ranks", str(count), "--backends", "nccl", "--gpus", str(count), "tests"), at_least=5)
-        for count in (1, 2, 4, 8)
+        f"gpu{count}": Lane(
+            ("--ranks", str(count), "--backends", "nccl", "--gpus", str(count), "-m", "world_size", "tests"), at_least
+        )
+        for count, at_least in ((1, 8), (2, 10), (4, 1), (8, 1))
     },
 }
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # workers and ranks share the cores; more threads would spin against each other

@@ -91,3 +91,12 @@ def test_cells_that_ran_nowhere_are_named(project: Path, capsys: pytest.CaptureF
 def test_no_reports_at_all_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report_cells.main([str(tmp_path)]) == 1
     assert "no *.xml" in capsys.readouterr().err
+
+
+def test_gpu_lanes_declare_the_cells_that_there_are(request: pytest.FixtureRequest) -> None:
+    items = request.session.items
+    if len(items) < 1000:
+        pytest.skip("needs the whole suite collected")
+    for count in (1, 2, 4, 8):
+        cells = [item.nodeid for item in items if f"[nccl-{count}" in item.nodeid]
+        assert len(cells) >= run_tests.LANES[f"gpu{count}"].at_least, f"cells of nccl-{count}: {cells}"

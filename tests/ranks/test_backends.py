@@ -1,11 +1,15 @@
 """The other back ends: one body over each, and what each refuses."""
 
+import os
+import pickle
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from tests.fixtures.ranks import collectives, gpus, preheat
 from tests.fixtures.ranks.fake_numbers import FakeNumbersError
 
 
@@ -95,3 +99,70 @@ def test_the_same_body_runs_where_the_hardware_is(ranks):
     x = torch.ones(3, device=ranks.device)
     dist.all_reduce(x)
     assert x.tolist() == [2.0, 2.0, 2.0]
+
+
+@pytest.mark.world_size(1, 2, 4, 8)
+@pytest.mark.backend("nccl")
+def test_gpus_are_the_ranks_own(ranks):
+    x = torch.full((3,), float(ranks.rank), device=ranks.device)
+    dist.all_reduce(x)
+    assert x.tolist() == [sum(range(ranks.world_size))] * 3
+    dist.barrier()
+    devices = [None] * ranks.world_size
+    dist.all_gather_object(devices, torch.cuda.get_device_properties(ranks.device).uuid)
+    assert len(set(devices)) == ranks.world_size
+
+
+def see_gpus():
+    return os.environ["CUDA_VISIBLE_DEVICES"], torch.cuda.is_available()
+
+
+def test_gpus_are_hidden_from_all_but_ranks_over_nccl(launch):
+    assert see_gpus() == ("", False)
+    assert launch(1, see_gpus).values == [("", False)]
+
+
+@pytest.mark.parametrize(
+    ("visible", "first", "count", "given"),
+    [(None, 0, 2, "0,1"), (None, 2, 2, "2,3"), ("5,GPU-8,7", 1, 2, "GPU-8,7"), ("3", 0, 1, "3")],
+)
+def test_each_node_sees_its_gpus(visible, first, count, given):
+    assert gpus.devices_of(visible, first, count) == given
+
+
+@pytest.mark.parametrize(("visible", "num_gpus"), [(None, 3), ("", 0), ("-1", 0), ("0", 1), ("0,2", 2), ("0,1,2,3", 3)])
+def test_gpus_are_counted_by_their_devices(tmp_path, monkeypatch, visible, num_gpus):
+    """In a container there may be devices and no folder of the driver."""
+    for number in range(3):
+        (tmp_path / f"nvidia{number}").touch()
+    (tmp_path / "nvidiactl").touch()
+    monkeypatch.setattr(gpus, "DEVICES", tmp_path)
+    monkeypatch.setattr(gpus, "DRIVER", tmp_path / "none")
+    assert gpus.num_gpus(visible) == num_gpus
+
+
+def steps_beside_gpus(folder):
+    gpus.DEVICES = folder
+    return preheat.sharded_steps()
+
+
+def test_no_step_is_taken_before_forks_where_gpus_are(launch, tmp_path):
+    assert launch(1, steps_beside_gpus, tmp_path, group=False).values == [gpus.num_installed() == 0]
+    (tmp_path / "nvidia0").touch()
+    assert launch(1, steps_beside_gpus, tmp_path, group=False).values == [False]
+
+
+def test_collectives_of_nccl_are_read_too(monkeypatch):
+    """From NCCL's recorder, which only a torch for GPUs has: its own ring, its own ids."""
+    entries = [
+        {"record_id": number, "profiling_name": "nccl:all_reduce", "process_group": ("0", "default_pg")}
+        | {"input_sizes": [[2]], "input_dtypes": ["Float"], "time_created_ns": number, "retired": True}
+        for number in (1, 0)
+    ]
+    recorder = torch._C._distributed_c10d
+    monkeypatch.setattr(recorder, "_dump_nccl_trace", lambda **_: pickle.dumps({"entries": entries}), raising=False)
+    monkeypatch.setattr(recorder, "_dump_fr_trace", lambda **_: pickle.dumps({"entries": []}))
+    found = collectives.read()
+    assert [str(each) for each in found] == ["nccl:all_reduce [[2]] Float"] * 2
+    assert [each.number for each in found] == [1, 2]
+    assert collectives.first_difference([found, found[:1]]) is not None

@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 import time
+import unittest
 import warnings
 
 import pytest
@@ -69,3 +70,103 @@ def test_a_sharded_parameter_is_of_its_own_rank(ranks):
     model = torch.nn.Linear(4, 4)
     fully_shard(model, mesh=init_device_mesh("cpu", (ranks.world_size,)))
     assert [weight.device_mesh.get_coordinate() for weight in model.parameters()] == [(ranks.rank,)] * 2
+
+
+@pytest.mark.world_size(2, 3)
+def test_messages_that_match_pass(ranks):
+    """In a ring, all at once, with tags out of order, from anyone, and over a sub-group."""
+    left, right = (ranks.rank - 1) % ranks.world_size, (ranks.rank + 1) % ranks.world_size
+    mine, received = torch.full((2, 3), float(ranks.rank)), torch.zeros(6)
+    operations = [dist.P2POp(dist.isend, mine, right), dist.P2POp(dist.irecv, received, left)]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+    assert received.tolist() == [float(left)] * 6
+    if ranks.rank == 0:
+        handles = [dist.isend(torch.ones(1) * tag, dst=1, tag=tag) for tag in (7, 8)]
+        for work in handles:
+            work.wait()
+        assert dist.recv(torch.zeros(1)) == 1
+    if ranks.rank == 1:
+        late, early = torch.zeros(1), torch.zeros(1)
+        dist.recv(late, src=0, tag=8)
+        dist.recv(early, src=0, tag=7)
+        assert (late.item(), early.item()) == (8, 7)
+        dist.send(late, dst=0)
+    pair = dist.new_group([0, ranks.world_size - 1])
+    if ranks.rank == 0:
+        dist.send(mine, dst=ranks.world_size - 1, group=pair)
+    elif ranks.rank == ranks.world_size - 1:
+        dist.recv(mine, group_src=0, group=pair)
+
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
+
+
+def environment():
+    return [int(os.environ[name]) for name in TORCHRUN]
+
+
+@pytest.mark.world_size(4)
+@pytest.mark.nodes(1, 2)
+class TestNodes:
+    def test_the_environment_is_that_of_several_machines(self, ranks):
+        per_node = 4 // ranks.num_nodes
+        node, local_rank = divmod(ranks.rank, per_node)
+        assert environment() == [ranks.rank, 4, local_rank, per_node, node, ranks.num_nodes]
+        assert (ranks.node, ranks.local_rank, ranks.local_world_size) == (node, local_rank, per_node)
+
+    def test_a_local_disk_is_seen_on_its_node_alone(self, ranks):
+        (ranks.tmp_path / f"shared{ranks.rank}").touch()
+        (ranks.node_tmp_path / f"local{ranks.rank}").touch()
+        ranks.barrier()
+        assert len([path for path in ranks.tmp_path.iterdir() if path.is_file()]) == 4
+        first = ranks.node * ranks.local_world_size
+        own = {f"local{rank}" for rank in range(first, first + ranks.local_world_size)}
+        assert {path.name for path in ranks.node_tmp_path.iterdir()} == own
+
+    def test_weights_are_sharded_on_a_node_and_replicated_over_nodes(self, ranks):
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = ranks.mesh(replicate=ranks.num_nodes, shard=ranks.local_world_size)
+        model = torch.nn.Linear(4, 8, bias=False)
+        fully_shard(model, mesh=mesh)
+        assert len(model.weight.to_local()) == 8 // ranks.local_world_size
+        assert mesh["shard"].get_local_rank() == ranks.local_rank
+        model(torch.full((1, 4), float(ranks.rank))).sum().backward()
+        assert model.weight.grad.full_tensor()[0, 0] == 1.5  # the mean over all four
+
+
+def test_launched_ranks_are_on_nodes_too(launch):
+    values = launch(4, environment, nodes=2).values
+    assert values[3] == [3, 4, 1, 2, 1, 2]
+    with pytest.raises(ValueError, match="nodes=3; allowed are divisors of the world size, 4"):
+        launch(4, environment, nodes=3)
+
+
+class TestCases(unittest.TestCase):
+    """Methods of `unittest.TestCase` run on ranks where a marker says so."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.group_at_start = dist.is_initialized()
+
+    def setUp(self):
+        self.rank = dist.get_rank() if dist.is_initialized() else None
+
+    @pytest.mark.world_size(2, 3)
+    def test_a_method_runs_on_ranks(self):
+        x = torch.ones(1)
+        dist.all_reduce(x)
+        self.assertEqual(x.item(), self.ranks.world_size)  # noqa: PT009
+        assert self.rank == self.ranks.rank
+        assert self.group_at_start
+
+    @pytest.mark.world_size(2)
+    def test_a_method_uses_subtests(self):
+        for number in range(2):
+            with self.subTest(number=number):
+                assert number < self.ranks.world_size
+
+    def test_a_method_without_a_marker_runs_as_ever(self):
+        assert not dist.is_initialized()
+        assert not hasattr(self, "ranks")

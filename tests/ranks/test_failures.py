@@ -45,6 +45,40 @@ def test_after_deadlock(ranks): reduce()
 def test_crossed(ranks):
     dist.recv(torch.ones(3), src=1 - ranks.rank)
 
+def test_send_is_lost(ranks):
+    if ranks.rank == 0: dist.isend(torch.ones(3), dst=1, tag=4)
+
+def test_after_send_is_lost(ranks): reduce()
+
+def test_message_of_other_dtype(ranks):
+    if ranks.rank == 0: dist.send(torch.ones(3), dst=1)
+    else: dist.recv(torch.ones(3, dtype=torch.int32))
+
+def test_one_more_receive(ranks):
+    work = [dist.isend(torch.ones(1), 1 - ranks.rank), dist.irecv(torch.ones(1), 1 - ranks.rank)]
+    if ranks.rank == 1: dist.irecv(torch.ones(1), 0)
+    for each in work: each.wait()
+
+@pytest.mark.world_size(3)
+def test_subgroup_differs(ranks):
+    group = dist.new_group([0, 2])
+    x = torch.ones(2, dtype=[torch.float32, None, torch.int32][ranks.rank])
+    if ranks.rank != 1: dist.all_reduce(x, group=group)
+
+@pytest.mark.world_size(3)
+def test_subgroup_of_which_one_stays_away(ranks):
+    group = dist.new_group([0, 2])
+    if ranks.rank == 2: dist.all_reduce(torch.ones(2), group=group, async_op=True)
+
+@pytest.mark.world_size(3)
+def test_after_subgroup(ranks):
+    group = dist.new_group([0, 2])
+    if ranks.rank != 1: dist.all_reduce(torch.ones(2), group=group)
+    dist.destroy_process_group(group)
+
+@pytest.mark.world_size(3)
+def test_after_a_removed_subgroup(ranks): reduce()
+
 @pytest.mark.rank_timeout(1)
 def test_hang(ranks):
     if ranks.rank == 1:
@@ -194,7 +228,22 @@ def test_a_deadlock_is_proven_from_all_positions(failures):
 
 def test_ranks_that_wait_for_each_others_message_are_a_deadlock(failures):
     block = failures.block("test_crossed[gloo-2]")
-    assert re.search(r"E   deadlock: rank 0 waits in recv at \S+ in test_crossed, rank 1 waits in recv at ", block)
+    waits = r"waits in recv #1 \[\[3\]\] from rank {} at \S+ in test_crossed"
+    assert re.search(rf"E   deadlock: rank 0 {waits.format(1)}, rank 1 {waits.format(0)}", block)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("send_is_lost[gloo-2]", "send #1 [[3]] to rank 1 by rank 0 (float32, tag 4) has no receive"),
+        ("message_of_other_dtype[gloo-2]", "differs from its receive: send [[3]] float32; recv [[3]] int32"),
+        ("one_more_receive[gloo-2]", "recv #3 [[1]] from rank 0 by rank 1 (float32, tag 0) has no send"),
+        ("subgroup_differs[gloo-3]", "collective #1 of the test on the group of ranks 0, 2 differs: rank 0: "),
+        ("subgroup_of_which_one_stays_away[gloo-3]", "on the group of ranks 0, 2 differs: rank 0: none; rank 2: gloo:"),
+    ],
+)
+def test_messages_and_subgroups_must_match(failures, name, said):
+    assert said in failures.block(f"test_{name}")
 
 
 @pytest.mark.parametrize(

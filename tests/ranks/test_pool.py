@@ -13,7 +13,7 @@ from tests.fixtures.ranks.zygote import collapse_huge_pages
 
 
 def waiting_in(number):
-    collective = Collective("gloo:all_reduce", ((2,),), ("Float",), is_shared=True, is_open=True, number=number)
+    collective = Collective("gloo:all_reduce", ((2,),), ("Float",), is_open=True, number=number)
     return Position(is_blocked=True, call="all_reduce", where="here", collectives=[collective], stack="a stack")
 
 
