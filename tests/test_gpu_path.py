@@ -25,7 +25,7 @@ from trainer.model.isolation import check_isolation
 from trainer.model.loss import token_loss_sum
 from trainer.model.precision import use_compute_dtype
 from trainer.model.varlen import varlen
-from trainer.training.step import to_device
+from trainer.training.process import to_device
 
 GATHERING = ("fsdp::all_gather_copy_in",)
 LENGTHS = [5, 1, 9, 3]

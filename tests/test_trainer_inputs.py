@@ -17,7 +17,7 @@ from trainer.config.arguments import TrainingArguments
 from trainer.data.prepare import prepare
 from trainer.data.store import TokenStore
 from trainer.errors import DataError, ModelError, UsageError
-from trainer.training.trainer import Trainer
+from trainer.hf.trainer import Trainer
 
 STORE = TokenStore.from_samples([([3, 4, 5], [3, 4, 5]), ([6, 7], [6, 7])])
 BEYOND = TokenStore.from_samples([([3, VOCABULARY, 5], [3, VOCABULARY, 5])])

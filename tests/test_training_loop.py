@@ -222,7 +222,7 @@ class TestNonFinite:
         model = tiny_llama()
         trainer = build_trainer(ranks.tmp_path / "run", SAMPLES, model)
         with torch.no_grad():
-            next(trainer.model.freezing()).fill_(math.nan)
+            next(trainer.model.parameters()).fill_(math.nan)
         others = {name: w for name, w in weights_of(trainer.model).items() if torch.isfinite(w).all()}
         with pytest.raises(NonFiniteError, match="loss is nan .*the step was not taken"):
             trainer.train()

@@ -20,8 +20,8 @@ _PUBLIC = {
     "batch_lengths_to_minibatches": "trainer.data.packing",
     "batch_lengths_to_minibatches_lpt": "trainer.data.packing",
     "get_data_loader": "trainer.data.loader",
-    "Trainer": "trainer.training.trainer",
-    "Seq2SeqTrainer": "trainer.training.seq2seq",
+    "Trainer": "trainer.hf.trainer",
+    "Seq2SeqTrainer": "trainer.hf.seq2seq",
     "Seq2SeqTrainingArguments": "trainer.config.arguments",
 }
 __all__ = sorted(_PUBLIC)

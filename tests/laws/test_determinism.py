@@ -13,8 +13,8 @@ from tests.fixtures.tokenizers import build_tokenizer
 from trainer.cli.main import main
 from trainer.config.arguments import TrainingArguments
 from trainer.data.prepare import prepare
+from trainer.hf.trainer import Trainer
 from trainer.model.build import load_model
-from trainer.training.trainer import Trainer
 
 SAMPLES = random_token_samples((9, 3, 17, 5, 30, 2, 11, 7))
 

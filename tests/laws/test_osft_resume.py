@@ -15,8 +15,8 @@ from tests.fixtures.tolerances import OSFT_LOGITS_FP32, OSFT_TRAJECTORY_FLOAT64
 from tests.laws.test_resume import at, build, check_going_on, copy_run, hashes, is_tiny, record
 from trainer.cli.main import main
 from trainer.errors import NonFiniteError, UsageError
+from trainer.hf.trainer import Trainer
 from trainer.optim.registry import OPTIMIZERS
-from trainer.training.trainer import Trainer
 
 NUM_STEPS = 4
 SPLIT = {"osft": True, "osft_unfreeze_rank_ratio": 0.5, "num_train_epochs": NUM_STEPS / 12, "eval_strategy": "no"}

@@ -19,9 +19,9 @@ from tests.fixtures.runs import build_trainer, chat_job, random_token_samples, r
 from tests.fixtures.tolerances import LAYOUT_TRAJECTORY_FLOAT64
 from trainer.checkpoint import manifest
 from trainer.config.arguments import TrainingArguments
+from trainer.hf.trainer import Trainer
 from trainer.optim.registry import OPTIMIZERS
 from trainer.optim.spec import is_installed
-from trainer.training.trainer import Trainer
 
 SAMPLES = random_token_samples([4 + i * 5 % 11 for i in range(24)])
 NUM_STEPS = 30  # 2.5 epochs of 12

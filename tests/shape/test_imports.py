@@ -20,6 +20,7 @@ FLOORS = {
     "optim": 4,
     "checkpoint": 5,
     "training": 6,
+    "hf": 7,
     "cli": 7,
     "__main__": 9,
     "mini_trainer": 8,

@@ -34,7 +34,7 @@ from tests.trainer.trainer_test_utils import (
 )
 from trainer.config.arguments import TrainingArguments
 from trainer.errors import NonFiniteError, UsageError
-from trainer.training.trainer import Trainer
+from trainer.hf.trainer import Trainer
 
 
 class TestNumbers:

@@ -24,7 +24,7 @@ from tests.trainer.trainer_test_utils import (
 from trainer.checkpoint import manifest
 from trainer.config.arguments import TrainingArguments
 from trainer.errors import UsageError
-from trainer.training.trainer import Trainer
+from trainer.hf.trainer import Trainer
 
 
 def run_both(folder: Path, callback: TrainerCallback, **options: Any) -> tuple[Any, Any, list[TrainerCallback]]:

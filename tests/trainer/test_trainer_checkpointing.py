@@ -18,8 +18,8 @@ from tests.fixtures.runs import build_trainer, random_token_samples, read_metric
 from tests.trainer.trainer_test_utils import RegressionDataset, get_regression_trainer
 from trainer.checkpoint import manifest
 from trainer.errors import CheckpointError, UsageError
+from trainer.hf.trainer import Trainer
 from trainer.training.signals import SIGNALS
-from trainer.training.trainer import Trainer
 
 SAMPLES = random_token_samples([4 + i % 9 for i in range(16)])
 

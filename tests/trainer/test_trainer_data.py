@@ -41,8 +41,8 @@ from trainer.data.batched import (
 )
 from trainer.data.order import EpochSampler, LengthGroupedSampler, OrderedSampler
 from trainer.errors import UsageError
+from trainer.hf.trainer import Trainer
 from trainer.training.step import accumulate_gradients
-from trainer.training.trainer import Trainer
 
 PLAIN = {
     "lr_scheduler_type": "constant",

@@ -20,7 +20,7 @@ from tests.fixtures.tolerances import CLOSED_FORM_FP32, LAYOUT_FP32
 from tests.trainer.trainer_test_utils import get_regression_trainer
 from trainer.config.arguments import TrainingArguments
 from trainer.errors import UsageError
-from trainer.training.trainer import Trainer
+from trainer.hf.trainer import Trainer
 
 A, B = 1.5, 2.5
 LENGTHS = (32, 33, 5, 1)  # a multiple of the batch, not one, fewer than a batch, fewer than ranks

@@ -14,7 +14,7 @@ from tests.trainer.trainer_test_utils import (
     get_regression_trainer,
 )
 from trainer.errors import MissingPackageError, UsageError
-from trainer.training.trainer import Trainer
+from trainer.hf.trainer import Trainer
 
 RUN = {"eval_strategy": "epoch", "num_train_epochs": 2, "learning_rate": 0.1}
 

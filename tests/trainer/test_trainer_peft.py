@@ -7,7 +7,7 @@ import torch
 
 from tests.fixtures.models import random_samples, tiny_llama
 from trainer.config.arguments import TrainingArguments
-from trainer.training.trainer import Trainer
+from trainer.hf.trainer import Trainer
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 pytestmark = pytest.mark.filterwarnings(

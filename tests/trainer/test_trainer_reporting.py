@@ -13,7 +13,7 @@ from tests.fixtures.tolerances import CLOSED_FORM_FP32
 from tests.trainer.trainer_test_utils import get_regression_trainer
 from trainer.errors import MissingPackageError, UsageError
 from trainer.mini_trainer import run as run_mini_trainer
-from trainer.training.reporting import reporters
+from trainer.training.callbacks import reporters
 
 BLOCK, PIECE_HEADER, LAST_PIECES = 32768, 7, (1, 4)  # of wandb's files
 RUN = {"num_train_epochs": 1, "logging_steps": 2, "eval_strategy": "epoch", "run_name": "a run"}

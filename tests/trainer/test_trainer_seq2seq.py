@@ -16,7 +16,7 @@ from tests.fixtures.sequences import END, PADDING, PLACES, VOCABULARY, exact_mat
 from tests.fixtures.tolerances import LAYOUT_GRADIENT_FP32, SAME_LOSS
 from trainer.config.arguments import Seq2SeqTrainingArguments, TrainingArguments
 from trainer.errors import UsageError
-from trainer.training.seq2seq import Seq2SeqTrainer
+from trainer.hf.seq2seq import Seq2SeqTrainer
 
 LONGEST = PLACES + 2  # start, symbols, end
 SMALL = {

@@ -23,8 +23,8 @@ from tests.trainer.trainer_test_utils import (
 )
 from trainer.config.arguments import TrainingArguments
 from trainer.errors import UsageError
-from trainer.training.left_out import LEFT_OUT, NEVER_CALLED
-from trainer.training.trainer import Trainer
+from trainer.hf.trainer import Trainer
+from trainer.hf.unsupported import NEVER_CALLED, UNSUPPORTED
 
 ELSEWHERE = {"default_optim", "is_torch_greater_or_equal_than_2_8"}  # constants of a module, by way of the class
 
@@ -34,15 +34,15 @@ def test_every_public_name_is_there_or_left_out(name: str) -> None:
     theirs = {word for word in dir(getattr(transformers, name)) if not word.startswith("_")}
     ours = set(dir(getattr(importlib.import_module("trainer"), name)))
     fields = set(getattr(getattr(transformers, name), "__dataclass_fields__", ()))
-    assert theirs - ours - fields - set(LEFT_OUT) - ELSEWHERE == set()
+    assert theirs - ours - fields - set(UNSUPPORTED) - ELSEWHERE == set()
 
 
-@pytest.mark.parametrize("name", sorted(LEFT_OUT))
+@pytest.mark.parametrize("name", sorted(UNSUPPORTED))
 def test_what_is_left_out_says_what_to_use(tmp_path: Path, name: str) -> None:
     trainer = get_regression_trainer(output_dir=tmp_path)
     with pytest.raises(AttributeError, match=rf"Trainer\.{name}: this Trainer has none: ") as raised:
         getattr(trainer, name)
-    assert LEFT_OUT[name] in str(raised.value)
+    assert UNSUPPORTED[name] in str(raised.value)
     assert not hasattr(Trainer, name)
 
 

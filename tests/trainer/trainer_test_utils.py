@@ -21,7 +21,7 @@ from tests.fixtures.regression import (
 )
 from trainer.config.arguments import TrainingArguments
 from trainer.data.order import epoch_order
-from trainer.training.trainer import Trainer
+from trainer.hf.trainer import Trainer
 
 __all__ = [
     "PLAIN",

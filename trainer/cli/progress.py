@@ -15,9 +15,9 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl
 from trainer.cli.preparing import SECONDS_BEFORE_SHOWING, SECONDS_BETWEEN_LINES
 from trainer.config.arguments import TrainingArguments
 from trainer.training.callbacks import RunState
-from trainer.training.generation import Answer
+from trainer.training.generate import Answer
 from trainer.training.metrics import StepReport
-from trainer.training.trainer import Trainer
+from trainer.training.trainer import CoreTrainer
 
 console = Console()
 _SHOWN_EVALUATION = ("loss", "exact_match")
@@ -106,7 +106,7 @@ def show_answers(answers: Mapping[int, list[Answer]], count: int) -> None:
     console.print(table)
 
 
-def show_summary(trainer: Trainer) -> None:
+def show_summary(trainer: CoreTrainer) -> None:
     """Say what was done and where it lies."""
     state, args = trainer.state, trainer.args
     stopped = "stopped by a signal after" if trainer.stop_signal else "finished"

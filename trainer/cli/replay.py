@@ -27,7 +27,7 @@ def run(words: Sequence[str]) -> int:
     from trainer.config.arguments import TrainingArguments
     from trainer.distributed.group import Group
     from trainer.errors import UsageError
-    from trainer.training.crash import CRASH
+    from trainer.training.nonfinite import CRASH
     from trainer.training.replay import replay
 
     if not (options.folder / CRASH).is_file():

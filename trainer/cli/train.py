@@ -38,7 +38,7 @@ def train(args: TrainingArguments) -> int:
     from trainer.distributed.group import Group
     from trainer.model.tokenizer import load_tokenizer
     from trainer.training.build import check_names, load_datasets
-    from trainer.training.trainer import Trainer
+    from trainer.training.trainer import CoreTrainer
 
     _check_held_out_data(args)
     check_names(args)
@@ -47,7 +47,7 @@ def train(args: TrainingArguments) -> int:
     with Group.join(args) as group:
         with PreparationDisplay() as progress:
             train_dataset, eval_dataset = load_datasets(args, tokenizer, group, progress)
-        trainer = Trainer(
+        trainer = CoreTrainer(
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,

@@ -1,7 +1,7 @@
-"""Global batches of ordinary data: micro-batches gathered into steps, counted, and agreed on by all ranks.
+"""Global batches of a custom data set: micro-batches gathered into steps, counted, and agreed on by all ranks.
 
-What a step divides by is known here before its first forward pass. Ranks run equally many micro-batches: one without
-work gets a filler that counts nothing. Knows nothing of models.
+What a step divides by is known here before its first forward pass. Ranks run equally many micro-batches: a rank without
+work gets a placeholder that counts nothing.
 """
 
 from __future__ import annotations
@@ -21,27 +21,30 @@ from trainer.errors import UsageError
 
 @dataclass(frozen=True)
 class InputCounts:
-    """What a micro-batch holds beside samples."""
+    """What a micro-batch holds besides samples."""
 
     num_items: int | None  # labels that are not -100, None where there are none
     num_tokens: int = 0  # of its input, where they are counted
     num_inputs: int = 0  # numbers in its main input
+    num_attended: int = 0  # of these, those that the attention mask leaves
 
 
 CountInputs = Callable[[Inputs], InputCounts]
 
 
 @dataclass(frozen=True)
-class OrdinaryBatch:
+class GlobalModelBatch:
     """This rank's share of a global batch, and what all ranks have of it."""
 
     micro_batches: list[Inputs]  # equally many on every rank
     num_samples: list[int]  # in each of them; 0: a placeholder for a rank without work
     num_items: list[int]  # labels in each of them
+    num_attended: list[int]  # inputs in each of them, padding aside
     batch_num_samples: int
     batch_num_items: int | None  # labels over all ranks, where there are any
     batch_num_tokens: int  # of the input over all ranks, where they are counted
     batch_num_inputs: int  # numbers in the main input over all ranks
+    batch_num_attended: int  # of these, padding aside
 
     @property
     def own_num_items(self) -> int:
@@ -55,8 +58,13 @@ class OrdinaryBatch:
             return [count / self.batch_num_items for count in self.num_items]
         return [count / self.batch_num_samples for count in self.num_samples]
 
+    @property
+    def input_shares(self) -> list[float]:
+        """What part of the global batch's inputs each micro-batch holds, padding aside."""
+        return [count / max(self.batch_num_attended, 1) for count in self.num_attended]
 
-class OrdinaryBatches:
+
+class ModelBatches:
     """Global batches, epoch by epoch, of our own loader or of any other that gives this rank's micro-batches."""
 
     def __init__(self, loader: DataLoader[Inputs], dealing: Dealing, group: Group, count: CountInputs) -> None:
@@ -73,8 +81,8 @@ class OrdinaryBatches:
             return -(-self.num_samples // self.dealing.per_step)
         return -(-len(self.loader) // self.dealing.accumulation) if has_length(self.loader) else None
 
-    def epoch(self, epoch: int, start: int) -> Iterator[OrdinaryBatch]:
-        """Give what is left of an epoch after `start` of its samples."""
+    def epoch(self, epoch: int, start: int) -> Iterator[GlobalModelBatch]:
+        """Return what is left of an epoch after `start` of its samples."""
         to_skip = start
         if self._is_in_place:
             self._is_in_place, to_skip = False, 0
@@ -89,12 +97,12 @@ class OrdinaryBatches:
             position += batch.batch_num_samples
 
     def position(self) -> Any:
-        """Give where a stream stands that keeps its own position; None where samples are counted instead."""
+        """Return where a stream stands that keeps its own position; None where samples are counted instead."""
         stream = self._stream()
         return None if stream is None else stream.state_dict()
 
     def move_to(self, position: Any) -> None:
-        """Have the next epoch go on from what `position` gave."""
+        """Have the next epoch continue from what `position` returned."""
         if position is not None and (stream := self._stream()) is not None:
             stream.load_state_dict(position)
             self._is_in_place = True
@@ -105,24 +113,39 @@ class OrdinaryBatches:
         is_ours = isinstance(self.loader, BatchedLoader) and self.loader.num_workers == 0
         return stream if is_ours and hasattr(stream, "state_dict") and hasattr(stream, "load_state_dict") else None
 
-    def _next(self, iterator: Iterator[Inputs], position: int) -> OrdinaryBatch | None:
+    def _next(self, iterator: Iterator[Inputs], position: int) -> GlobalModelBatch | None:
         """Take the micro-batches of one step; ranks tell each other what they have, in one collective."""
         own = list(islice(iterator, self.dealing.accumulation))
         sizes = self._sizes(own, position)
         counts = [self.count(micro_batch) for micro_batch in own]
         items = [count.num_items or 0 for count in counts]
+        attended = [count.num_attended for count in counts]
         has_items = any(count.num_items is not None for count in counts)
-        own_totals = [sum(sizes), sum(items), has_items, *_totals(counts)]
+        num_tokens = sum(count.num_tokens for count in counts)
+        num_inputs = sum(count.num_inputs for count in counts)
         is_present = [float(number < len(own)) for number in range(self.dealing.accumulation)]
-        total, total_items, any_items, tokens, inputs, *present = self.group.sum([*own_totals, *is_present])
-        missing = sum(count > 0 for count in present) - len(own)
-        if not any(present):
+        own_totals = [sum(sizes), sum(items), has_items, num_tokens, num_inputs, sum(attended)]
+        totals = self.group.sum([*own_totals, *is_present])
+        total_samples, total_items, any_items, total_tokens, total_inputs, total_attended = totals[: len(own_totals)]
+        # Ranks run as many micro-batches as the rank that has most: FSDP2 gathers weights in each of them.
+        num_micro_batches = sum(count > 0 for count in totals[len(own_totals) :])
+        if num_micro_batches == 0:
             return None
+        missing = num_micro_batches - len(own)
         own += [self._fill(own)] * missing
         self._filler = own[-1] if self.group.world_size > 1 else None
-        all_items = int(total_items) if any_items else None
-        fillers = [0] * missing
-        return OrdinaryBatch(own, sizes + fillers, items + fillers, int(total), all_items, int(tokens), int(inputs))
+        placeholders = [0] * missing
+        return GlobalModelBatch(
+            micro_batches=own,
+            num_samples=sizes + placeholders,
+            num_items=items + placeholders,
+            num_attended=attended + placeholders,
+            batch_num_samples=int(total_samples),
+            batch_num_items=int(total_items) if any_items else None,
+            batch_num_tokens=int(total_tokens),
+            batch_num_inputs=int(total_inputs),
+            batch_num_attended=int(total_attended),
+        )
 
     def _sizes(self, own: list[Inputs], position: int) -> list[int]:
         """Samples of each micro-batch: as they were dealt, or as its tensors say where we did not deal."""
@@ -131,7 +154,7 @@ class OrdinaryBatches:
         return [size for size in self.dealing.own_sizes(self.num_samples - position) if size]
 
     def _fill(self, own: list[Inputs]) -> Inputs:
-        """Something for this rank to run while others have work: its last micro-batch, or else one sample."""
+        """Return something for this rank to run while others have work: its last micro-batch, or else one sample."""
         if own or self._filler is not None:
             return own[-1] if own else self._filler
         dataset, collate = self.loader.dataset, self.loader.collate_fn
@@ -144,10 +167,6 @@ def _tell_epoch(loader: Any, epoch: int) -> None:
     for part in (loader, *(getattr(loader, name, None) for name in ("batch_sampler", "sampler", "dataset"))):
         if hasattr(part, "set_epoch"):
             part.set_epoch(epoch)
-
-
-def _totals(counts: list[InputCounts]) -> tuple[int, int]:
-    return sum(count.num_tokens for count in counts), sum(count.num_inputs for count in counts)
 
 
 def _size(micro_batch: Inputs) -> int:

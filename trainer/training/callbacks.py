@@ -16,8 +16,7 @@ from transformers import trainer_callback
 from transformers.trainer_callback import CallbackHandler, TrainerCallback, TrainerControl, TrainerState
 
 from trainer.config.arguments import TrainingArguments
-from trainer.errors import OutputError
-from trainer.training.evaluation import best_metric, improves
+from trainer.errors import MissingPackageError, OutputError, UsageError
 from trainer.training.metrics import StepReport
 from trainer.training.run_dir import METRICS
 
@@ -207,7 +206,7 @@ class MetricsFile(TrainerCallback):
 
 
 class ExportCallback(TrainerCallback):
-    """Exports Hugging Face weights every N samples, after epochs, on the best metric, and at the end."""
+    """Exports Hugging Face weights every N samples, after epochs, and at the end."""
 
     def __init__(self, export: Callable[[], Path]) -> None:
         self._export = export
@@ -227,15 +226,37 @@ class ExportCallback(TrainerCallback):
         if args.export_at_epoch:
             self._export()
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: RunState, control: TrainerControl, metrics: Mapping[str, float], **_: Any
-    ) -> None:
-        """Export when the evaluation is the best so far."""
-        value = best_metric(args, metrics)
-        if args.export_best and value is not None and improves(args, value, state.best_metric):
-            state.best_model_checkpoint = str(self._export())
-
     def on_train_end(self, args: TrainingArguments, state: RunState, control: TrainerControl, **_: Any) -> None:
         """Export the final weights."""
         if args.export_final:
             self._export()
+
+
+def reporters(report_to: str | Sequence[str]) -> list[TrainerCallback]:
+    """Build the callbacks that report to these trackers; "all" means those that are installed, "none" none.
+
+    Raises:
+        UsageError: there is no integration of that name.
+        MissingPackageError: its package is not installed.
+    """
+    names = [report_to] if isinstance(report_to, str) else list(report_to)
+    if names in ([], ["none"]):
+        return []
+    # Imported here: it looks for all of their packages.
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    if names == ["all"]:
+        names = get_available_reporting_integrations()
+    if unknown := [name for name in names if name not in INTEGRATION_TO_CALLBACK]:
+        known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+        raise UsageError(f"report_to = {', '.join(unknown)}: expected none, all, or some of {known}")
+    callbacks = []
+    for name in names:
+        try:
+            callbacks.append(INTEGRATION_TO_CALLBACK[name]())
+        except (ImportError, RuntimeError) as error:
+            raise MissingPackageError(f"report_to = {name}: {error}") from error
+    return callbacks

@@ -7,9 +7,9 @@ a signal says stop. Position is two integers, epoch and samples; nothing else de
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from transformers.trainer_callback import TrainerControl
 
@@ -18,27 +18,13 @@ from trainer.config.arguments import TrainingArguments
 from trainer.data.length import RunLength
 from trainer.training.callbacks import Events, RunState
 from trainer.training.checkpoints import Checkpoints
-from trainer.training.crash import CrashRecorder
 from trainer.training.metrics import StepReport, now, peak_memory_bytes, throughput, timed
+from trainer.training.nonfinite import CrashRecorder
 from trainer.training.signals import StopRequest
-from trainer.training.step import Engine, GlobalBatch, StepResult, take_step
+from trainer.training.step import Engine, StepResult, take_step
+from trainer.training.task import Batches, GlobalBatch
 
 logger = logging.getLogger(__name__)
-
-
-class Batches(Protocol):
-    """Where global batches come from."""
-
-    num_samples: int | None  # of an epoch, over all ranks; None: not known before one has ended
-
-    def epoch(self, epoch: int, start: int) -> Iterator[GlobalBatch]:
-        """Give what is left of an epoch after `start` of its samples."""
-
-    def position(self) -> Any:
-        """Give where a stream stands, as plain values, if it says so; None: epoch and samples say it all."""
-
-    def move_to(self, position: Any) -> None:
-        """Have the next epoch go on from what `position` gave."""
 
 
 @dataclass
@@ -97,7 +83,7 @@ def train(run: Run) -> None:
 
 
 def next_step(run: Run) -> int:
-    """Give the step that the run is at."""
+    """Return the number of the step that the run is at."""
     return run.state.global_step + 1
 
 
@@ -167,14 +153,14 @@ def end_of_data(run: Run, epoch: int, start: int) -> None:
 
 
 def train_batch(run: Run, batch: GlobalBatch, waited: float, stop: StopRequest) -> StepReport:
-    """Take one step on a batch that took so many seconds to come, move the position past it, and report it."""
+    """Take one step on a batch that was waited for so many seconds, move the position past it, and report it."""
     run.events.emit("on_step_begin")
     started = now()
     random = generator_states(run.engine.group.device)
     result = take_step(run.engine, batch, stop)
     if result.problem is not None:
         run.crash.handle(batch, result, random)
-    counts = run.engine.objective.counts(batch)
+    counts = run.engine.task.counts(batch)
     run.state.advance(counts["num_samples"], counts.get("num_loss_tokens", 0))
     run.state.total_flos += counts.pop("num_operations")
     run.state.num_input_tokens_seen += counts.get("num_tokens", 0)
@@ -231,7 +217,7 @@ class LossWindow:
         self._state.log_window = window
 
     def take(self) -> dict[str, float]:
-        """Give the log line and start the next window; without a loss where every step was skipped."""
+        """Return the log line and start the next window; without a loss where every step was skipped."""
         window, self._state.log_window = self._state.log_window, {}
         loss_sum, weight = window.pop("loss_sum", 0.0), window.pop("weight", 0)
         return {"loss": loss_sum / weight, **window} if weight else window
@@ -243,7 +229,7 @@ class LossWindow:
 
 
 def log_window(run: Run) -> LossWindow:
-    """Give the steps that the next log line is about."""
+    """Return the steps that the next log line is about."""
     return LossWindow(run.state, is_filtered=run.args.logging_nan_inf_filter)
 
 

@@ -26,7 +26,7 @@ from trainer.training.build import build_model
 from trainer.training.callbacks import Events
 from trainer.training.checkpoints import read_importance
 from trainer.training.metrics import now, peak_memory_bytes
-from trainer.training.step import to_device
+from trainer.training.process import to_device
 
 
 def build_split_model(

@@ -22,10 +22,12 @@ from trainer.checkpoint.manifest import rank_file
 from trainer.checkpoint.run_state import options_of, set_generator_states
 from trainer.checkpoint.tensors import StoredTensors, unpack
 from trainer.checkpoint.verify import find_damage
+from trainer.config.arguments import TrainingArguments
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError
 from trainer.training.checkpoints import build_saved_model
-from trainer.training.tokens import TokenObjective
+from trainer.training.packed_task import pack_loss
+from trainer.training.process import to_device
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,9 @@ def replay(folder: Path, group: Group) -> Finding | None:
     args = options_of(folder)
     if (name := _first_bad_weight(model)) is not None:
         return Finding(0, 0, f"weight {name}, before the step")
-    objective = TokenObjective(model, args, group)
     world_size = manifest.read_manifest(folder).world_size
     for rank in range(world_size):
-        finding = _replay_rank(model, objective, _read_own(folder, rank, world_size), rank, group)
+        finding = _replay_rank(model, args, _read_own(folder, rank, world_size), rank, group)
         if finding is not None:
             return finding
     return None
@@ -65,11 +66,12 @@ def _read_own(folder: Path, rank: int, world_size: int) -> Any:
     return unpack(body["step"], lambda name: stored.read(name, ()))
 
 
-def _replay_rank(model: nn.Module, objective: TokenObjective, own: Any, rank: int, group: Group) -> Finding | None:
+def _replay_rank(model: nn.Module, args: TrainingArguments, own: Any, rank: int, group: Group) -> Finding | None:
     set_generator_states(own["random"], group.device)
     for number, micro_batch in enumerate(own["batch"]):
         with _watching(model) as seen:
-            (loss,) = objective.backward([micro_batch])
+            loss = pack_loss(model, to_device(micro_batch, group.device), args.label_smoothing_factor)
+            loss.backward()
         bad = [name for name, p in model.named_parameters() if p.grad is not None and not _is_finite(p.grad)]
         seen += [] if _is_finite(loss) else ["the loss, of finite outputs"]
         seen += [f"gradient of {name}" for name in bad[:1]]

@@ -1,19 +1,17 @@
 """One optimizer step: micro-batches, loss, gradient, update.
 
-What a global batch is and how it becomes gradients is the objective's business; the gradient that it leaves, summed
-over ranks, is that of the batch's mean loss however the batch is split (law L2). A non-finite loss or gradient is never
-stepped on; every rank sees the same numbers and acts alike.
+What a global batch is and how a micro-batch becomes a gradient is the task's business. The gradient that the task
+leaves, summed over ranks, is that of the batch's mean loss however the batch is split (law L2). A non-finite loss or
+gradient is never stepped on; every rank sees the same numbers and acts alike.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -28,23 +26,9 @@ from trainer.optim.scaling import LossScale
 from trainer.optim.schedules import advance, step_schedule
 from trainer.training.metrics import BatchMetrics
 from trainer.training.signals import StopRequest
+from trainer.training.task import GlobalBatch, Task
 
-GlobalBatch = Any  # this rank's share of one, as the objective knows it
-OWN_LOSS = "own_loss"
-Emit = Callable[[str], None]  # tells the callbacks of an event
-
-
-class Objective(Protocol):
-    """What is minimised: packs of tokens by their cross-entropy, or whatever a model calls its loss."""
-
-    def backward(self, batch: GlobalBatch) -> Iterator[Tensor]:
-        """Go through this rank's micro-batches, add the gradient of each, and give its share of the batch's loss.
-
-        Every rank gives equally many. The shares of all micro-batches and ranks sum to the mean loss.
-        """
-
-    def counts(self, batch: GlobalBatch) -> dict[str, Any]:
-        """Count what the batch holds over all ranks: `num_samples`, `num_micro_batches`, and what else is known."""
+Emit = Callable[[str], None]  # calls an event of the callbacks
 
 
 @dataclass(frozen=True)
@@ -52,7 +36,7 @@ class Engine:
     """What a step changes and what it needs."""
 
     model: nn.Module
-    objective: Objective
+    task: Task
     optimizer: Optimizer
     schedule: LRScheduler
     group: Group
@@ -76,7 +60,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What came of a step, the same on every rank but for `own_loss`."""
+    """The outcome of a step, the same on every rank except `own_loss`."""
 
     loss: float  # mean over the loss tokens of the global batch
     grad_norm: float  # before clipping
@@ -95,96 +79,79 @@ def take_step(engine: Engine, batch: GlobalBatch, stop: StopRequest) -> StepResu
         NonFiniteError: loss or gradient norm is NaN or infinite, and the optimizer has stepped during backward.
         LeakError: the update moved what OSFT protects.
     """
-    totals, norm = find_gradients(engine, batch, stop)
-    while engine.scale.must_shrink(norm.item()):
-        engine.optimizer.zero_grad()
-        totals, norm = find_gradients(engine, batch, stop)
-    loss, grad_norm = totals["loss"], norm.item()
+    model, optimizer, schedule, group, osft = (
+        engine.model,
+        engine.optimizer,
+        engine.schedule,
+        engine.group,
+        engine.osft,
+    )
+    while True:
+        own_loss, totals = accumulate_gradients(engine, batch, stop)
+        # FSDP2 has summed the gradients of sharded parameters over ranks; those that every rank holds whole are not.
+        sum_whole_gradients(model.parameters(), group)
+        engine.scale.unscale(model.parameters())
+        if osft is not None:
+            osft.project_gradients()
+        norm = global_norm(model.parameters(), optimizer)
+        loss, grad_norm = totals.pop("loss"), norm.item()
+        if not engine.scale.must_shrink(grad_norm):
+            break
+        optimizer.zero_grad()  # fp16 overflowed: the same batch again with a smaller scale
+
+    learning_rate = float(schedule.get_last_lr()[0])
     signals = (stop.agreed(totals), stop.agreed_to_save(totals))
-    if (problem := find_non_finite(loss, grad_norm, engine.optimizer)) is not None:
-        return StepResult(loss, grad_norm, skip(engine), *signals, {}, totals[OWN_LOSS], problem)
+    problem = find_non_finite(loss, grad_norm)
+    if problem is not None:
+        if steps_in_backward(optimizer):
+            raise NonFiniteError(
+                f"{problem}: the optimizer stepped on it during backward and the weights are spoilt; go back to a "
+                "checkpoint"
+            )
+        optimizer.zero_grad()
+        advance(schedule)
+        return StepResult(loss, grad_norm, learning_rate, *signals, {}, own_loss.item(), problem)
+
     engine.scale.grow()
-    learning_rate = update(engine, norm)
-    more = {} if engine.osft is None else engine.osft.report()
+    clip(model.parameters(), norm, engine.max_grad_norm)
+    engine.emit("on_pre_optimizer_step")
+    optimizer.step()
+    if osft is not None:
+        # AdamW's update is not its gradient: the part of the weights that leaves the free subspace is taken back.
+        osft.project_updates()
+    engine.emit("on_optimizer_step")
+    step_schedule(schedule)
+    optimizer.zero_grad()
+    more = {name: value for name, value in totals.items() if name in engine.task.more_metrics}
+    if osft is not None:
+        more |= osft.report()
     return StepResult(loss, grad_norm, learning_rate, *signals, more)
 
 
-def find_gradients(engine: Engine, batch: GlobalBatch, stop: StopRequest) -> tuple[dict[str, float], Tensor]:
-    """Leave the gradient of a global batch, over all ranks; gives the sums over ranks, and its norm.
+def accumulate_gradients(engine: Engine, batch: GlobalBatch, stop: StopRequest) -> tuple[Tensor, dict[str, float]]:
+    """Add the gradient of this rank's micro-batches.
 
-    Beside the sums stands this rank's own share of the loss.
+    Returns:
+        This rank's share of the mean loss, and the sums over ranks of `loss`, of what else the task measures, and of
+        the flags of `stop`: one collective for all of them.
     """
-    metrics = accumulate_gradients(engine, batch)
-    metrics.accumulate(**stop.as_flags())
-    own_loss = metrics.own("loss")
-    totals = metrics.reduce(engine.group)
-    sum_whole_gradients(engine.model.parameters(), engine.group)
-    engine.scale.unscale(engine.model.parameters())
-    if engine.osft is not None:
-        engine.osft.project_gradients()
-    totals[OWN_LOSS] = own_loss.item()
-    return totals, global_norm(engine.model.parameters(), engine.optimizer)
-
-
-def accumulate_gradients(engine: Engine, batch: GlobalBatch) -> BatchMetrics:
-    """Add this rank's share of the gradient of the global batch's mean loss; gives its share of that `loss`."""
     metrics = BatchMetrics()
-    num_micro_batches = engine.objective.counts(batch)["num_micro_batches"]
-    losses = engine.objective.backward(batch)  # one for each micro-batch, as it is drawn
-    for number in range(1, num_micro_batches + 1):
-        with last_backward(engine.optimizer) if number == num_micro_batches else nullcontext():
-            metrics.accumulate(loss=next(losses))
-        if number < num_micro_batches:
+    num_micro_batches = engine.task.counts(batch)["num_micro_batches"]
+    for i in range(num_micro_batches):
+        is_last = i == num_micro_batches - 1
+        with last_backward(engine.optimizer) if is_last else nullcontext():
+            metrics.accumulate(**engine.task.backward(batch, i))
+        if not is_last:
             engine.emit("on_substep_end")
-    next(losses, None)  # lets it come to its end
-    return metrics
+    own_loss = metrics.own("loss")
+    metrics.accumulate(**stop.as_flags())
+    return own_loss, metrics.reduce(engine.group)
 
 
-def update(engine: Engine, norm: Tensor) -> float:
-    """Clip, move the weights, advance the schedule, clear the gradients; give the learning rate that was used."""
-    learning_rate = engine.schedule.get_last_lr()[0]
-    clip(engine.model.parameters(), norm, engine.max_grad_norm)
-    engine.emit("on_pre_optimizer_step")
-    engine.optimizer.step()
-    if engine.osft is not None:
-        engine.osft.project_updates()
-    engine.emit("on_optimizer_step")
-    step_schedule(engine.schedule)
-    engine.optimizer.zero_grad()
-    return float(learning_rate)
-
-
-def skip(engine: Engine) -> float:
-    """Leave the weights alone, advance the schedule, clear the gradients; give the learning rate of the step."""
-    learning_rate = engine.schedule.get_last_lr()[0]
-    engine.optimizer.zero_grad()
-    advance(engine.schedule)
-    return float(learning_rate)
-
-
-def find_non_finite(loss: float, grad_norm: float, optimizer: Optimizer) -> str | None:
-    """Say which of the two is NaN or infinite, if one is.
-
-    Raises:
-        NonFiniteError: and the optimizer has stepped on it already.
-    """
-    for name, value in (("loss", loss), ("gradient norm", grad_norm)):
-        if not math.isfinite(value):
-            if steps_in_backward(optimizer):
-                raise NonFiniteError(
-                    f"{name} is {value}: the optimizer stepped on it during backward and the weights are spoilt; go "
-                    "back to a checkpoint"
-                )
-            return f"{name} is {value}"
+def find_non_finite(loss: float, grad_norm: float) -> str | None:
+    """Say which of the two is NaN or infinite, if one is."""
+    if not math.isfinite(loss):
+        return f"loss is {loss}"
+    if not math.isfinite(grad_norm):
+        return f"gradient norm is {grad_norm}"
     return None
-
-
-def to_device(data: Any, device: torch.device) -> Any:
-    """Copy the tensors of a micro-batch to the device, however they are nested; all else stays as it is."""
-    if isinstance(data, Tensor):
-        return data.to(device, non_blocking=True)
-    if isinstance(data, Mapping):
-        return type(data)({name: to_device(value, device) for name, value in data.items()})  # type: ignore[call-arg]
-    if isinstance(data, list | tuple):
-        return type(data)(to_device(value, device) for value in data)
-    return data

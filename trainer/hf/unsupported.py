@@ -1,10 +1,12 @@
-"""What transformers' Trainer has and this one has not, by name: what to use instead.
+"""What transformers' Trainer has and this one has not, by name, and what to use instead.
 
-Plain text. Asking a Trainer for one of these is an error that says it, and so is a subclass that overrides one, which
-nothing would call.
+Asking a Trainer for one of these names is an error that says so. So is overriding one, since nothing would call it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from trainer.errors import UsageError
 
@@ -15,7 +17,7 @@ _CHECKPOINTS = "checkpoints are written by trainer.checkpoint; a callback's on_s
 _ENGINE = "weights are sharded by FSDP2 over all ranks, and nothing else is parallel"
 _SCRIPTS = "options and the schedule say it: trainer.state has max_steps, num_train_epochs and train_batch_size"
 
-LEFT_OUT = {
+UNSUPPORTED = {
     "autocast_smart_context_manager": "use compute_loss_context_manager",
     "create_accelerator_and_postprocess": "there is no accelerate underneath",
     "get_batch_samples": _BATCHES,
@@ -81,8 +83,22 @@ NEVER_CALLED = {  # by the trainer; scripts may call them
 }
 
 
-def check_overrides(kind: type) -> None:
-    """Raise UsageError where a Trainer's subclass overrides what nothing calls."""
-    for name, instead in (LEFT_OUT | NEVER_CALLED).items():
-        if name in vars(kind):
-            raise UsageError(f"{kind.__qualname__}.{name} would never be called by this Trainer: {instead}")
+def check_overrides(kind: type, attributes: Mapping[str, Any]) -> None:
+    """Raise UsageError where something overrides what nothing calls.
+
+    Args:
+        kind: the class of a Trainer; its bases and mixins are looked at too, and what was assigned to ours.
+        attributes: what was assigned to the object.
+    """
+    for name, instead in (UNSUPPORTED | NEVER_CALLED).items():
+        owners = [f"{base.__qualname__}.{name}" for base in kind.__mro__ if _is_override(vars(base).get(name))]
+        if name in attributes:
+            owners.insert(0, f"{kind.__qualname__} object's {name}")
+        if owners:
+            raise UsageError(f"{owners[0]} would never be called by this Trainer: {instead}")
+
+
+def _is_override(value: Any) -> bool:
+    """Return whether a class attribute was written by a user, not by this package."""
+    function = getattr(value, "__func__", value)
+    return value is not None and not str(getattr(function, "__module__", "")).startswith("trainer.")

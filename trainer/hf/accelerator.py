@@ -1,17 +1,19 @@
-"""`trainer.accelerator`, for code written for transformers' Trainer: the few words of it that overrides use.
+"""`trainer.accelerator`, for code written for transformers' Trainer: the few names of it that overrides use.
 
-There is no accelerate behind it; each word does what the Trainer does itself. Any other is an error that says so.
+There is no accelerate behind it; each does what the Trainer does itself. Any other name is an error that says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from trainer.distributed.group import Group
+from trainer.training.evaluate import gather_rows
+
+if TYPE_CHECKING:
+    from trainer.hf.trainer import Trainer
 
 INSTEAD = {
     "prepare": "leave it out; on several ranks give a loader of your own a DistributedSampler",
@@ -19,20 +21,23 @@ INSTEAD = {
 }
 
 
-class AcceleratorWords:
+class AcceleratorShim:
     """What an overridden `training_step` or `compute_loss` may ask of `self.accelerator`."""
 
-    def __init__(self, group: Group, backward: Callable[[Tensor], None]) -> None:
-        self._group, self._backward = group, backward
-        self.has_averaged = False  # since it was last set: the Trainer asks, to know what a loss is a mean over
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer, self._group = trainer, trainer.group
 
     def backward(self, loss: Tensor, **_: Any) -> None:
         """Add the gradient of a loss that is a mean over this rank's samples; over ranks they are averaged."""
-        self.has_averaged = True
-        self._backward(loss / self._group.world_size)
+        self._trainer._model_task.share.is_averaged = True
+        self._trainer.backward(loss / self._group.world_size)
+
+    def gather(self, tensor: Any) -> Any:
+        """Return the rows of all ranks, in the order of ranks; nested tensors likewise."""
+        return gather_rows(tensor, self._group)
 
     def unwrap_model(self, model: nn.Module, **_: Any) -> nn.Module:
-        """Give the model: it is never wrapped."""
+        """Return the model: it is never wrapped."""
         return model
 
     def wait_for_everyone(self) -> None:
@@ -59,7 +64,12 @@ class AcceleratorWords:
         """Whether this rank writes and prints for all."""
         return self._group.is_lead
 
+    @property
+    def is_local_main_process(self) -> bool:
+        """Whether this rank is the first of its node."""
+        return self._group.topology.is_local_lead
+
     def __getattr__(self, name: str) -> Any:
         words = ", ".join(word for word in dir(type(self)) if not word.startswith("_"))
-        advice = INSTEAD.get(name, f"it understands {words}")
+        advice = INSTEAD.get(name, f"it has {words}")
         raise AttributeError(f"accelerator.{name}: this Trainer works without accelerate; {advice}")

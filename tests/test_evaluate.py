@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from trainer.config.arguments import TrainingArguments
 from trainer.distributed.group import Group
-from trainer.training.collected import PADDING, Collected, gather_rows
+from trainer.training.evaluate import PADDING, Collected, gather_rows
 
 SHAPES = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4), st.integers(1, 3)), min_size=1, max_size=5)
 

@@ -9,7 +9,7 @@ import statistics
 import pytest
 import torch
 
-from trainer.training.machine import keep_freed_memory
+from trainer.training.process import keep_freed_memory
 
 ACTIVATION_BYTES = 2**26  # glibc by itself gives the system back whatever is larger than 2**25
 PAGE_BYTES = resource.getpagesize()

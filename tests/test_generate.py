@@ -16,8 +16,8 @@ from trainer.data.prepare import prepare
 from trainer.data.store import TokenStore
 from trainer.distributed.group import Group
 from trainer.errors import UsageError
-from trainer.training.generation import Answer, Question, answer_questions, end_ids, generate, questions_of
-from trainer.training.trainer import Trainer
+from trainer.hf.trainer import Trainer
+from trainer.training.generate import Answer, Question, answer_questions, end_ids, generate, questions_of
 
 NUM_NEW = 5
 VOCABULARY_SIZE = 320

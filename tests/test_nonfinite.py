@@ -14,8 +14,8 @@ from tests.fixtures.runs import build_trainer, random_token_samples, read_metric
 from tests.fixtures.tolerances import CLOSED_FORM_FLOAT64
 from trainer.cli.main import EXIT_USAGE, main
 from trainer.errors import NonFiniteError
+from trainer.hf.trainer import Trainer
 from trainer.model.fsdp import local_part
-from trainer.training.trainer import Trainer
 
 BAD_TOKEN = 50
 BAD_SAMPLE = 9

@@ -6,6 +6,7 @@ nothing of batches.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 from typing import Any
 
@@ -20,13 +21,13 @@ _MESSAGES = ("out of memory", "CUDNN_STATUS_NOT_SUPPORTED", "can't allocate memo
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out."""
-    is_told = isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
-    return isinstance(error, torch.OutOfMemoryError) or is_told
+    """Return whether an error means that memory ran out."""
+    is_named = isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
+    return isinstance(error, torch.OutOfMemoryError) or is_named
 
 
 def next_batch_size(batch_size: int) -> int:
-    """Give the size to try after this one.
+    """Return the batch size to try after this one.
 
     Raises:
         UsageError: there is none.
@@ -35,6 +36,13 @@ def next_batch_size(batch_size: int) -> int:
     if smaller < 1:
         raise UsageError("auto_find_batch_size: not even one sample fits into memory")
     return smaller
+
+
+def free_cached_memory() -> None:
+    """Return the memory that torch's GPU allocator caches: blocks of the old batch size would only be in the way."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class Snapshot:

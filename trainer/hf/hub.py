@@ -1,6 +1,6 @@
 """The hub: a repository for a run's exports, with a model card that says what was trained and how.
 
-Knows a run by its options, its state and its model. Only the lead rank talks to the hub; that it could not is an error
+Knows a run by its options, its state and its model. Only the main rank talks to the hub; a failure is an error
 on all ranks.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi, ModelCard
 from transformers.modelcard import TrainingSummary, parse_log_history
@@ -17,7 +17,9 @@ from trainer.config.arguments import TrainingArguments
 from trainer.config.fields import as_list
 from trainer.distributed.group import Given, Group
 from trainer.errors import OutputError
-from trainer.training.surface import TrainerSurface
+
+if TYPE_CHECKING:
+    from trainer.hf.trainer import Trainer
 
 CARD = "README.md"
 ON_CARD = {  # options, under the names that transformers' cards give them
@@ -33,70 +35,65 @@ ON_CARD = {  # options, under the names that transformers' cards give them
 }
 
 
-class TrainerHub(TrainerSurface):
-    """What a Trainer does with the hub, under transformers' names."""
+def init_hf_repo(trainer: Trainer, token: str | None = None, private: bool | None = None) -> None:
+    """Make the repository that the options name, where it is not there yet.
 
-    hub_model_id: str | None = None  # the repository's whole name, once it is known to be there
-    save_model: Callable[..., Path]
+    Raises:
+        OutputError: the hub refuses, or cannot be reached.
+    """
+    trainer.hub_model_id = create_repository(trainer.args, trainer.group, token, private)
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository that the options name, where it is not there yet.
 
-        Raises:
-            OutputError: the hub refuses, or cannot be reached.
-        """
-        self.hub_model_id = create_repository(self.args, self.group, token, private)
+def push_to_hub(
+    trainer: Trainer,
+    commit_message: str = "End of training",
+    blocking: bool = True,
+    token: str | None = None,
+    revision: str | None = None,
+    private: bool | None = None,
+    **card: Any,
+) -> Any:
+    """Export the model and push it with a model card; `card` are facts for it, see `create_model_card`.
 
-    def push_to_hub(
-        self,
-        commit_message: str = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **card: Any,
-    ) -> Any:
-        """Export the model and push it with a model card; `card` are facts for it, see `create_model_card`.
+    Returns:
+        What the hub says of the commit, or a future of that where `blocking` is false; None on other ranks.
 
-        Returns:
-            What the hub says of the commit, or a future of that where `blocking` is false; None on other ranks.
+    Raises:
+        OutputError: the hub refuses, or cannot be reached.
+    """
+    trainer.events.emit("on_push_begin")
+    if trainer.hub_model_id is None:
+        trainer.init_hf_repo(token, private)
+    folder = trainer.save_model(_internal_call=True)
+    tags = [*as_list(card.get("tags")), *as_list(getattr(trainer.model, "model_tags", None))]
+    _write_run_card(trainer, folder, {**card, "tags": tags})
+    settings = {"commit_message": commit_message, "run_as_future": not blocking, "repo_id": trainer.hub_model_id}
+    return upload(trainer.args, trainer.group, folder, token=token, revision=revision, **settings)
 
-        Raises:
-            OutputError: the hub refuses, or cannot be reached.
-        """
-        self.events.emit("on_push_begin")
-        if self.hub_model_id is None:
-            self.init_hf_repo(token, private)
-        folder = self.save_model(_internal_call=True)
-        self._write_card(folder / CARD, {**card, "tags": [*as_list(card.get("tags")), *self._model_tags]})
-        settings = {"commit_message": commit_message, "run_as_future": not blocking, "repo_id": self.hub_model_id}
-        return upload(self.args, self.group, folder, token=token, revision=revision, **settings)
 
-    def create_model_card(self, language: str | None = None, license: str | None = None, **facts: Any) -> None:
-        """Write a model card into output_dir: what was trained, how, and what came of it.
+def create_model_card(trainer: Trainer, language: str | None = None, license: str | None = None, **facts: Any) -> None:
+    """Write a model card into output_dir: what was trained, how, and with what result.
 
-        `facts` are model_name, tags, finetuned_from, tasks, dataset, dataset_tags, dataset_args, dataset_metadata.
-        """
-        self._write_card(Path(self.args.output_dir, CARD), {"language": language, "license": license, **facts})
+    `facts` are model_name, tags, finetuned_from, tasks, dataset, dataset_tags, dataset_args, dataset_metadata.
+    """
+    _write_run_card(trainer, Path(trainer.args.output_dir), {"language": language, "license": license, **facts})
 
-    def _write_card(self, path: Path, facts: Mapping[str, Any]) -> None:
-        source = getattr(getattr(self.model, "config", None), "_name_or_path", None)
-        known = {"finetuned_from": source} if source and not Path(source).is_dir() else {}
-        if self.group.is_lead:
-            write_card(path, self.args, self.state.log_history, **{**known, **facts})
 
-    @property
-    def _model_tags(self) -> list[str]:
-        return as_list(getattr(self.model, "model_tags", None))
+def _write_run_card(trainer: Trainer, folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write a model card of a run into a folder, on the main rank."""
+    source = getattr(getattr(trainer.model, "config", None), "_name_or_path", None)
+    known = {"finetuned_from": source} if source and not Path(source).is_dir() else {}
+    if trainer.group.is_lead:
+        write_card(folder / CARD, trainer.args, trainer.state.log_history, **{**known, **facts})
 
 
 def repository_name(args: TrainingArguments) -> str:
-    """Give the name that the options give a repository: that of the output folder where they give none."""
+    """Return the name that the options give a repository: that of the output folder where they give none."""
     return args.hub_model_id or Path(args.output_dir).absolute().name
 
 
 def create_repository(args: TrainingArguments, group: Group, token: str | None, private: bool | None) -> str | None:
-    """Make the run's repository, or find it; gives its whole name, on the lead rank.
+    """Make the run's repository, or find it; return its whole name, on the main rank.
 
     Raises:
         OutputError: the hub refuses, or cannot be reached.
@@ -125,7 +122,7 @@ def upload(args: TrainingArguments, group: Group, folder: Path, **settings: Any)
 
 
 def on_lead(group: Group, do: Callable[[], Given], what: str) -> Given | None:
-    """Give what the lead rank's talk with the hub came to; None on the others.
+    """Return what `do` returns on the main rank; None on the others.
 
     Raises:
         OutputError: on all ranks, where it failed.

@@ -16,8 +16,9 @@ from transformers.trainer_utils import PredictionOutput
 
 from trainer.config.arguments import Seq2SeqTrainingArguments
 from trainer.errors import UsageError
-from trainer.training.collected import PADDING
-from trainer.training.trainer import Trainer
+from trainer.hf.trainer import Trainer
+from trainer.training.evaluate import PADDING
+from trainer.training.model_task import ModelTask
 
 
 class Seq2SeqTrainer(Trainer):
@@ -75,7 +76,7 @@ class Seq2SeqTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         **generation_options: Any,
     ) -> tuple[Tensor | None, Any, Any]:
-        """Give loss, generated tokens and labels of one batch; without predict_with_generate what Trainer gives."""
+        """Return loss, generated tokens and labels of one batch; without predict_with_generate what Trainer gives."""
         if not self.args.predict_with_generate or prediction_loss_only:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
@@ -83,27 +84,29 @@ class Seq2SeqTrainer(Trainer):
         loss = None if labels is None else super().prediction_step(model, inputs, True, ignore_keys)[0]
         options = {"synced_gpus": self.group.world_size > 1, **(generation_options or self._generation_options)}
         with self.compute_loss_context_manager():
-            generated = self.model.generate(**_questions(inputs), **options)
+            generated = self.model.generate(**_without_answers(inputs), **options)
         return loss, generated, labels
 
     @staticmethod
     def load_generation_config(gen_config_arg: Any) -> GenerationConfig:
-        """Give a generation config that is valid, from any of the forms that the option of that name takes."""
+        """Return a generation config that is valid, from any of the forms that the option of that name takes."""
         return load_generation_config(gen_config_arg)
 
-    @property
-    def prediction_padding(self) -> int:  # type: ignore[override]
-        """What shorter answers are filled up with: the padding token, which decoding skips."""
-        if not self.args.predict_with_generate:
+    def padding_of(self, rows: str) -> int:
+        """Return what shorter rows are filled with: of generated answers the padding token, which decoding skips."""
+        if rows != "predictions" or not self.args.predict_with_generate:
             return PADDING
-        sources = (self.processing_class, self.model.generation_config, self.model.config)
-        tokens = (getattr(source, name, None) for name in ("pad_token_id", "eos_token_id") for source in sources)
-        return next((token for token in tokens if isinstance(token, int)), PADDING)
+        for name in ("pad_token_id", "eos_token_id"):
+            for source in (self.processing_class, self.model.generation_config, self.model.config):
+                token = getattr(source, name, None)
+                if isinstance(token, int):
+                    return token
+        return PADDING
 
-    def _use_model(self, model: nn.Module | None) -> None:
-        super()._use_model(model)
+    def _use_model(self, task: ModelTask, model: Any) -> None:
+        super()._use_model(task, model)
         if self.generation_config is not None:
-            self.model.generation_config = self.generation_config
+            model.generation_config = self.generation_config
 
     def _with_defaults(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Add the length and the beams that the options of the run name."""
@@ -116,7 +119,7 @@ class Seq2SeqTrainer(Trainer):
 
 
 def load_generation_config(source: Any) -> GenerationConfig:
-    """Give a generation config that is valid, from a GenerationConfig, its values, a file, a folder or a hub name.
+    """Return a generation config that is valid, from a GenerationConfig, its values, a file, a folder or a hub name.
 
     Raises:
         UsageError: it cannot be read, or contradicts itself.
@@ -144,10 +147,10 @@ def _read_generation_config(source: Any) -> GenerationConfig:
     return GenerationConfig.from_pretrained(source)
 
 
-def _questions(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out labels, and decoder inputs made from them: the model is to say them itself."""
-    left_out = {"labels"}
+def _without_answers(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return inputs without labels and the decoder inputs made from them: the model is to generate them."""
+    dropped = {"labels"}
     given, labels = inputs.get("decoder_input_ids"), inputs.get("labels")
     if given is not None and labels is not None and given.shape == labels.shape:
-        left_out |= {"decoder_input_ids", "decoder_attention_mask"}
-    return {name: value for name, value in inputs.items() if name not in left_out}
+        dropped |= {"decoder_input_ids", "decoder_attention_mask"}
+    return {name: value for name, value in inputs.items() if name not in dropped}

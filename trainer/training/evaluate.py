@@ -1,0 +1,172 @@
+"""Evaluation: sums over all held-out samples, divided once, so that no batch or rank layout shows (law L8).
+
+`Collected` joins what the batches of an evaluation return (predictions, labels, inputs, losses) in the order of the
+samples: anything nested (tuples, lists, mappings) whose leaves are tensors with a row for each sample. Rows of
+different widths are padded at the end with -100, over batches and over ranks alike, so that neither shows.
+
+N samples of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from transformers.trainer_pt_utils import nested_numpify
+
+from trainer.config.arguments import TrainingArguments
+from trainer.config.groups import EvaluationArguments
+from trainer.data.loader import MicroBatch
+from trainer.distributed.group import Group
+from trainer.errors import NonFiniteError, UsageError
+from trainer.model.fsdp import inference
+from trainer.model.loss import token_loss_sum
+from trainer.training.metrics import BatchMetrics
+from trainer.training.process import to_device
+
+PADDING = -100
+MEASURED = ("loss", "num_loss_tokens", "num_samples", "runtime", "samples_per_second", "steps_per_second")
+
+
+def evaluation_loss(
+    model: nn.Module, loader: Iterable[list[MicroBatch]], group: Group, label_smoothing: float = 0.0
+) -> dict[str, float]:
+    """Return `loss` (mean over all loss tokens), `num_loss_tokens` and `num_samples` of token data, over all ranks.
+
+    The loss is the one that is trained, smoothed labels included, as transformers' Trainer evaluates it.
+    """
+    metrics = BatchMetrics()
+    num_loss_tokens = num_samples = 0
+    with inference(model):
+        for batch in loader:
+            num_loss_tokens += batch[0]["batch_num_loss_counted_tokens"]
+            num_samples += batch[0]["batch_num_samples"]
+            for micro_batch in batch:
+                micro_batch = to_device(micro_batch, group.device)
+                metrics.accumulate(loss=token_loss_sum(model, micro_batch, label_smoothing))
+    loss_sum = metrics.reduce(group)["loss"]
+    return {"loss": loss_sum / num_loss_tokens, "num_loss_tokens": num_loss_tokens, "num_samples": num_samples}
+
+
+def check_metric(args: EvaluationArguments) -> None:
+    """Raise UsageError where no evaluation will measure `metric_for_best_model`."""
+    measured = [*MEASURED, *(["exact_match"] if args.eval_exact_match else [])]
+    if args.metric_for_best_model.removeprefix("eval_") not in measured:
+        raise UsageError(f"metric_for_best_model = {args.metric_for_best_model!r}: measured are {', '.join(measured)}")
+
+
+def depends_on_best(args: TrainingArguments) -> bool:
+    """Return whether an option of the run needs to know which evaluation was the best."""
+    return args.load_best_model_at_end or args.save_strategy == "best" or args.export_best
+
+
+def check_best_of_several(args: TrainingArguments, eval_dataset: Any) -> None:
+    """Raise UsageError where evaluation sets have names and `metric_for_best_model` names none of them."""
+    if not isinstance(eval_dataset, Mapping) or not depends_on_best(args):
+        return
+    metric = args.metric_for_best_model.removeprefix("eval_")
+    if not any(metric.startswith(f"{name}_") for name in eval_dataset):
+        examples = ", ".join(f"eval_{name}_loss" for name in eval_dataset)
+        raise UsageError(
+            f"metric_for_best_model = {args.metric_for_best_model!r}: eval_dataset is a dict, so metrics are named "
+            f"after its keys: {examples}; name one of them"
+        )
+
+
+def best_metric(args: TrainingArguments, metrics: Mapping[str, float]) -> float | None:
+    """Return the value of `metric_for_best_model`, named with or without eval_; None if it was not measured.
+
+    Raises:
+        UsageError: it was asked for, and was not measured.
+        NonFiniteError: it is NaN or infinite, and an option of the run depends on it.
+    """
+    value = metrics.get("eval_" + args.metric_for_best_model.removeprefix("eval_"))
+    if value is None and (args.metric_for_best_model != "loss" or depends_on_best(args)):
+        raise UsageError(f"metric_for_best_model = {args.metric_for_best_model!r}: measured are {', '.join(metrics)}")
+    if value is not None and not math.isfinite(value):
+        if depends_on_best(args):
+            raise NonFiniteError(
+                f"{args.metric_for_best_model} is {value} in the evaluation, and load_best_model_at_end, "
+                "save_strategy=best or export_best depends on it"
+            )
+        return None
+    return value
+
+
+def more_is_better(args: EvaluationArguments) -> bool:
+    """Whether more of `metric_for_best_model` is better; TrainingArguments says it where the user did not."""
+    return bool(args.greater_is_better)
+
+
+def improves(args: EvaluationArguments, value: float, best: float | None) -> bool:
+    """Whether a value of the metric is better than the best so far, by more than the threshold."""
+    gain = 0.0 if best is None else value - best if more_is_better(args) else best - value
+    return best is None or gain > args.metric_improvement_threshold
+
+
+class Collected:
+    """Nested tensors of one batch after another; every rank holds those of all ranks."""
+
+    def __init__(self, *, joins: bool = True, padding: int = PADDING) -> None:
+        self.joins, self.padding = joins, padding  # not joined: a list with an entry for each batch
+        self._batches: list[Any] = []
+        self._num_on_host = 0
+
+    def add(self, batch: Any) -> None:
+        """Take in what all ranks have for the next samples."""
+        self._batches.append(batch)
+
+    def move_to_host(self) -> None:
+        """Free the device of what was taken in so far."""
+        for i in range(self._num_on_host, len(self._batches)):
+            self._batches[i] = tree_map(_host, self._batches[i])
+        self._num_on_host = len(self._batches)
+
+    def arrays(self) -> Any:
+        """Return everything as numpy arrays (N over all batches, ...), nested as it came; None if nothing came."""
+        self.move_to_host()
+        if not self._batches:
+            return None
+        if not self.joins:
+            return nested_numpify(self._batches)
+        return nested_numpify(tree_map(lambda *parts: join_rows(parts, self.padding), *self._batches))
+
+
+def gather_rows(nested: Any, group: Group, *, has_rows: bool = True, padding: int = PADDING) -> Any:
+    """Join what each rank has for the same batch, in the order of ranks.
+
+    Args:
+        nested: this rank's rows.
+        group: all ranks; every one of them calls.
+        has_rows: whether the rows are this rank's own; those of a rank that ran a placeholder are dropped.
+        padding: fills rows that are narrower than others.
+    """
+
+    def rows(tensor: Any) -> Any:
+        if not isinstance(tensor, Tensor):
+            return tensor
+        tensor = torch.atleast_1d(tensor)
+        return join_rows(group.gather(tensor if has_rows else tensor[:0]), padding)
+
+    return tree_map(rows, nested)
+
+
+def join_rows(parts: Sequence[Any], padding: int) -> Any:
+    """Put tensors (N, ...) under each other; dimensions behind the first are padded to the largest."""
+    if len(parts) == 1 or not isinstance(parts[0], Tensor):
+        return parts[0]
+    widths = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    whole = parts[0].new_full((sum(len(part) for part in parts), *widths), padding)
+    start = 0
+    for part in parts:
+        whole[(slice(start, start + len(part)), *map(slice, part.shape[1:]))] = part
+        start += len(part)
+    return whole
+
+
+def _host(leaf: Any) -> Any:
+    return leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf

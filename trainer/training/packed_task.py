@@ -1,0 +1,250 @@
+"""Token data: packs of samples, trained by their cross-entropy over the loss tokens of the global batch.
+
+Loss functions return sums; the one division by the loss tokens of the global batch, known from the plan, stands in
+`pack_loss`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trainer.config.arguments import TrainingArguments
+from trainer.config.rules import check_data_kind
+from trainer.data.length import RunLength, run_length
+from trainer.data.loader import JsonlDataset, MicroBatch, TokenData, get_data_loader
+from trainer.data.order import EpochSampler
+from trainer.data.store import TokenStore
+from trainer.distributed.group import Group
+from trainer.errors import UsageError
+from trainer.model.freezing import operations_per_input
+from trainer.model.loss import token_loss_sum
+from trainer.model.osft.layers import Osft
+from trainer.model.tokenizer import load_tokenizer
+from trainer.training.build import (
+    build_cost,
+    check_evaluations,
+    check_fit,
+    check_held_out,
+    check_samples,
+    load_datasets,
+)
+from trainer.training.evaluate import check_metric, evaluation_loss
+from trainer.training.generate import Answer, Question, answer_questions, check_room, end_ids, questions_of
+from trainer.training.metrics import batch_counts
+from trainer.training.osft import build_split_model
+from trainer.training.process import to_device
+
+
+class PackedBatches:
+    """Global batches of packs, epoch by epoch."""
+
+    def __init__(self, loader: DataLoader[list[MicroBatch]]) -> None:
+        if not isinstance(loader.sampler, EpochSampler):
+            raise UsageError(
+                f"get_train_dataloader returned a loader whose sampler is a {type(loader.sampler).__name__}: token "
+                "data needs an EpochSampler, which can move to a position; return get_data_loader(store=..., "
+                "sampler=EpochSampler(len(store), seed)), or give train_dataset and leave get_train_dataloader alone"
+            )
+        self.loader, self.sampler = loader, loader.sampler
+        self.num_samples: int | None = self.sampler.len_data
+        self.samples_per_step: int = loader.batch_size or 0
+
+    def epoch(self, epoch: int, start: int) -> Iterator[list[MicroBatch]]:
+        """Return what is left of an epoch after `start` of its samples."""
+        self.sampler.set_epoch(epoch, start)
+        return iter(self.loader)
+
+    def position(self) -> None:
+        """Return None: epoch and samples say it all."""
+
+    def move_to(self, position: None) -> None:
+        """Do nothing: `epoch` moves."""
+
+
+class PackedTask:
+    """Token data: packs of samples, and their mean cross-entropy over the loss tokens of the global batch.
+
+    Whatever is None is built from the options.
+    """
+
+    saves_asynchronously = True
+    keeps_older_runs = False
+    collate = None
+    more_metrics: Collection[str] = ()
+
+    def __init__(
+        self,
+        args: TrainingArguments,
+        group: Group,
+        model: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+    ) -> None:
+        check_data_kind(args, "token data")
+        self.args, self.group, self.processing_class = args, group, tokenizer
+        if tokenizer is None and (model is None or train_dataset is None):
+            self.processing_class = load_tokenizer(args)
+        self._load(train_dataset, eval_dataset)
+        self.model: PreTrainedModel = build_split_model(model, args, self.processing_class, group, self.train_dataset)
+        osft = Osft(self.model, args)
+        self.osft = osft if osft.layers else None
+        check_fit(self.model, self.train_dataset, "train_dataset")
+        if self.eval_dataset is not None:
+            check_fit(self.model, self.eval_dataset, "eval_dataset")
+        self.train_batch_size = args.batch_size
+        self.answers: dict[int, list[Answer]] = {}
+        self._operations_per_token = operations_per_input(self.model)
+        self._questions_of: tuple[TokenStore, list[Question]] | None = None  # questions of a data set, read once
+
+    def _load(self, train_dataset: Any, eval_dataset: Any) -> None:
+        """Take the data sets that are given, and build the others from the options."""
+        check_held_out(self.args, train_dataset, eval_dataset)
+        if train_dataset is None:
+            assert self.processing_class is not None
+            train_dataset, held_out = load_datasets(self.args, self.processing_class, self.group)
+            eval_dataset = held_out if eval_dataset is None else eval_dataset
+        self.train_dataset = token_store(train_dataset)
+        self.eval_dataset = None if eval_dataset is None else token_store(eval_dataset)
+        check_samples(self.train_dataset, "train_dataset")
+        check_evaluations(self.args, self.eval_dataset)
+        if self.args.does_evaluate:
+            check_metric(self.args)
+
+    def train_loader(self, dataset: TokenData) -> DataLoader[list[MicroBatch]]:
+        """Build the loader of this rank's share of every global batch; its sampler is an EpochSampler."""
+        return self._loader(dataset, self.args.order_seed)
+
+    def eval_loader(self, dataset: TokenData) -> DataLoader[list[MicroBatch]]:
+        """Build the loader of this rank's share of held-out samples."""
+        return self._loader(dataset, 0)
+
+    def _loader(self, dataset: TokenData, seed: int) -> DataLoader[list[MicroBatch]]:
+        store = token_store(dataset)
+        return get_data_loader(
+            store=store,
+            batch_size=self.args.batch_size,
+            max_tokens_per_rank=self.args.max_tokens_per_rank,
+            rank=self.group.rank,
+            world_size=self.group.world_size,
+            sampler=EpochSampler(len(store), seed),
+            cost=build_cost(self.args, self.model),
+            pin_memory=self.group.device.type == "cuda",
+        )
+
+    def train_batches(self, loader: DataLoader[list[MicroBatch]]) -> PackedBatches:
+        """Return the global batches of a loader.
+
+        Raises:
+            UsageError: `get_train_dataloader` was overridden with a loader that deals batches otherwise than planned.
+        """
+        batches = PackedBatches(loader)
+        if batches.samples_per_step != self.args.batch_size or batches.num_samples != len(self.train_dataset):
+            raise UsageError(
+                f"get_train_dataloader returned a loader of {batches.num_samples} samples in batches of "
+                f"{batches.samples_per_step}, the run is planned for {len(self.train_dataset)} samples in batches of "
+                f"{self.args.batch_size}: give train_dataset and batch_size accordingly"
+            )
+        return batches
+
+    def length(self, batches: PackedBatches) -> RunLength:
+        """Plan the number of steps; whatever is wrong with held-out chats shows here, before the first step."""
+        if self.args.does_evaluate and self.eval_dataset is not None:
+            self._questions(self.eval_dataset)
+        return run_length(self.train_dataset.num_loss_tokens, self.args.batch_size, self.args.order_seed, self.args)
+
+    def counts(self, batch: list[MicroBatch]) -> dict[str, Any]:
+        """Return the counts of the plan."""
+        counts = batch_counts(batch, self.args.max_tokens_per_rank, self.group.world_size)
+        return counts | {"num_operations": self._operations_per_token * counts["num_tokens"]}
+
+    def backward(self, batch: list[MicroBatch], i: int) -> dict[str, Tensor]:
+        """Add the gradient of a pack; return its share of the mean loss."""
+        loss = pack_loss(self.model, to_device(batch[i], self.group.device), self.args.label_smoothing_factor)
+        loss.backward()
+        return {"loss": loss.detach()}
+
+    def evaluate(
+        self, dataset: TokenData, loader: Any, step: int, prefix: str, ignore_keys: list[str] | None
+    ) -> tuple[dict[str, float], int]:
+        """Measure the loss, and exact answers where asked for, on held-out samples."""
+        store = token_store(dataset)
+        check_samples(store, "eval_dataset")
+        check_fit(self.model, store, "eval_dataset")
+        metrics = evaluation_loss(self.model, loader, self.group, self.args.label_smoothing_factor)
+        metrics |= self._answer(store, step)
+        return {f"{prefix}_{name}": value for name, value in metrics.items()}, int(metrics["num_samples"])
+
+    def num_eval_batches(self, num_samples: int) -> int:
+        """Count the global batches that so many held-out samples make."""
+        return -(-num_samples // self.args.batch_size)
+
+    def describe(self) -> list[str]:
+        """Return lines about the data for the log of the start."""
+        store = self.train_dataset
+        num_tokens, num_loss_tokens = int(store.lengths.sum()), int(store.num_loss_tokens.sum())
+        lines = [
+            f"data: {len(store):,} samples, {num_tokens:,} tokens, {num_loss_tokens / max(num_tokens, 1):.0%} of them "
+            f"trained, longest sample {int(store.lengths.max()):,}"
+        ]
+        if self.eval_dataset is not None:
+            lines.append(f"held-out data: {len(self.eval_dataset):,} samples")
+        lines.append(
+            f"batches: {self.args.batch_size:,} samples a step, packed into at most {self.args.max_tokens_per_rank:,} "
+            "tokens a rank"
+        )
+        return lines
+
+    def _questions(self, store: TokenStore) -> list[Question]:
+        """Read the held-out chats to answer, if answers are asked for; the file may change or go while training."""
+        count = None if self.args.eval_exact_match else self.args.num_generation_samples
+        if count == 0:
+            return []
+        if self.processing_class is None:
+            raise UsageError("eval_exact_match and num_generation_samples need a tokenizer: give processing_class")
+        if self._questions_of is None or self._questions_of[0] is not store:
+            questions = questions_of(store, self.processing_class, count, self.args.chat_template)
+            check_room(self.model, questions, self.args.generation_max_new_tokens)
+            self._questions_of = store, questions
+        return self._questions_of[1]
+
+    def _answer(self, store: TokenStore, step: int) -> dict[str, float]:
+        """Answer held-out chats where asked for; return `exact_match` if all of them were answered."""
+        questions = self._questions(store)
+        if not questions:
+            return {}
+        assert self.processing_class is not None
+        ends = end_ids(self.model, self.processing_class, self.args.chat_template)
+        answers = answer_questions(
+            self.model, self.processing_class, questions, self.group, self.args.generation_max_new_tokens, ends
+        )
+        self.answers[step] = answers
+        if not self.args.eval_exact_match:
+            return {}
+        return {"exact_match": sum(answer.is_exact for answer in answers) / len(answers)}
+
+
+def pack_loss(model: PreTrainedModel, micro_batch: MicroBatch, label_smoothing: float) -> Tensor:
+    """Compute a pack's share of the mean loss over the loss tokens of its global batch, a float32 scalar."""
+    return token_loss_sum(model, micro_batch, label_smoothing) / micro_batch["batch_num_loss_counted_tokens"]
+
+
+def token_store(dataset: Any) -> TokenStore:
+    """Return the store behind token data.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if isinstance(dataset, TokenStore):
+        return dataset
+    if isinstance(dataset, JsonlDataset):
+        return dataset.store
+    raise UsageError(
+        f"a data set is a {type(dataset).__module__}.{type(dataset).__qualname__}: give JsonlDataset(path), "
+        "TokenStore.from_samples([(ids, labels)]), or name a file with data_path"
+    )
