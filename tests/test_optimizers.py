@@ -393,6 +393,7 @@ class TestScheduleFree:
 class TestBfloat16State:
     NAMES = [name for name, spec in OPTIMIZERS.items() if spec.has_plain_state]
 
+    @pytest.mark.learns
     @pytest.mark.parametrize("name", NAMES)
     def test_takes_half_the_bytes_and_learns(self, name: str) -> None:
         found = []

@@ -342,6 +342,7 @@ class TestEvery:
 
 
 class TestPrecision:
+    @pytest.mark.learns
     @pytest.mark.world_size(1, 2)
     def test_bf16_keeps_float32_weights_and_learns(self, ranks, tmp_path: Path) -> None:
         trainer = build_trainer(ranks.tmp_path, random_token_samples((9,) * 8), bf16=True, num_train_epochs=10)

@@ -35,6 +35,7 @@ def test_the_quickstart_runs(launch: Launch, tmp_path: Path) -> None:
     assert "held-out chats" in shown
 
 
+@pytest.mark.learns
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_quickstart_learns(launch: Launch, tmp_path: Path) -> None:

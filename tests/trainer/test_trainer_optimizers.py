@@ -117,6 +117,7 @@ class TestConformance:
         still = [n for n, value in weights_of(model).items() if torch.equal(value, before[n])]
         assert still == ["model.embed_tokens.weight"]
 
+    @pytest.mark.learns
     @every
     def test_converges(self, name: str) -> None:
         model = Regression()

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.filterwarnings(
 )  # asked by PEFT
 
 
+@pytest.mark.learns
 def test_only_adapters_are_trained(tmp_path: Path) -> None:
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=2)
     model = peft.get_peft_model(tiny_llama(), config)

@@ -1,0 +1,60 @@
+"""pip and uv install the same versions: what uv resolves is what constraints.txt pins."""
+
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.shape.source import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+NEEDED_BY_UV = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
+
+
+def normal(requirement: str) -> str:
+    """Return a pinned requirement in the spelling of package indexes."""
+    return requirement.strip().lower().replace("_", "-")
+
+
+def pinned(file: str = "constraints.txt") -> list[str]:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def test_uv_is_given_the_pins_of_pip() -> None:
+    assert PROJECT["tool"]["uv"]["constraint-dependencies"] == pinned()
+
+
+def test_the_lowest_versions_are_those_that_the_package_admits() -> None:
+    """A requirement without a lower bound would admit versions that nobody has tried."""
+    bounds = [normal(requirement).partition(",")[0] for requirement in PROJECT["project"]["dependencies"]]
+    pins = [tuple(normal(pin).split("==")) for pin in pinned("constraints-lowest.txt")]
+    assert len(bounds) == len(pins)
+    for name, version in pins:
+        admitted = [version.removesuffix(".0" * zeros) for zeros in range(3)]
+        assert any(f"{name}>={number}" in bounds for number in admitted), f"{name}=={version}: {sorted(bounds)}"
+
+
+def test_uv_run_installs_the_tests_requirements() -> None:
+    assert PROJECT["dependency-groups"]["dev"] == [f"{PROJECT['project']['name']}[test]"]
+
+
+def test_uv_resolves_the_pinned_versions(tmp_path: Path) -> None:
+    uv = shutil.which("uv")
+    if uv is None:
+        pytest.skip("uv is not installed: pip install uv")
+    for name in NEEDED_BY_UV:
+        shutil.copy(ROOT / name, tmp_path)
+    command = [uv, "export", "--offline", "--no-hashes", "--no-annotate", "--no-emit-project"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    if "network was disabled" in done.stderr or "not found in the cache" in done.stderr:
+        pytest.skip("uv has no cached metadata to resolve from: run `uv export` once")
+    assert done.returncode == 0, done.stderr
+    resolved = {normal(line.partition(";")[0]) for line in done.stdout.splitlines() if "==" in line}
+    names = {line.partition("==")[0] for line in resolved}
+    pins = {normal(pin) for pin in pinned()}
+    expected = {pin for pin in pins if pin.partition("==")[0] in names}
+    assert {"pytest", "torch", "transformers", "hypothesis"} <= names
+    assert expected <= resolved, f"not as pinned: {sorted(expected - resolved)}"
