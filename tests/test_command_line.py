@@ -1,6 +1,11 @@
 """The command line: help, typos, exit codes, and what each command shows."""
 
+import dataclasses
 import json
+import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,9 +14,13 @@ from tests.fixtures.corpora import write_chats, write_malformed, write_tokens
 from tests.fixtures.models import save_model
 from tests.fixtures.runs import as_words, chat_job
 from tests.fixtures.tokenizers import build_tokenizer
+from trainer.cli.logs import level_in, logs_on_stderr
 from trainer.cli.main import COMMANDS, main, report_errors
+from trainer.cli.parse import HELP_WIDTH, parse
+from trainer.cli.train import LaunchArguments
 from trainer.config.arguments import TrainingArguments
-from trainer.errors import PeerError
+from trainer.config.groups import GROUPS, IN_ORDER_OF_USE
+from trainer.errors import PeerError, UsageError
 from trainer.mini_trainer import run as run_mini_trainer
 
 
@@ -46,11 +55,131 @@ def test_a_typo_in_a_command_gets_the_nearest(capsys: pytest.CaptureFixture[str]
     assert "did you mean 'train'" in capsys.readouterr().err
 
 
-def test_a_typo_in_a_flag_gets_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["train", "--lerning-rate", "1"])
-    assert stopped.value.code == 2
-    assert "--learning-rate" in capsys.readouterr().err
+ADVICE = [
+    (["--lerning-rate", "1"], "unknown option --lerning-rate: did you mean --learning-rate?"),
+    (["--lr=1"], "unknown option --lr: here it is --learning-rate"),
+    (
+        ["--deepspeed", "x.json"],
+        "--deepspeed: this option of transformers is not supported; weights are always",
+    ),
+    (["--warmup-ratio", "0.1"], "--warmup-ratio is a former option of transformers; now warmup_steps, below 1"),
+    (["--load-in-4bit"], "unknown option --load-in-4bit: quantised weights cannot be trained here"),
+    (["--bf16", "True"], "--bf16 takes no value, found 'True': write --bf16, or --no-bf16"),
+    (["--no-bf16=1"], "--no-bf16 takes no value, found '1'"),
+    (["--batch_size", "x"], "batch_size = 'x': expected a whole number"),
+    (["--batch-size"], "--batch-size: expected one argument"),
+    (["--eval-strategy", "often"], "eval_strategy = 'often': expected one of no, steps, epoch"),
+    (["--lr-scheduler-kwargs", "{"], "'{' is not JSON"),
+    (["--optim", "adamw"], "optim = 'adamw': did you mean 'adamw_torch'? expected one of adamw_torch, "),
+    (["--lr-scheduler-type=cosin"], "lr_scheduler_type = 'cosin': did you mean 'cosine'?"),
+    (["--optim", "stable_adamw"], "pip install 'reference-trainer[optimizers]'"),
+    (["--per-device-train-batch-size=4"], "per_device_train_batch_size has no effect on token data"),
+    (["--eval-steps", "5"], "eval_steps has no effect with eval_strategy=no: say eval_strategy=steps"),
+    (["--validation-split", "0.1"], "validation_split has no effect without evaluations: set eval_strategy"),
+    (["--eval-at-end"], "evaluation needs held-out data: give validation_split or validation_data_path"),
+    (["--data-path", "README.m"], "data_path = 'README.m': there is no such file or folder; did you mean 'README.md'?"),
+    (["--data-path=README.md", "--model-name-or-path=./no"], "model_name_or_path = './no': there is no such folder"),
+    (["--data-path=README.md", "--resume-from-checkpoint=x"], "resume_from_checkpoint = 'x': there is no such folder"),
+    (["--log-level", "loud"], "log_level = 'loud': expected one of debug, info, warning, error"),
+    (["--bf16", "more"], "'more' belongs to no option"),
+]
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+@pytest.mark.parametrize(("words", "said"), ADVICE, ids=lambda value: value[0] if isinstance(value, list) else "")
+def test_a_mistake_gets_advice_and_train_and_plan_refuse_the_same(
+    command: str, words: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no optional package is installed
+    assert main([command, *words]) == (1 if "pip install" in said else 2)
+    captured = capsys.readouterr()
+    assert captured.err.startswith("trainer: error: ")
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_mistakes_are_found_before_torch_is_imported(tmp_path: Path) -> None:
+    jobs = [words for words, _ in ADVICE]
+    code = f"""
+import sys
+from trainer.cli.main import main
+codes = {{main(["train", *words]) for words in {jobs!r}}}
+print(codes, sorted({{"torch", "transformers", "tyro"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith(" []\n")
+
+
+def test_an_error_that_every_rank_finds_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for rank, told in ((0, True), (1, False)):
+        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        words = [sys.executable, "-m", "trainer", "train", "--lr", "1"]
+        done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+        assert (done.returncode, "--learning-rate" in done.stderr) == (2, told)
+
+
+def test_a_flag_that_leaves_options_of_the_file_idle_is_taken_with_a_note(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("eval_strategy: steps\neval_steps: 5\nexport_best: true\nmetric_for_best_model: exact_match\n")
+    args, _ = parse("train", [str(file), "--eval-strategy", "no"], GROUPS, LaunchArguments, "")
+    assert args == TrainingArguments()
+    notes = capsys.readouterr().err.splitlines()
+    assert notes[0].startswith(f"trainer: note: left out of {file}, given --eval-strategy: eval_steps has no effect")
+    assert len(notes) == 3
+    with pytest.raises(UsageError, match="eval_steps has no effect"):  # both from the command line
+        parse("train", [str(file), "--eval-strategy=no", "--eval-steps=3"], GROUPS, LaunchArguments, "")
+    file.write_text("eval_steps: 5\n")
+    with pytest.raises(UsageError, match=r"run\.yaml: eval_steps has no effect"):  # the file contradicts itself
+        parse("train", [str(file), "--eval-strategy=no"], GROUPS, LaunchArguments, "")
+
+
+def test_the_help_fits_on_a_screen_and_says_where_the_rest_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) <= 30
+    assert all(len(line) <= HELP_WIDTH for line in shown)
+    assert "--help-all" in shown[-1]
+
+
+def test_the_whole_help_lists_every_option_in_the_order_of_use(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help-all"])
+    shown = capsys.readouterr().out
+    names = [line.split()[0] for line in shown.splitlines() if line.startswith("  --")]
+    own = ["--nproc-per-node", "--log-level"]
+    assert names == [f"--{f.name.replace('_', '-')}" for g in IN_ORDER_OF_USE for f in dataclasses.fields(g)] + own
+    assert "None" not in shown.replace("None: as torch has it", "")
+    assert {*GROUPS} == {*IN_ORDER_OF_USE}
+
+
+def test_the_folder_of_a_run_given_as_a_model_says_which_folder_holds_the_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, data = tmp_path / "run", write_tokens(tmp_path / "ids.jsonl", [8])
+    words = ["train", f"--data-path={data}", f"--model-name-or-path={run}"]
+    (run / "checkpoints" / "step_3").mkdir(parents=True)
+    assert main(words) == 2
+    assert f"the folder of a run that exported no weights: `trainer export {run} FOLDER`" in capsys.readouterr().err
+    for samples in (9, 10):
+        (run / "hf_format" / f"samples_{samples}").mkdir(parents=True)
+        (run / "hf_format" / f"samples_{samples}" / "config.json").touch()
+    assert main(words) == 2
+    assert f"its newest weights are in '{run}/hf_format/samples_10'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "level"), [([], 20), (["--log-level", "debug"], 10), (["--log_level=error"], 40)])
+def test_the_log_level_is_that_of_the_package(words: list[str], level: int, capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("trainer")
+    before = logger.level, list(logger.handlers)
+    with logs_on_stderr(level_in(words)):
+        assert logger.level == level
+        logger.error("what is wrong")
+        logger.debug("what is not")
+    assert "ERROR what is wrong\n" in capsys.readouterr().err
+    assert (logger.level, list(logger.handlers)) == before
 
 
 def test_a_typo_in_a_file_gets_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,15 +193,17 @@ def test_a_typo_in_a_file_gets_the_nearest(tmp_path: Path, capsys: pytest.Captur
     ("words", "message"),
     [
         (["train", "nowhere.yaml"], "nowhere.yaml"),
-        (["train"], "model_name_or_path is missing"),
-        (["train", "--model-config", "x"], "tokenizer_name_or_path"),
+        (["train"], "data_path is missing"),
+        (["train", "--data-path=README.md"], "model_name_or_path is missing"),
+        (["train", "--data-path=README.md", "--model-config=README.md"], "tokenizer_name_or_path"),
         (["plan"], "data_path is missing"),
         (["prepare"], "data_path is missing"),
         (["preview"], "data_path is missing"),
-        (["plan", "--data-path", "x.jsonl", "--world-size", "0"], "world_size"),
+        (["plan", "--data-path", "README.md", "--world-size", "0"], "world_size"),
         (["export", "nowhere", "there"], "nowhere"),
-        (["train", "--lr-scheduler-kwargs", "{"], "JSON"),
-        (["train", "--optim", "adamw_torch_fusd"], "nearest: adamw_torch_fused"),  # before any file is read
+        (["export", "nowhere"], "TARGET is missing: `trainer export --help` says what it is"),
+        (["verify", "--fast"], "unknown option --fast"),
+        (["report"], "FOLDERS is missing"),
     ],
     ids=str,
 )
@@ -169,7 +300,7 @@ def test_answers_need_chats(tmp_path: Path, job: list[str], capsys: pytest.Captu
     [
         (["--eval-exact-match"], "eval_exact_match has no effect without evaluations: set eval_strategy"),
         (["--num-generation-samples=2"], "num_generation_samples needs held-out chats"),
-        (["--validation-split=0.5"], "validation_split and validation_data_path have no effect without evaluations"),
+        (["--validation-split=0.5"], "validation_split has no effect without evaluations"),
     ],
     ids=["exact match", "samples", "data"],
 )

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from transformers import SchedulerType
 
 from tests.fixtures.models import build_model, tiny_llama
 from tests.fixtures.optimizers import (
@@ -26,6 +27,7 @@ from tests.fixtures.optimizers import (
 )
 from tests.fixtures.runs import weights_of
 from tests.fixtures.tolerances import BY_HAND_FP32, NORM_FP32, ROUNDED_MEAN
+from trainer.config import choices
 from trainer.config.groups import OptimizerArguments
 from trainer.errors import MissingPackageError, UsageError
 from trainer.optim.averaging import averaged_weights
@@ -71,13 +73,23 @@ class TestNames:
 
         assert {name.value for name in OptimizerNames} <= {*OPTIMIZERS, *GONE}
 
+    def test_commands_know_names_and_packages_without_importing_torch(self) -> None:
+        modules = {name: choices.OPTIMIZERS[name] for name in OPTIMIZERS}
+        needed = {
+            name: spec.path.partition(":")[0].partition(".")[0] for name, spec in OPTIMIZERS.items() if spec.package
+        }
+        assert {name: module for name, module in modules.items() if module is not None} == needed
+        assert [*choices.OPTIMIZERS] == [*OPTIMIZERS]
+        assert set(choices.GONE) == set(GONE)
+        assert set(choices.SCHEDULES) >= {kind.value for kind in SchedulerType}
+
     @pytest.mark.parametrize("name", GONE)
     def test_a_name_that_is_gone_names_the_nearest(self, name: str) -> None:
         with pytest.raises(UsageError, match=f"{name}' is not there: .*; nearest: adamw_torch"):
             build_optimizer(Regression(), arguments(optim=name))
 
     def test_an_unknown_name_names_the_nearest(self) -> None:
-        with pytest.raises(UsageError, match=r"module:Class; nearest: galore_adamw$"):
+        with pytest.raises(UsageError, match=r"did you mean 'galore_adamw'\? expected one of .*module:Class$"):
             build_optimizer(Regression(), arguments(optim="galore_adam"))
 
     def test_a_missing_package_is_named_with_its_install(self) -> None:

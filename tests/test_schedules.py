@@ -165,7 +165,7 @@ class TestByMetric:
         ("reduce_lr_on_plateau", {"mode": "max"}, "has no setting 'mode'"),
         ("cosine_with_min_lr", {}, "One of min_lr or min_lr_rate should be set"),
         ("warmup_stable_decay", {}, "num_decay_steps"),
-        ("no_such", {}, "one of linear, cosine"),
+        ("no_such", {}, "expected one of linear, cosine"),
     ],
 )
 def test_what_a_schedule_does_not_know_is_refused(name: str, settings: dict[str, Any], message: str) -> None:

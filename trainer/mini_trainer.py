@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import tyro
-
+from trainer.cli.check import check_before_start
+from trainer.cli.parse import parse_alone, said_once
 from trainer.config.arguments import TrainingArguments
 from trainer.config.fields import option, parse_json
 from trainer.errors import MissingPackageError, UsageError
@@ -161,9 +161,11 @@ def run(words: Sequence[str]) -> int:
     """Parse mini_trainer's flags and train; give the exit code."""
     from trainer.cli.train import train
 
-    refuse(words)
-    flags = tyro.cli(MiniTrainerFlags, args=list(words), prog="trainer.train", description="Train one run.")
-    args = flags.to_arguments()
+    with said_once():
+        refuse(words)
+        flags = parse_alone("trainer.train", words, MiniTrainerFlags, "Train one run, with the flags of mini_trainer.")
+        args = flags.to_arguments()
+        check_before_start(args)
     open_trackers(flags)
     return train(args)
 

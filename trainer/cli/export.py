@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
-
+from trainer.cli.parse import parse_alone, positional
 from trainer.config.arguments import TrainingArguments
 from trainer.config.fields import option
 from trainer.errors import UsageError
@@ -18,12 +17,8 @@ from trainer.errors import UsageError
 class ExportOptions:
     """Write Hugging Face weights."""
 
-    source: Annotated[
-        Path,
-        tyro.conf.Positional,
-        tyro.conf.arg(help="A run's output folder, one of its checkpoints, or a Hugging Face folder."),
-    ]
-    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="The folder to write.")]
+    source: Path = positional("A run's output folder, one of its checkpoints, or a Hugging Face folder.")
+    target: Path = positional("The folder to write.")
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = option(
         None, "Type of the weights; as stored if unset."
     )
@@ -32,9 +27,7 @@ class ExportOptions:
 
 def run(words: Sequence[str]) -> int:
     """Read, convert, write; give the exit code."""
-    options = tyro.cli(
-        ExportOptions, args=list(words), prog="trainer export", description="Write Hugging Face weights."
-    )
+    options = parse_alone("trainer export", words, ExportOptions, "Write Hugging Face weights.")
     is_checkpoint = (options.source / "manifest.json").is_file()
     folder = options.source if is_checkpoint else newest_weights(options.source)
     if options.target.resolve() == folder.resolve():

@@ -6,12 +6,13 @@ of a subcommand is imported only when it is called, so that `--help` answers at 
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
 
 from trainer import __version__
+from trainer.cli.logs import level_in, logs_on_stderr
+from trainer.config.suggest import nearest
 from trainer.errors import PeerError, TrainerError, UsageError
 
 COMMANDS = {
@@ -42,10 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_command(name: str, words: list[str]) -> int:
     """Find and run one subcommand."""
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        advice = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(COMMANDS)}"
+        near = nearest(name, COMMANDS)
+        advice = f"did you mean {near!r}?" if near else f"one of {', '.join(COMMANDS)}"
         return fail(f"unknown command {name!r}: {advice}", EXIT_USAGE)
-    return report_errors(lambda words: int(importlib.import_module(f"trainer.cli.{name}").run(words)), words)
+    with logs_on_stderr(level_in(words)):
+        return report_errors(lambda words: int(importlib.import_module(f"trainer.cli.{name}").run(words)), words)
 
 
 def report_errors(run: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from trainer.cli.check import check_before_start
 from trainer.cli.parse import parse
 from trainer.config.fields import option
-from trainer.config.groups import BatchArguments, DataArguments, MachineArguments, ModelArguments, ScheduleArguments
+from trainer.config.groups import GROUPS
 from trainer.errors import UsageError
 
 
@@ -20,10 +21,9 @@ class PlanArguments:
 
 def run(words: Sequence[str]) -> int:
     """Print the plan; give the exit code."""
-    groups = (DataArguments, ModelArguments, BatchArguments, ScheduleArguments, MachineArguments)
-    args, wanted = parse("plan", words, groups, PlanArguments, "Foretell steps, micro-batches and packing.")
-    if args.data_path is None:
-        raise UsageError("data_path is missing: name a JSONL file or a prepared folder")
+    args, wanted = parse("plan", words, GROUPS, PlanArguments, "Foretell steps, micro-batches and packing.")
+    check_before_start(args, needs_model=False)
+    assert args.data_path is not None
     if min(wanted.world_size, default=0) < 1:
         raise UsageError(f"world_size = {wanted.world_size}: give numbers of ranks, at least 1")
     from trainer.cli.planning import show_plan

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from trainer.cli.check import check_files
 from trainer.cli.parse import parse
 from trainer.config.groups import BatchArguments, DataArguments, ModelArguments
 from trainer.errors import UsageError
@@ -22,6 +23,7 @@ def run(words: Sequence[str]) -> int:
     paths = [path for path in (args.data_path, args.validation_data_path) if path is not None]
     if not paths:
         raise UsageError("data_path is missing: name the JSONL file to prepare")
+    check_files(args)
     from trainer.cli.stores import open_store, show_store
 
     for path in paths:

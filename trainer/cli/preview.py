@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.text import Text
 
+from trainer.cli.check import check_files
 from trainer.cli.parse import parse
 from trainer.config.fields import option
 from trainer.config.groups import BatchArguments, DataArguments, ModelArguments
@@ -41,6 +42,7 @@ def run(words: Sequence[str]) -> int:
     args, wanted = parse("preview", words, groups, PreviewArguments, "Show samples, and what of them is trained.")
     if args.data_path is None:
         raise UsageError("data_path is missing: name a JSONL file or a prepared folder")
+    check_files(args)
     from trainer.cli.stores import load_tokenizer_if_named, open_store
 
     store, tokenizer = open_store(args.data_path, args), load_tokenizer_if_named(args)

@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
+from trainer.cli.parse import parse_alone, positional
+from trainer.config.fields import option
 
 
 @dataclass
 class ReplayOptions:
     """Run a recorded step again."""
 
-    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="crash/step_N of a run.")]
-    use_cpu: bool = False
+    folder: Path = positional("crash/step_N of a run.")
+    use_cpu: bool = option(False, "Stay on the CPU although a GPU is there.")
 
 
 def run(words: Sequence[str]) -> int:
     """Replay, say what was found, give the exit code."""
-    options = tyro.cli(ReplayOptions, args=list(words), prog="trainer replay", description="Run a step again.")
+    options = parse_alone("trainer replay", words, ReplayOptions, "Run a step again.")
     from rich.console import Console
 
     from trainer.atomic import read_json

@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-
+from trainer.cli.parse import parse_alone, positional
 from trainer.cli.report_figure import CAPTION, COLOURS, draw_figure
 from trainer.cli.report_runs import WrittenRun, numbers, read_runs, waiting_share
 from trainer.config.arguments import TrainingArguments
@@ -45,15 +44,13 @@ STYLE = (
 class ReportOptions:
     """Draw runs."""
 
-    folders: Annotated[
-        list[Path], tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT_DIR ...", help="The output_dir of each run.")
-    ]
+    folders: list[Path] = positional("The output_dir of each run.")
     output: Path | None = option(None, "The file to write; report.html in the first folder if unset.")
 
 
 def run(words: Sequence[str]) -> int:
     """Read, draw, write, say where; give the exit code."""
-    options = tyro.cli(ReportOptions, args=list(words), prog="trainer report", description="Draw runs.")
+    options = parse_alone("trainer report", words, ReportOptions, "Draw runs.")
     if not 1 <= len(options.folders) <= len(COLOURS):
         raise UsageError(
             f"{len(options.folders)} folders given: name the output_dir of 1 to {len(COLOURS)} runs, as many as there "

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.cli.parse import parse
+from trainer.cli.check import check_before_start
+from trainer.cli.parse import parse, said_once
 from trainer.config.arguments import TrainingArguments
 from trainer.config.fields import option
 from trainer.config.groups import GROUPS
-from trainer.errors import UsageError
+from trainer.distributed.topology import Topology
 
 
 @dataclass
@@ -21,8 +22,10 @@ class LaunchArguments:
 
 def run(words: Sequence[str]) -> int:
     """Parse, launch if asked, train; give the exit code."""
-    args, launch = parse("train", words, GROUPS, LaunchArguments, "Prepare the data, train, evaluate, save.")
-    if launch.nproc_per_node > 1 and not _is_under_torchrun():
+    with said_once():
+        args, launch = parse("train", words, GROUPS, LaunchArguments, "Prepare the data, train, evaluate, save.")
+        check_before_start(args)
+    if launch.nproc_per_node > 1 and Topology.from_environment().world_size == 1:
         from trainer.distributed.launch import run_on_ranks
 
         return run_on_ranks(launch.nproc_per_node, "trainer", ["train", *words])
@@ -40,7 +43,6 @@ def train(args: TrainingArguments) -> int:
     from trainer.training.build import check_names, load_datasets
     from trainer.training.trainer import CoreTrainer
 
-    _check_held_out_data(args)
     check_names(args)
     logging.disable_progress_bar()  # ours says what happens
     tokenizer = load_tokenizer(args)
@@ -59,21 +61,3 @@ def train(args: TrainingArguments) -> int:
             show_answers(trainer.answers, args.num_generation_samples)
             show_summary(trainer)
     return 128 + trainer.stop_signal if trainer.stop_signal else 0
-
-
-def _check_held_out_data(args: TrainingArguments) -> None:
-    """Refuse what has no effect here: from Python one may still call `evaluate` or `generate`, a command does not."""
-    has_data = bool(args.validation_split) or args.validation_data_path is not None
-    when = "set eval_strategy, min_samples_per_evaluation, eval_on_start or eval_at_end"
-    if args.eval_exact_match and not args.does_evaluate:
-        raise UsageError(f"eval_exact_match has no effect without evaluations: {when}")
-    if args.num_generation_samples and not has_data:
-        raise UsageError("num_generation_samples needs held-out chats: give validation_split or validation_data_path")
-    if has_data and not args.does_evaluate and not args.num_generation_samples:
-        raise UsageError(f"validation_split and validation_data_path have no effect without evaluations: {when}")
-
-
-def _is_under_torchrun() -> bool:
-    from trainer.distributed.topology import Topology
-
-    return Topology.from_environment().world_size > 1

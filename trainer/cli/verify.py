@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
+from trainer.cli.parse import parse_alone, positional
 from trainer.errors import UsageError
 
 
@@ -16,14 +14,12 @@ from trainer.errors import UsageError
 class VerifyOptions:
     """Check checkpoints."""
 
-    folder: Annotated[
-        Path, tyro.conf.Positional, tyro.conf.arg(help="A checkpoint, or a folder that holds some, or a run's output.")
-    ]
+    folder: Path = positional("A checkpoint, or a folder that holds some, or a run's output.")
 
 
 def run(words: Sequence[str]) -> int:
     """Check, say what was found, give the exit code: 0 if every checkpoint is whole."""
-    options = tyro.cli(VerifyOptions, args=list(words), prog="trainer verify", description="Check checkpoints.")
+    options = parse_alone("trainer verify", words, VerifyOptions, "Check checkpoints.")
     from rich.console import Console
 
     from trainer.checkpoint.verify import find_damage

@@ -411,3 +411,21 @@ GROUPS = (
     MachineArguments,
     ScriptArguments,
 )
+
+IN_ORDER_OF_USE = (  # of the help and the documentation; above is the order of positional arguments
+    ModelArguments,
+    DataArguments,
+    BatchArguments,
+    ScheduleArguments,
+    OptimizerArguments,
+    OsftArguments,
+    EvaluationArguments,
+    CheckpointArguments,
+    ExportArguments,
+    LoggingArguments,
+    MachineArguments,
+    HubArguments,
+    LoaderArguments,
+    PredictionArguments,
+    ScriptArguments,
+)

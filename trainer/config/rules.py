@@ -21,6 +21,14 @@ DataKind = Literal["token data", "custom data set"]
 IDENTITIES = ("data", "eval_data", "tokenizer", "callbacks", "unknown_options")  # what else a resume may change
 
 
+class CombinationError(UsageError):
+    """Options contradict each other; `idle` names those that have no effect and may as well be left out."""
+
+    def __init__(self, message: str, idle: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.idle = idle
+
+
 @dataclass(frozen=True)
 class Rule:
     """One rule: which options it is about, when it is broken, what to say then."""
@@ -301,28 +309,22 @@ NO_EFFECT_ON: dict[DataKind, dict[str, str]] = {
 }
 
 
-def find_broken(args: TrainingArguments, rules: Collection[Rule] = RULES) -> tuple[Rule, list[str], str] | None:
-    """Return the first rule that the options break, those of its options that are given, and what to say; else None."""
+def check_rules(args: TrainingArguments, rules: Collection[Rule] = RULES) -> None:
+    """Raise CombinationError, a UsageError, where the options break a rule."""
     given = given_options(args)
     for rule in rules:
         named = [name for name in rule.options if name in given]
-        if (named or not rule.options) and rule.is_broken(args):
-            several = len(named) > 1
-            words = {
-                "given": f"{', '.join(named[:-1])} and {named[-1]}" if several else "".join(named),
-                "has": "have" if several else "has",
-                "needs": "need" if several else "needs",
-                "details": rule.details(args),
-            }
-            return rule, named, rule.text.format_map({**vars(args), **words})
-    return None
-
-
-def check_rules(args: TrainingArguments, rules: Collection[Rule] = RULES) -> None:
-    """Raise UsageError where the options break a rule."""
-    broken = find_broken(args, rules)
-    if broken is not None:
-        raise UsageError(broken[2])
+        if (rule.options and not named) or not rule.is_broken(args):
+            continue
+        several = len(named) > 1
+        words = {
+            "given": f"{', '.join(named[:-1])} and {named[-1]}" if several else "".join(named),
+            "has": "have" if several else "has",
+            "needs": "need" if several else "needs",
+            "details": rule.details(args),
+        }
+        message = rule.text.format_map({**vars(args), **words})
+        raise CombinationError(message, tuple(named) if rule.leaves_idle else ())
 
 
 def given_options(args: TrainingArguments) -> dict[str, Any]:

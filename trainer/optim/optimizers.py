@@ -6,7 +6,6 @@ Knows no optimizer by name. Invariant: an option that the chosen optimizer would
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib.metadata
 import inspect
 import logging
@@ -19,6 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from trainer.config.groups import OptimizerArguments
+from trainer.config.suggest import nearest
 from trainer.distributed.topology import Topology
 from trainer.errors import UsageError
 from trainer.optim.averaging import is_averaging
@@ -187,8 +187,8 @@ def _constructor_options(make: Any, given: Iterable[str] = _GIVEN) -> set[str]:
 def _check_options(name: str, options: dict[str, Any], allowed: set[str]) -> None:
     for option in options:
         if option not in allowed:
-            near = difflib.get_close_matches(option, allowed, n=1, cutoff=0.5)
-            advice = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(sorted(allowed)) or 'none'}"
+            near = nearest(option, allowed)
+            advice = f"did you mean {near!r}?" if near else f"it takes {', '.join(sorted(allowed)) or 'none'}"
             raise UsageError(f"optim_args: {name} has no option {option!r}; {advice}")
 
 

@@ -6,12 +6,12 @@ conformance suite in tests/trainer/test_trainer_optimizers.py checks, and docs/o
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from trainer.config.suggest import one_of
 from trainer.errors import UsageError
 from trainer.optim.in_backward import InBackward
 from trainer.optim.local_shards import LocalShards, PagedLocalShards
@@ -249,9 +249,5 @@ def find(name: str) -> Spec:
         why, instead = GONE[name]
         raise UsageError(f"optim = {name!r} is not there: {why}; nearest: {instead}")
     if name not in OPTIMIZERS:
-        near = difflib.get_close_matches(name, OPTIMIZERS, n=1, cutoff=0.4)
-        raise UsageError(
-            f"optim = {name!r}: one of {', '.join(OPTIMIZERS)}, or your own as module:Class"
-            + "".join(f"; nearest: {n}" for n in near)
-        )
+        raise UsageError(one_of("optim", name, OPTIMIZERS, ", or your own as module:Class"))
     return OPTIMIZERS[name]

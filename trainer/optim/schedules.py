@@ -5,7 +5,6 @@ Knows nothing of when steps and evaluations happen: `step_schedule` and `feed_me
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import warnings
 from typing import Any
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from trainer.config.groups import SCHEDULES_BY_METRIC, ScheduleArguments
+from trainer.config.suggest import nearest, one_of
 from trainer.errors import UsageError
 from trainer.optim.averaging import is_averaging
 
@@ -105,14 +105,14 @@ def checked_settings(args: ScheduleArguments) -> dict[str, Any]:
     name, given = args.lr_scheduler_type, args.lr_scheduler_kwargs
     names = [kind.value for kind in SchedulerType]
     if name not in names:
-        raise UsageError(f"lr_scheduler_type = {name!r}: one of {', '.join(names)}")
+        raise UsageError(one_of("lr_scheduler_type", name, names))
     maker: Any = optimization.TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
     if name in SCHEDULES_BY_METRIC:  # whose functions take anything and hand it on
         maker = ReduceLROnPlateau if name == "reduce_lr_on_plateau" else optimization.GreedyLR
     allowed = inspect.signature(maker).parameters.keys() - _GIVEN
     for setting in given.keys() - allowed:
-        near = difflib.get_close_matches(setting, allowed, n=1, cutoff=0.5)
-        advice = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(sorted(allowed)) or 'none'}"
+        near = nearest(setting, allowed)
+        advice = f"did you mean {near!r}?" if near else f"it takes {', '.join(sorted(allowed)) or 'none'}"
         raise UsageError(f"lr_scheduler_kwargs: {name} has no setting {setting!r}; {advice}")
     return dict(given)
 
