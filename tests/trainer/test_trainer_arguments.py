@@ -14,6 +14,9 @@ from transformers import HfArgumentParser
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from transformers.training_args import OptimizerNames, ParallelMode
 
+from tests.fixtures.datasets import RegressionDataset
+from tests.fixtures.regression import RegressionModel
+from trainer import Trainer
 from trainer.config.arguments import Seq2SeqTrainingArguments, TrainingArguments
 from trainer.errors import PeerError, UsageError
 
@@ -151,3 +154,12 @@ class TestProcess:
             TrainingArguments(use_cpu=True).main_process_first(desc="preparing"),
         ):
             raise ValueError("bad data")
+
+
+def test_options_assigned_after_construction_are_checked_when_they_are_used(tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    trainer = Trainer(RegressionModel(), args, train_dataset=RegressionDataset())
+    args.eval_steps = 5
+    for use in (trainer.train, lambda: Trainer(RegressionModel(), args, train_dataset=RegressionDataset())):
+        with pytest.raises(UsageError, match="eval_steps has no effect with eval_strategy=no"):
+            use()

@@ -94,6 +94,7 @@ class CoreTrainer:
         if not isinstance(self.args, TrainingArguments):
             given = f"{type(args).__module__}.{type(args).__qualname__}"
             raise UsageError(f"args is a {given}: give trainer.TrainingArguments")
+        self.args.check()  # options may have been assigned since they were built
         check_names(self.args)
         self.group = Group.join(self.args)
         set_up_process(self.args, self.group.device)
@@ -161,6 +162,7 @@ class CoreTrainer:
             NonFiniteError: a loss or gradient is NaN or infinite.
             CheckpointError: there is no whole checkpoint to continue from, or one could not be written.
         """
+        self.args.check()
         asked = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         snapshot = Snapshot(self.model) if self.args.auto_find_batch_size else None
         while True:
