@@ -79,13 +79,15 @@ def restore_state(state: TrainerState, saved: dict[str, Any]) -> None:
         CheckpointError: one has a value of another type; nothing was set.
     """
     kind: Any = type(state)
-    known = {each.name for each in dataclasses.fields(kind)} - set(PER_PROCESS)
-    values = {name: saved[name] for name in saved if name in known}
-    hints = types_of(kind)
-    for name, value in values.items():
+    hints, values = types_of(kind), {}
+    for each in dataclasses.fields(kind):
+        if each.name not in saved or each.name in PER_PROCESS:
+            continue
+        value = values[each.name] = saved[each.name]
         # A field may start as None whatever its annotation says: transformers' `log_history` does.
-        if value is not None and not fits(value, hints[name]):
-            raise CheckpointError(f"{name} = {value!r} in a record of the state: expected {describe(hints[name])}")
+        is_unset = value is None and each.default is None
+        if not (is_unset or fits(value, hints[each.name])):
+            raise CheckpointError(f"{each.name} = {value!r} in the state: expected {describe(hints[each.name])}")
     for name, value in values.items():
         setattr(state, name, value)
 

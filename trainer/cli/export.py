@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from trainer.atomic import is_untouched
 from trainer.cli.parse import parse_alone, positional
 from trainer.config.arguments import TrainingArguments
 from trainer.config.fields import option
@@ -32,9 +33,18 @@ def run(words: Sequence[str]) -> int:
     folder = options.source if is_checkpoint else newest_weights(options.source)
     if options.target.resolve() == folder.resolve():
         raise UsageError(f"source and target are the same folder: {folder}")
+    if options.target.exists() and not (options.target.is_dir() and is_free(options.target)):
+        raise UsageError(
+            f"{options.target} holds what `trainer export` did not write: choose another folder, or move it away"
+        )
     export_checkpoint(folder, options) if is_checkpoint else export(folder, options)
     print(f"{folder} -> {options.target}")
     return 0
+
+
+def is_free(target: Path) -> bool:
+    """Return whether an export may take the place of a folder: it is empty, or an older export that nobody changed."""
+    return is_untouched(target) or not any(target.iterdir())
 
 
 def newest_weights(source: Path) -> Path:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.cli.parse import parse_alone, positional
-from trainer.errors import UsageError
+from trainer.errors import CheckpointError, UsageError
 
 
 @dataclass
@@ -22,6 +22,7 @@ def run(words: Sequence[str]) -> int:
     options = parse_alone("trainer verify", words, VerifyOptions, "Check checkpoints.")
     from rich.console import Console
 
+    from trainer.checkpoint.manifest import find_unlisted
     from trainer.checkpoint.verify import find_damage
 
     num_damaged = 0
@@ -29,6 +30,11 @@ def run(words: Sequence[str]) -> int:
         with Console(stderr=True).status(f"reading {folder}"):
             faults = find_damage(folder)
         print(f"{folder}: {'damaged' if faults else 'whole'}", *faults, sep="\n  ")
+        try:
+            for name in find_unlisted(folder):
+                print(f"  also holds {name}, which the trainer did not write")
+        except CheckpointError:  # it has no manifest, which was said
+            pass
         num_damaged += bool(faults)
     return 1 if num_damaged else 0
 
