@@ -27,7 +27,7 @@ from trainer.checkpoint.verify import find_damage
 from trainer.cli.main import main
 from trainer.config.arguments import TrainingArguments
 from trainer.errors import TrainerError, UsageError
-from trainer.training.trainer import Trainer
+from trainer.hf.trainer import Trainer
 
 RELEASED = sorted((Path(__file__).parent / "fixtures" / "data").glob("checkpoint_*.zip"))
 SAMPLES = random_token_samples([4 + i * 5 % 11 for i in range(8)])
@@ -163,7 +163,7 @@ class TestWhatVerifyFinds:
 
     def test_an_index_beyond_its_tensors_is_named(self, damaged: Path) -> None:
         index = json.loads((damaged / "tensors.json").read_text())
-        index["tensors"]["a"]["pieces"][0]["offset"] = [7] * len(index["tensors"]["a"]["shape"])
+        index["tensors"]["a"]["pieces"][0].update(offset=[7], shape=[1])
         rewrite(damaged, "tensors.json", json.dumps(index).encode())
         assert any(fault.startswith("tensors.json a: a piece") for fault in find_damage(damaged))
 

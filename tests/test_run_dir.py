@@ -15,8 +15,8 @@ from trainer.atomic import read_sealed, write_sealed
 from trainer.checkpoint import manifest
 from trainer.cli.main import main
 from trainer.errors import CheckpointError, UsageError
+from trainer.hf.trainer import Trainer
 from trainer.training.run_dir import read_run_id
-from trainer.training.trainer import Trainer
 
 SAMPLES = random_token_samples([5] * 8)
 

@@ -49,9 +49,10 @@ def sole_run(args: TrainingArguments, group: Group) -> Iterator[None]:
     if group.is_lead:
         lock, problem = _lock(Path(args.output_dir))
     try:
-        if group.any(problem is not None):
-            raise UsageError(problem or "the main rank could not lock output_dir")
-        _probe(Path(args.output_dir), group)
+        with group.naming_faults(lambda: "before the first step"):
+            if group.any(problem is not None):
+                raise UsageError(problem or "the main rank could not lock output_dir")
+            _probe(Path(args.output_dir), group)
         yield
     finally:
         if lock is not None:

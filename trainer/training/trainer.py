@@ -170,7 +170,8 @@ class CoreTrainer:
                 self.begin_anew()
             run = self._build_run()
             with sole_run(self.args, self.group):
-                self._open(run, asked)
+                with self.group.naming_faults(lambda: "before the first step"):
+                    self._open(run, asked)
                 self._run_started, self.is_in_train, self._has_trained = now(), True, True
                 try:
                     with embedding_noise(self.model, self.args.neftune_noise_alpha):
@@ -187,7 +188,8 @@ class CoreTrainer:
             self.optimizer = None
             self.task.train_batch_size = next_batch_size(self.task.train_batch_size)
             logger.warning("out of memory: trying again with %d samples a micro-batch", self.task.train_batch_size)
-        self.group.barrier()  # what the main rank wrote is there for all
+        with self.group.naming_faults(lambda: f"after step {self.state.global_step}"):
+            self.group.barrier()  # what the main rank wrote is there for all
         self.stop_signal = run.stop_signal
         return TrainOutput(self.state.global_step, self._train_metrics["train_loss"], self._train_metrics)
 
