@@ -28,13 +28,14 @@ from tests.fixtures.corpora import (
 from tests.fixtures.tokenizers import END, START, TEMPLATES, TEXT_END, build_tokenizer
 from trainer.config.groups import DataArguments
 from trainer.data import tokenize
+from trainer.data.cache import cache_home
 from trainer.data.jsonl import FileKind, detect_file_kind, read_documents
 from trainer.data.mixture import split_validation
-from trainer.data.prepare import cache_home, prepare
+from trainer.data.prepare import prepare
 from trainer.data.sources import Chunk, Source
 from trainer.data.store import TokenBatch, TokenStore
 from trainer.data.tokenize import DocumentTokenizer, Recipe
-from trainer.data.workers import TokenizerPool, tokenize_chunk
+from trainer.data.workers import Task, TokenizerPool, tokenize_chunk
 from trainer.errors import DataError, UsageError
 
 TOKENIZER = build_tokenizer()
@@ -166,27 +167,27 @@ def test_workers_give_what_the_caller_would_in_the_order_of_the_file(
     monkeypatch.setattr("trainer.data.sources.CHUNK_BYTES", 2_000)
     path = write_chats(tmp_path / "c.jsonl", 150)
     chunks = Source.scan(path).chunks
-    recipe = Recipe.build(detect_file_kind(path), TOKENIZER, options(), None)
+    recipe = Recipe.build(detect_file_kind(Source.scan(path)), TOKENIZER, options(), None)
 
     drawers = set()
 
-    def drawn() -> Iterator[Chunk]:
+    def drawn() -> Iterator[Task]:
         for chunk in chunks:
             drawers.add(threading.current_thread())
-            yield chunk
+            yield Task(str(path), chunk)
 
-    with TokenizerPool(recipe, str(path), 2) as pool:
+    with TokenizerPool(recipe, 2) as pool:
         results = []
         for result in pool.map(drawn()):
             while len(drawers) < 2:  # the caller is busy until a worker has started and takes the next chunks
                 time.sleep(0.01)
             results.append(result)
     assert len(results) == len(chunks) > 20
-    for (batch, report), chunk in zip(results, chunks, strict=True):
-        expected, expected_report = tokenize_chunk(DocumentTokenizer(recipe), str(path), chunk)
-        assert report == expected_report
+    for result, chunk in zip(results, chunks, strict=True):
+        expected = tokenize_chunk(DocumentTokenizer(recipe), Task(str(path), chunk))
+        assert result.report == expected.report
         for field in dataclasses.fields(TokenBatch):
-            assert getattr(batch, field.name).tolist() == getattr(expected, field.name).tolist()
+            assert getattr(result.batch, field.name).tolist() == getattr(expected.batch, field.name).tolist()
 
 
 def test_an_error_names_file_and_line_and_leaves_nothing(tmp_path: Path, options: Any, monkeypatch: Any) -> None:
@@ -200,14 +201,13 @@ def test_an_error_names_file_and_line_and_leaves_nothing(tmp_path: Path, options
 def test_an_error_in_a_worker_is_that_of_the_caller(tmp_path: Path, options: Any) -> None:
     path = write_malformed(tmp_path / "c.jsonl", 3)
     recipe = Recipe.build(FileKind("messages", 1), TOKENIZER, options(), None)
-    whole = Chunk(0, path.stat().st_size, 1)
-    with pytest.raises(DataError) as expected:
-        tokenize_chunk(DocumentTokenizer(recipe), str(path), whole)
-    with TokenizerPool(recipe, str(path), 1) as pool:
+    whole = Task(str(path), Chunk(0, path.stat().st_size, 1))
+    expected = tokenize_chunk(DocumentTokenizer(recipe), whole)
+    with TokenizerPool(recipe, 1) as pool:
         pool._workers[0].wait_until_ready()
-        with pytest.raises(DataError) as raised:
-            pool._workers[0].tokenize(whole)
-    assert str(raised.value) == str(expected.value)
+        found = pool._workers[0].tokenize(whole)
+    assert [str(error) for error in found.broken.errors] == [str(error) for error in expected.broken.errors]
+    assert (found.broken.counts, found.broken.total) == (expected.broken.counts, 1)
 
 
 def test_the_first_error_of_the_file_is_told_whoever_finds_one_first(tmp_path: Path, options: Any) -> None:
@@ -216,18 +216,23 @@ def test_the_first_error_of_the_file_is_told_whoever_finds_one_first(tmp_path: P
     path.write_text("\n".join([begin, *path.read_text().splitlines(), end]))
     recipe = Recipe.build(FileKind("messages", 2), TOKENIZER, options(), None)
     whole = path.stat().st_size
-    with TokenizerPool(recipe, str(path), 1) as pool, pytest.raises(DataError, match=r"c.jsonl:1: not JSON"):
-        list(pool.map([Chunk(0, 1, 1), Chunk(2, whole - len(end) - 2, 2), Chunk(whole - len(end), len(end), 7)]))
+    chunks = [Chunk(0, 1, 1), Chunk(2, whole - len(end) - 2, 2), Chunk(whole - len(end), len(end), 7)]
+    with TokenizerPool(recipe, 1) as pool:
+        results = list(pool.map(Task(str(path), chunk) for chunk in chunks))
+    lines = [[error.line for error in result.broken.errors] for result in results]
+    assert lines == [[1], [], [7]]
+    with pytest.raises(DataError, match=r"c.jsonl:1: not JSON"):
+        prepare(path, TOKENIZER, options())
 
 
 def test_a_process_that_dies_is_reported(tmp_path: Path, options: Any) -> None:
     path = write_chats(tmp_path / "c.jsonl", 5)
-    recipe = Recipe.build(detect_file_kind(path), TOKENIZER, options(), None)
-    with TokenizerPool(recipe, str(path), 1) as pool:
+    recipe = Recipe.build(detect_file_kind(Source.scan(path)), TOKENIZER, options(), None)
+    with TokenizerPool(recipe, 1) as pool:
         pool._workers[0]._process.kill()
         pool._workers[0]._process.wait()
         with pytest.raises(DataError, match=r"c.jsonl:1: a tokenizing process died \(exit status -9\)"):
-            list(pool.map([Chunk(0, path.stat().st_size, 1)] * 100))
+            list(pool.map([Task(str(path), Chunk(0, path.stat().st_size, 1))] * 100))
 
 
 def test_the_cache_knows_content_and_options(tmp_path: Path, options: Any) -> None:
@@ -333,7 +338,7 @@ def test_options_that_a_prepared_folder_has_decided_already_are_refused(tmp_path
 
 
 def test_a_folder_of_something_else_is_never_to_be_deleted(tmp_path: Path, options: Any) -> None:
-    with pytest.raises(DataError, match=r"a folder without metadata.json; name a JSONL file or a") as caught:
+    with pytest.raises(DataError, match=r"a folder without metadata.json and without data files; give") as caught:
         prepare(tmp_path, None, options())
     assert "delete" not in str(caught.value)
 

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from trainer.config.arguments import TrainingArguments
 from trainer.config.choices import check_choices
+from trainer.config.fields import as_list
 from trainer.config.rules import COMMAND_RULES, check_data_kind, check_rules
 from trainer.errors import UsageError
 
@@ -29,8 +31,8 @@ def check_before_start(args: TrainingArguments, *, needs_model: bool = True) -> 
     check_data_kind(args, "token data")
     check_rules(args, COMMAND_RULES)
     check_choices(args.optim, args.lr_scheduler_type, list(args.report_to), args.use_liger_kernels)
-    if args.data_path is None:
-        raise UsageError("data_path is missing: name a JSONL file or a prepared folder")
+    if args.data_path is None and not args.data_mixture:
+        raise UsageError("data_path is missing: name the files to train on, or a prepared folder")
     check_files(args)
     if needs_model and args.model_name_or_path is None and args.model_config is None:
         raise UsageError("model_name_or_path is missing: name a model, or model_config for random weights")
@@ -40,10 +42,15 @@ def check_before_start(args: TrainingArguments, *, needs_model: bool = True) -> 
 
 def check_files(args: TrainingArguments) -> None:
     """Raise UsageError where an option names a file or folder that is not there, or the wrong one."""
-    for name in ("data_path", "validation_data_path", "chat_template", "model_config"):
-        given = getattr(args, name)
-        if isinstance(given, str) and not Path(given).exists():
-            raise UsageError(f"{name} = {given!r}: there is no such file or folder{_similar(Path(given))}")
+    data = [(name, path) for name in ("data_path", "validation_data_path") for path in as_list(getattr(args, name))]
+    data += [("data_mixture", path) for entry in args.data_mixture for path in as_list(entry.get("path"))]
+    others = [(name, getattr(args, name)) for name in ("chat_template", "model_config")]
+    for name, given in [*data, *others]:
+        if isinstance(given, str) and not _is_there(given):
+            advice = _similar(Path(given))
+            if not advice and name.startswith("data_") and re.fullmatch(r"[\w.-]+/[\w.-]+", given):
+                advice = f"; a data set on the hub is named hf://datasets/{given}"
+            raise UsageError(f"{name} = {given!r}: there is no such file or folder{advice}")
     for name in ("model_name_or_path", "tokenizer_name_or_path"):
         given = getattr(args, name)
         if isinstance(given, str):
@@ -77,6 +84,11 @@ def _check_model_folder(name: str, given: str) -> None:
             f"{name} = {given!r} is the folder of a run that exported no weights: `trainer export {given} FOLDER` does"
         )
     raise UsageError(f"{name} = {given!r}: the folder holds no config.json")
+
+
+def _is_there(given: str) -> bool:
+    """Whether a path exists, or is a name of the hub or a pattern, of which only reading tells."""
+    return given.startswith("hf://") or any(c in given for c in "*?[") or Path(given).expanduser().exists()
 
 
 def _similar(missing: Path) -> str:

@@ -17,16 +17,18 @@ class PlanArguments:
     """What to foretell."""
 
     world_size: list[int] = option([1], "Numbers of ranks to plan for.")
+    temperature: float | None = option(
+        None, "Print weights in proportion to size ** (1 / temperature), for a data_mixture.", above=0
+    )
 
 
 def run(words: Sequence[str]) -> int:
     """Print the plan; give the exit code."""
     args, wanted = parse("plan", words, GROUPS, PlanArguments, "Foretell steps, micro-batches and packing.")
     check_before_start(args, needs_model=False)
-    assert args.data_path is not None
     if min(wanted.world_size, default=0) < 1:
         raise UsageError(f"world_size = {wanted.world_size}: give numbers of ranks, at least 1")
     from trainer.cli.planning import show_plan
 
-    show_plan(args, args.data_path, wanted.world_size)
+    show_plan(args, wanted.world_size, wanted.temperature)
     return 0

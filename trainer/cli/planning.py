@@ -5,31 +5,66 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from trainer.cli.stores import open_store
+from trainer.cli.stores import open_training_data
 from trainer.config.arguments import TrainingArguments
 from trainer.data.costs import CostModel, cost_model_from_config
 from trainer.data.length import EpochForecast, Layout, forecast, run_length
-from trainer.data.mixture import split_validation
+from trainer.data.mixture import temperature_weights
 from trainer.data.packing import TOKENS
 from trainer.data.store import TokenStore
 
 console = Console()
 
 
-def show_plan(args: TrainingArguments, path: str, world_sizes: list[int]) -> None:
-    """Plan the data set at `path` and print the run's length and a line for each number of ranks."""
-    store = open_store(path, args)
-    if args.validation_split:
-        store, _ = split_validation(store, args.validation_split, args.seed)
+def show_plan(args: TrainingArguments, world_sizes: list[int], temperature: float | None) -> None:
+    """Plan the training data and print the run's length, its sources, and a line for each number of ranks."""
+    store, _ = open_training_data(args)
     length = run_length(store.num_loss_tokens, args.batch_size, args.order_seed, args)
     steps = "without end" if length.num_steps is None else f"{length.num_steps:,} steps"
     per_epoch = f"batch_size {args.batch_size}: {length.steps_per_epoch:,} steps an epoch"
     console.print(f"{len(store):,} samples, {per_epoch}, {steps}", soft_wrap=True)
+    if len(store.source_names) > 1:
+        console.print(source_table(store, length.num_steps))
+    if temperature is not None:
+        sizes = store.metadata["samples_of_sources"]
+        weights = temperature_weights(sizes, temperature)
+        named = zip(store.source_names, weights, strict=True)
+        words = ", ".join(f"{name}: {weight:.4f}" for name, weight in named)
+        console.print(f"weights at temperature {temperature:g}: {words}", soft_wrap=True, markup=False)
     cost = planned_cost(args)
     console.print(epoch_table(args, {ranks: first_epoch(args, store, ranks, cost) for ranks in world_sizes}))
+
+
+def source_table(store: TokenStore, num_steps: int | None) -> Table:
+    """Lay out what of an epoch each source gives; a step has this share of each, on average."""
+    table = Table(title="sources, in an epoch")
+    for column in (
+        "source",
+        "samples",
+        "tokens",
+        "loss tokens",
+        "share of samples",
+        "share of tokens",
+        "times",
+        "steps",
+    ):
+        table.add_column(column, justify="left" if column == "source" else "right")
+    sources, num_sources = store.sources, len(store.source_names)
+    samples = np.bincount(sources, minlength=num_sources)
+    tokens = np.bincount(sources, store.lengths, num_sources)
+    loss_tokens = np.bincount(sources, store.num_loss_tokens, num_sources)
+    whole = store.metadata["samples_of_sources"]
+    for i, name in enumerate(store.source_names):
+        share = samples[i] / len(store)
+        steps = "without end" if num_steps is None else f"{num_steps * share:,.1f}"
+        counts = (f"{samples[i]:,}", f"{int(tokens[i]):,}", f"{int(loss_tokens[i]):,}")
+        shares = (f"{share:.1%}", f"{tokens[i] / tokens.sum():.1%}", f"{samples[i] / max(whole[i], 1):.2f}")
+        table.add_row(name, *counts, *shares, steps)
+    return table
 
 
 def first_epoch(args: TrainingArguments, store: TokenStore, world_size: int, cost: CostModel) -> EpochForecast:

@@ -40,16 +40,18 @@ def run(words: Sequence[str]) -> int:
     """Prepare the data set and show the samples that the options name; give the exit code."""
     groups = (DataArguments, ModelArguments, BatchArguments)
     args, wanted = parse("preview", words, groups, PreviewArguments, "Show samples, and what of them is trained.")
-    if args.data_path is None:
-        raise UsageError("data_path is missing: name a JSONL file or a prepared folder")
+    data = args.data_mixture or args.data_path
+    if data is None:
+        raise UsageError("data_path is missing: name the files to show, or a prepared folder")
     check_files(args)
     from trainer.cli.stores import load_tokenizer_if_named, open_store
 
-    store, tokenizer = open_store(args.data_path, args), load_tokenizer_if_named(args)
+    store, tokenizer = open_store(data, args), load_tokenizer_if_named(args)
+    name = store.metadata["source"]
     if wanted.start >= len(store):
-        raise UsageError(f"start = {wanted.start}: {args.data_path} holds {len(store)} samples, 0 to {len(store) - 1}")
+        raise UsageError(f"start = {wanted.start}: {name} holds {len(store)} samples, 0 to {len(store) - 1}")
     if tokenizer is not None and store.largest_id >= len(tokenizer):
-        raise UsageError(f"{args.data_path} holds token id {store.largest_id}, the tokenizer only {len(tokenizer)} ids")
+        raise UsageError(f"{name} holds token id {store.largest_id}, the tokenizer only {len(tokenizer)} ids")
     shown = range(len(store))[wanted.start : wanted.start + wanted.num_samples]
     show_samples(Console(), store, shown, build_decoder(tokenizer))
     return 0

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from trainer.cli.preparing import PreparationDisplay
 from trainer.config.arguments import TrainingArguments
-from trainer.data.prepare import prepare
+from trainer.data.prepare import load_data, prepare
 from trainer.data.store import TokenStore
 
 console = Console()
 
 
-def open_store(path: str, args: TrainingArguments) -> TokenStore:
-    """Prepare a file as training would, or open a prepared folder; a tokenized file needs no tokenizer."""
+def open_store(path: Any, args: TrainingArguments) -> TokenStore:
+    """Prepare data as training would, or open a prepared folder; tokenized data needs no tokenizer."""
     with PreparationDisplay(console) as progress:
         return prepare(path, load_tokenizer_if_named(args), args, args.longest_sample, progress)
 
@@ -30,6 +32,17 @@ def load_tokenizer_if_named(args: TrainingArguments) -> Any:
     return load_tokenizer(args)
 
 
+def open_training_data(args: TrainingArguments) -> tuple[TokenStore, TokenStore | None]:
+    """Prepare what a run would train on, mixed, and what it would hold out; print what a user should know of it."""
+    with PreparationDisplay(console) as progress:
+        train, held_out, notes = load_data(
+            args, load_tokenizer_if_named(args), args.seed, args.longest_sample, progress
+        )
+    for note in notes:
+        console.print(note, soft_wrap=True, markup=False)
+    return train, held_out
+
+
 def show_store(path: str, store: TokenStore) -> None:
     """Print the counts of a prepared data set."""
     console.print(f"{path}: {'found prepared' if store.metadata.get('cached') else 'prepared'}", soft_wrap=True)
@@ -38,7 +51,30 @@ def show_store(path: str, store: TokenStore) -> None:
     for name, count in store.metadata.get("report", {}).items():
         table.add_row(name.replace("_", " "), f"{count:,}" if isinstance(count, int) else _listed(count))
     table.add_row("longest sample, in tokens", f"{store.lengths.max():,}")
+    if len(store.source_names) > 1:
+        counts = np.bincount(store.sources, minlength=len(store.source_names))
+        named = zip(store.source_names, counts.tolist(), strict=True)
+        table.add_row("samples by source", _listed(dict(named)))
     console.print(table)
+    console.print(histogram("tokens of a sample", store.lengths, _length_bounds(store.lengths), "{:,}"))
+    shares = store.num_loss_tokens / np.maximum(store.lengths - 1, 1)
+    console.print(histogram("trained share of a sample", shares, np.linspace(0, 1, 11), "{:.0%}"))
+
+
+def histogram(title: str, values: NDArray[Any], bounds: NDArray[Any], form: str) -> Table:
+    """Lay out how many values lie between bounds, the last bound included, with bars."""
+    counts, _ = np.histogram(values, bounds)
+    table = Table(title=title, show_header=False)
+    for count, low, high in zip(counts.tolist(), bounds, bounds[1:], strict=False):
+        bar = "#" * -(-40 * count // max(counts.max(), 1))
+        table.add_row(f"{form.format(low)} to {form.format(high)}", f"{count:,}", bar)
+    return table
+
+
+def _length_bounds(lengths: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Powers of two around the lengths."""
+    low, high = int(np.log2(max(lengths.min(), 1))), int(np.log2(max(lengths.max(), 1)))
+    return 2 ** np.arange(low, high + 2)
 
 
 def _listed(counts: dict[str, int]) -> str:

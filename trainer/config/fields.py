@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import json
 import operator
+import re
 import types
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -193,11 +194,13 @@ def _core_value(text: str) -> Any:
 
 
 def parse_json(text: str) -> dict[str, Any]:
-    """Read a JSON object given as one word.
+    """Read a JSON object given as one word, or pairs of names and text as name=value,name=value.
 
     Raises:
-        UsageError: it is not JSON, or not an object.
+        UsageError: it is neither.
     """
+    if re.fullmatch(r"\w+=[^,={}]+(,\w+=[^,={}]+)*", text):
+        return dict(pair.split("=") for pair in text.split(","))
     try:
         value = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:

@@ -103,10 +103,36 @@ class OsftArguments:
 class DataArguments:
     """Training and validation data."""
 
-    data_path: str | None = option(
-        None, "JSONL of messages, prompt/completion, text or token ids; or a prepared folder.", at_resume="free"
+    data_path: None | str | list[str] = option(
+        None,
+        "Messages, prompt/completion, text or token ids: files, a glob, a folder, hf://datasets/NAME (docs/data.md).",
+        at_resume="free",
     )
-    validation_data_path: str | None = option(None, "Held-out data in the same form.", at_resume="free")
+    data_mixture: list[dict[str, Any]] = option(
+        [], "Sources with path, name, weight or repeat, train_on, chat_template ..., as JSON; instead of data_path."
+    )
+    mixture_unit: Literal["samples", "tokens"] = option("samples", "What the weights of a mixture are shares of.")
+    mixture_stop: Literal["first_exhausted", "all_exhausted"] = option(
+        "first_exhausted",
+        "An epoch of a weighted mixture ends when the first source is used up, or repeats sources until all are.",
+    )
+    data_format: Literal["sharegpt", "alpaca"] | None = option(
+        None, "Format of another trainer that the rows are in.", at_resume="free"
+    )
+    columns: dict[str, str] = option(
+        {}, "Columns in which fields stand: messages=conversations, or as JSON.", at_resume="free"
+    )
+    dataset_split: str | None = option(
+        None, "Split of a data set on the hub or saved by datasets; by default train.", at_resume="free"
+    )
+    dataset_revision: str | None = option(None, "Revision of a data set on the hub.", at_resume="free")
+    on_broken: Literal["error", "drop"] = option("error", "What to do with rows that cannot be used.", at_resume="free")
+    on_overlap: Literal["warn", "error"] = option(
+        "warn", "What to do where held-out samples are trained on as well.", at_resume="free"
+    )
+    validation_data_path: None | str | list[str] = option(
+        None, "Held-out data in the same form as data_path.", at_resume="free"
+    )
     validation_split: float = option(0.0, "Fraction of the documents held out for evaluation.", minimum=0, below=1)
     train_on: Literal["assistant", "all", "last"] = option(
         "assistant", "Which turns are trained: every assistant turn, all turns, or the last assistant turn."

@@ -143,6 +143,18 @@ RULES: tuple[Rule, ...] = (
         "model_name_or_path (loads weights) and model_config (starts from random weights) exclude each other: give one",
     ),
     exclude("validation_split", "validation_data_path"),
+    exclude("data_path", "data_mixture"),
+    no_effect(
+        "mixture_unit",
+        "mixture_stop",
+        unless=lambda args: any(isinstance(entry, dict) and entry.get("weight") for entry in args.data_mixture),
+        why="without weights: give each source of data_mixture a weight",
+    ),
+    no_effect(
+        "on_overlap",
+        unless=lambda args: bool(args.validation_split or args.validation_data_path),
+        why="without held-out data: give validation_split or validation_data_path",
+    ),
     wrong(
         lambda args: args.data_path is not None and args.data_path == args.validation_data_path,
         "data_path and validation_data_path are both {data_path!r}: held-out data must not be trained on",
@@ -286,6 +298,8 @@ NO_EFFECT_ON: dict[DataKind, dict[str, str]] = {
         "generation_max_new_tokens": _ANSWERS,
         **dict.fromkeys(("train_on", "chat_template", "max_length", "overlong", "on_untrainable"), _FROM_FILE),
         **dict.fromkeys(("block_size", "dataset_num_proc", "data_cache_dir"), _FROM_FILE),
+        **dict.fromkeys(("data_mixture", "mixture_unit", "mixture_stop", "on_overlap"), _FROM_FILE),
+        **dict.fromkeys(("data_format", "columns", "dataset_split", "dataset_revision", "on_broken"), _FROM_FILE),
     },
     "token data": {
         **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), _PLANNED),

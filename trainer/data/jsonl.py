@@ -8,8 +8,9 @@ line.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.data.formats import AS_IT_IS, FormatError, Reading, drop_nulls, split_packed
+from trainer.data.sources import Chunk, Source
 from trainer.errors import DataError
 from trainer.labels import IGNORE_INDEX
 
@@ -30,7 +33,18 @@ MASKS = ("loss_mask", "completion_mask", "assistant_masks")
 """Other names under which tokenized lines say what is trained: 1, or 0."""
 
 FIELDS: dict[Kind, frozenset[str]] = {
-    "tokens": frozenset({"input_ids", "labels", *MASKS, "attention_mask", "len", "num_loss_counted_tokens"}),
+    "tokens": frozenset(
+        {
+            "input_ids",
+            "labels",
+            *MASKS,
+            "attention_mask",
+            "len",
+            "num_loss_counted_tokens",
+            "position_ids",
+            "seq_lengths",
+        }
+    ),
     "messages": frozenset({"messages", "tools"}),
     "prompt_completion": frozenset({"prompt", "completion", "tools"}),
     "text": frozenset({"text"}),
@@ -48,16 +62,15 @@ _SIGNS: tuple[tuple[str, Kind], ...] = (
 )
 _KINDS_ALLOWED = "each line needs 'messages', 'prompt' and 'completion', 'text', or 'input_ids'"
 _FOREIGN = {
-    "conversations": "make them 'messages': from -> role (human -> user, gpt -> assistant), value -> content",
-    "instruction": "make it 'prompt', and 'output' the 'completion'",
-}
-_FOREIGN_BYTES = {
-    b"[": "an array is on the line: write one object a line, as `jq -c '.[]'` does",
-    b"\x1f\x8b": "the file is compressed: unpack it first",
-    b"PAR1": "the file is Parquet: write it as JSONL, as datasets' to_json does",
+    "conversations": "is it ShareGPT's format? Then give data_format=sharegpt",
+    "instruction": "is it Alpaca's format? Then give data_format=alpaca",
 }
 _NUM_FIRST_LINES = 100
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class UndecidedError(DataError):
+    """A good document that is too long or has nothing to train: overlong and on_untrainable decide, not on_broken."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,7 @@ class Document:
     path: str
     line: int
     fields: dict[str, Any]
+    may_hold_nulls: bool = True
 
     @property
     def kind(self) -> Kind:
@@ -76,11 +90,16 @@ class Document:
                 return kind
         names = ", ".join(map(repr, islice(self.fields, 8))) or "no fields"
         hints = [hint for name, hint in _FOREIGN.items() if name in self.fields]
+        hints = hints or ["columns maps other names to these, as columns='messages=NAME'"]
         raise self.refusal(f"found {names}", "; ".join([_KINDS_ALLOWED, *hints]))
 
     def refusal(self, found: str, allowed: str, field: str | None = None) -> DataError:
         """Build the error that refuses this document."""
         return DataError(found, allowed, self.path, self.line, field)
+
+    def undecided(self, found: str, allowed: str) -> DataError:
+        """Build the error of a good document with which an option must say what to do."""
+        return UndecidedError(found, allowed, self.path, self.line)
 
 
 @dataclass(frozen=True)
@@ -93,38 +112,97 @@ class FileKind:
 
 def read_documents(path: str | PathLike[str]) -> Iterator[Document]:
     """Yield the checked documents of a file in order; all of the kind of the first. Blank lines hold no document."""
-    expected = detect_file_kind(path)
-    with _open(path) as file:
-        yield from parse_documents(file, str(path), 1, expected)
+    source = Source.scan(Path(path))
+    expected = detect_file_kind(source)
+    for chunk in source.read_chunks():
+        for document in parse_chunk(chunk, source.path, expected, AS_IT_IS, Counter()):
+            if isinstance(document, DataError):
+                raise document
+            yield document
 
 
 def detect_kind(path: str | PathLike[str]) -> Kind:
-    """Say what the documents of a file are, from its first lines."""
-    return detect_file_kind(path).kind
+    """Say what the documents of a file are, from its first rows."""
+    return detect_file_kind(Source.scan(Path(path))).kind
 
 
-def detect_file_kind(path: str | PathLike[str]) -> FileKind:
-    """Say what the documents of a file are and which line shows it; refuse first lines of several kinds."""
-    with _open(path) as file:
-        lines = islice(enumerate(file, 1), _NUM_FIRST_LINES)
-        parsed = (parse_line(raw, str(path), number) for number, raw in lines)
-        documents = [document for document in parsed if document is not None]
-    if not documents:
-        raise DataError(f"found no document in the first {_NUM_FIRST_LINES} lines", _KINDS_ALLOWED, path)
-    expected = FileKind(documents[0].kind, documents[0].line)
-    for document in documents:
-        _check_kind(document, expected)
-    return expected
+def detect_file_kind(source: Source, reading: Reading = AS_IT_IS) -> FileKind:
+    """Say what the documents of a source are, by the first of its first rows that is one, and which row that is.
+
+    Raises:
+        DataError: none of the first rows is a document; it tells why the first is not.
+    """
+    first_error = None
+    rows = (row for chunk in source.read_chunks() for row in _rows(chunk, source.path, reading))
+    for document in islice(rows, _NUM_FIRST_LINES):
+        try:
+            if isinstance(document, Document):
+                document = _read_as(document, reading)
+                return FileKind(document.kind, document.line)
+            if document is not None:
+                raise document
+        except DataError as error:
+            first_error = first_error or error
+    raise first_error or DataError(
+        f"found no document in the first {_NUM_FIRST_LINES} lines", _KINDS_ALLOWED, source.path
+    )
 
 
-def parse_documents(lines: Iterable[bytes], path: str, first_line: int, expected: FileKind) -> Iterator[Document]:
-    """Parse and check lines numbered from `first_line`, which must all be of the expected kind."""
-    for number, raw in enumerate(lines, first_line):
-        document = parse_line(raw, path, number)
-        if document is not None:
+def parse_chunk(
+    chunk: Chunk, path: str, expected: FileKind, reading: Reading, report: Counter[str]
+) -> Iterator[Document | DataError]:
+    """Yield the document of every row, or why it is none; all must be of the expected kind.
+
+    A row that holds several packed samples gives a document for each. Counted in `report` is what was changed.
+    """
+    for row in _rows(chunk, path, reading):
+        if not isinstance(row, Document):
+            if row is not None:
+                yield row
+            continue
+        try:
+            document = _read_as(row, reading)
             _check_kind(document, expected)
-            check_fields(document, expected.kind)
-            yield document
+            fields = drop_nulls(document.fields, report) if row.may_hold_nulls else document.fields
+            samples = split_packed(fields, report) if expected.kind == "tokens" else [fields]
+            documents = [Document(path, row.line, sample) for sample in samples]
+            for document in documents:
+                check_fields(document, expected.kind)
+        except DataError as error:
+            yield error
+        except FormatError as error:
+            yield row.refusal(error.found, error.allowed, error.field)
+        else:
+            yield from documents
+
+
+def _read_as(row: Document, reading: Reading) -> Document:
+    try:
+        return replace(row, fields=reading.apply(row.fields))
+    except FormatError as error:
+        raise row.refusal(error.found, error.allowed, error.field) from None
+
+
+def _rows(chunk: Chunk, path: str, reading: Reading) -> Iterator[Document | DataError | None]:
+    """Yield what each row of a chunk says, why it says nothing, or None where it is blank."""
+    if not chunk.is_table:
+        for number, raw in enumerate(chunk.lines(path), chunk.first_line):
+            try:
+                yield parse_line(raw, path, number)
+            except DataError as error:
+                yield error
+        return
+    table = chunk.table()
+    known = reading.column_names.union(*FIELDS.values())
+    signs = {sign for sign, _ in _SIGNS}
+    for i, name in enumerate(table.column_names):
+        if name not in known:  # it only matters whether there is something, for the report of ignored fields
+            table = table.set_column(i, name, table.column(i).is_valid())
+    for number, row in enumerate(table.to_pylist(), chunk.first_line):
+        fields = {name: value for name, value in row.items() if value is not None and (name in known or value)}
+        if not signs & fields.keys():  # all are null: say so in the error
+            fields |= {name: None for name in row if name in signs}
+        yield Document(path, number, fields)
 
 
 def parse_line(raw: bytes, path: str, line: int) -> Document | None:
@@ -139,16 +217,16 @@ def parse_line(raw: bytes, path: str, line: int) -> Document | None:
             json.dumps(fields, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
         found = f"byte {raw[error.start : error.start + 1]!r} at position {error.start}"
-        raise DataError(f"{found} is not UTF-8", _hinted("a line must be JSON in UTF-8", raw), path, line) from None
+        raise DataError(f"{found} is not UTF-8", "a line must be JSON in UTF-8", path, line) from None
     except UnicodeEncodeError as error:
         found = f"half a surrogate pair, {error.object[error.start]!a}, in a string"
         raise DataError(found, "strings must be valid Unicode", path, line) from None
     except (ValueError, RecursionError) as error:
         found = "JSON nested too deeply" if isinstance(error, RecursionError) else f"not JSON ({error})"
-        raise DataError(found, _hinted("each line must be one JSON object", raw), path, line) from None
+        raise DataError(found, "each line must be one JSON object", path, line) from None
     if not isinstance(fields, dict):
-        raise DataError(f"found {describe(fields)}", _hinted("each line must be one JSON object", raw), path, line)
-    return Document(path, line, fields)
+        raise DataError(f"found {describe(fields)}", "each line must be one JSON object", path, line)
+    return Document(path, line, fields, b"null" in raw)
 
 
 def check_fields(document: Document, kind: Kind) -> None:
@@ -184,16 +262,6 @@ def describe(value: Any) -> str:
     return f"{'a' if noun == 'list' else 'an'} {noun} of {len(value)}" if value else f"an empty {noun}"
 
 
-def _open(path: str | PathLike[str]) -> Any:
-    try:
-        if Path(path).exists() and not Path(path).is_file():  # a pipe could be read once only, and might never end
-            raise DataError("is not a regular file", "give the path of a JSONL file", path)
-        return Path(path).open("rb")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"cannot be read ({reason})", "give the path of a JSONL file", path) from None
-
-
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
@@ -201,10 +269,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the name {twice[:40]!r} stands twice in one object")
     return fields
-
-
-def _hinted(allowed: str, raw: bytes) -> str:
-    return "; ".join([allowed, *(hint for sign, hint in _FOREIGN_BYTES.items() if raw.startswith(sign))])
 
 
 def _refuse_constant(name: str) -> None:

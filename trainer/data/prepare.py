@@ -1,49 +1,54 @@
-"""A data file to a store of samples: tokenized in parallel, cached by content, everything refused counted.
+"""Data to a store of samples: tokenized in parallel, cached by content, everything refused counted.
 
-Invariant: the same data, tokenizer, template and options give the same store, however often and in however many
-processes it is prepared. What lies in the cache under a name is a whole store of that content, or is replaced by one.
+Every file is prepared on its own (a large one in parts), so that only what changed is prepared anew, an interrupted
+preparation goes on where it was, and processes that share a cache share the work. Invariant: the same data, tokenizer,
+template and options give the same store, however often and in however many processes it is prepared.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trainer.config.groups import DataArguments
+from trainer.data.blocks import BlockCutter, end_with_eos
+from trainer.data.cache import fingerprint, open_or_build
+from trainer.data.formats import Reading
 from trainer.data.jsonl import detect_file_kind
-from trainer.data.mixture import are_held_out
-from trainer.data.sources import Source
-from trainer.data.store import FORMAT_VERSION, Sample, StoreWriter, TokenBatch, TokenStore
+from trainer.data.mixture import SourceSpec, are_held_out, find_overlap, mix, source_specs, split_validation
+from trainer.data.sources import Source, find_sources, is_dataset
+from trainer.data.store import StoreWriter, TokenBatch, TokenStore
 from trainer.data.tokenize import Recipe
-from trainer.data.workers import Tokenized, TokenizerPool
+from trainer.data.workers import Broken, Task, Tokenized, TokenizerPool
 from trainer.errors import DataError, UsageError
-from trainer.labels import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all) as a file is tokenized."""
+"""Called with (bytes done, bytes in all) as files are tokenized."""
+
+PART_BYTES = 2**28
+"""A larger file of lines is prepared in parts of about this size."""
 
 _BYTES_PER_PROCESS = 2**24
 """A process takes about as long to start as tokenizing so much."""
 
 _COUNTS = (
     "documents",
+    "broken_dropped",
+    "packed_rows_split",
+    "nulls_removed",
     "overlong_dropped",
     "overlong_truncated",
     "overlong_split",
@@ -60,113 +65,371 @@ _COUNTS = (
 )
 """What the report always says, 0 included."""
 
-_DECIDED_BY_PREPARING = ("train_on", "chat_template", "overlong", "on_untrainable", "block_size")
+_DECIDED_BY_PREPARING = (
+    *("train_on", "chat_template", "overlong", "on_untrainable", "block_size"),
+    *("data_format", "columns", "dataset_split", "dataset_revision"),
+)
 
 
 def prepare(
-    path: str | os.PathLike[str],
+    data: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     args: DataArguments,
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> TokenStore:
-    """Return the samples of a JSONL file, or of a folder prepared before.
+    """Return the samples of some data, unmixed, in the order of its sources, files and rows.
 
-    `limit` is the longest sample in tokens that training can hold; `tokenizer` may be None for tokenized data. The
-    store's metadata holds `report` (counts of documents, samples, tokens, loss tokens and everything refused), `kind`,
-    `source`, `fingerprint`, and whether it was `cached`.
+    Args:
+        data: what `data_path` may be, the sources of a mixture, a `datasets.Dataset`, or a folder prepared before.
+        tokenizer: may be None for tokenized data.
+        args: how the data is read.
+        limit: the longest sample in tokens that training can hold.
+        progress: is told how far the preparation is.
+
+    The store's metadata holds `report` (counts of documents, samples, tokens, loss tokens and everything refused),
+    `kind`, `source`, `fingerprint`, and whether all of it was `cached`.
+
+    Raises:
+        DataError: rows cannot be used; it lists the first ones of all files, and counts them by kind.
     """
-    path = Path(path)
-    if os.path.isdir(path):  # unlike Path.is_dir, says no where it may not look
-        return _open_prepared(path, tokenizer, args, limit)
-    expected = detect_file_kind(path)
-    recipe = Recipe.build(expected, tokenizer, args, limit)
-    source = Source.scan(path)
-    key = fingerprint(source.digest, recipe.to_json(), args.validation_split if args.block_size else None)
-    job = _Job(source, recipe, args, key, tokenizer, progress)
-    store, cached = open_or_build(args.data_cache_dir, key, job.build)
-    store.metadata.update(source=str(path), cached=cached)
+    specs = source_specs(data)
+    parts: list[_Part] = []
+    num_files = 0
+    for number, spec in enumerate(specs):
+        found = _parts_of(spec, number, num_files, tokenizer, args, limit)
+        parts += found
+        num_files = found[-1].file + 1
+    if parts[0].store is not None and len(parts) == 1:
+        store, cached = parts[0].store, True
+    else:
+        store, cached = _prepare_all(parts, args, tokenizer, progress)
+    store.metadata.update(cached=cached, source=_named(data))
+    store.metadata.update(
+        files=[part.path for part in parts if part.is_first],
+        source_names=[spec.name for spec in specs],
+        source_of_files=[part.number for part in parts if part.is_first],
+    )
+    sources = store.sources
+    store.metadata.update(
+        samples_of_sources=np.bincount(sources, minlength=len(specs)).tolist(),
+        mixture=[[spec.weight, spec.repeat] for spec in specs],
+    )
     if len(store) == 0:
-        raise DataError(f"no sample is left to train on ({store.metadata['report']})", "at least one is needed", path)
+        raise DataError(
+            f"no sample is left to train on ({store.metadata['report']})", "at least one is needed", _named(data)
+        )
+    report = store.metadata.setdefault("report", {})
+    report["exact_duplicates"] = len(store) - len(np.unique(store.contents))
     return store
+
+
+def load_data(
+    args: DataArguments,
+    tokenizer: PreTrainedTokenizerBase | None,
+    seed: int,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[TokenStore, TokenStore | None, list[str]]:
+    """Prepare the training samples, mixed, and the held-out ones; say what of them a user should know.
+
+    Raises:
+        UsageError: no data is named.
+        DataError: rows cannot be used, or held-out samples are trained on as well and on_overlap is "error".
+    """
+    data = args.data_mixture or args.data_path
+    if data is None:
+        raise UsageError("data_path is missing: name the files to train on, or give data_mixture")
+    train = prepare(data, tokenizer, args, limit, progress)
+    notes = [f"{_named(data)}: {words}"] if (words := left_out(train)) else []
+    held_out = None
+    if args.validation_split:
+        train, held_out = split_validation(train, args.validation_split, seed)
+    elif args.validation_data_path is not None:
+        held_out = prepare(args.validation_data_path, tokenizer, args, limit, progress)
+        if words := left_out(held_out):
+            notes.append(f"{_named(args.validation_data_path)}: {words}")
+    if held_out is not None:
+        overlap = find_overlap(train, held_out)
+        if len(overlap):
+            file, row = held_out.place(int(overlap[0]))
+            found = f"{len(overlap):,} of {len(held_out):,} held-out samples are trained on as well, first {file}:{row}"
+            if args.on_overlap == "error":
+                raise DataError(found, "take them out, or choose on_overlap=warn")
+            notes.append(found)
+    return mix(train, args.mixture_unit, args.mixture_stop, seed), held_out, notes
 
 
 def left_out(store: TokenStore) -> str:
     """Say what of the data a prepared store leaves out, cuts, or holds otherwise than stated; empty if nothing."""
     report = store.metadata.get("report", {})
-    counts = {name.replace("_", " "): report.get(name, 0) for name in _COUNTS if name != "documents"}
+    names = [*(name for name in _COUNTS if name != "documents"), "exact_duplicates"]
+    counts = {name.replace("_", " "): report.get(name, 0) for name in names}
     counts |= {f"ignored field {name!r}": count for name, count in report.get("ignored_fields", {}).items()}
     return ", ".join(f"{name}: {count:,}" for name, count in counts.items() if count)
 
 
+def find_broken(
+    data: Any, tokenizer: PreTrainedTokenizerBase | None, args: DataArguments, limit: int | None = None
+) -> Iterator[tuple[Broken, Source]]:
+    """Yield, for each part of each file, the rows that cannot be used; nothing is written."""
+    for number, spec in enumerate(source_specs(data)):
+        for part in _parts_of(spec, number, 0, tokenizer, args, limit):
+            if part.source is None or part.recipe is None:
+                continue
+            broken = Broken()
+            with TokenizerPool(part.recipe, 0) as pool:
+                for result in pool.map(part.tasks()):
+                    broken.extend(result.broken)
+            yield broken, part.source
+
+
+@dataclass
+class _Part:
+    """A file, a part of one, or a store prepared before: what it is made of, and its place among all."""
+
+    path: str
+    number: int  # of its source
+    file: int
+    is_first: bool  # part of its file
+    source: Source | None = None
+    recipe: Recipe | None = None
+    reading: Reading = dataclasses.field(default_factory=Reading)
+    key: str = ""
+    store: TokenStore | None = None
+
+    def tasks(self) -> Iterator[Task]:
+        assert self.source is not None
+        for chunk in self.source.read_chunks():
+            yield Task(self.path, chunk, self.reading)
+
+
+class _BrokenRows(Exception):
+    """Rows of a file cannot be used, so that it gives no store."""
+
+    def __init__(self, broken: Broken) -> None:
+        super().__init__()
+        self.broken = broken
+
+
+def _parts_of(
+    spec: SourceSpec,
+    number: int,
+    first_file: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: DataArguments,
+    limit: int | None,
+) -> list[_Part]:
+    """Find the files of a source, and what is to be made of each."""
+    args = spec.apply(args)
+    if not is_dataset(spec.path) and all(_is_prepared(path) for path in spec.paths):
+        return [
+            _Part(str(path), number, first_file + i, True, store=_open_prepared(Path(path), tokenizer, args, limit))
+            for i, path in enumerate(spec.paths)
+        ]
+    files: list[list[Source]] = []
+    for path in spec.paths:
+        files += find_sources(path, args.dataset_split, args.dataset_revision, None if args.block_size else PART_BYTES)
+    reading = Reading(tuple(sorted(args.columns.items())), args.data_format)
+    expected = detect_file_kind(files[0][0], reading)
+    recipe = Recipe.build(expected, tokenizer, args, limit)
+    split = args.validation_split if args.block_size else None
+    facts = (recipe.to_json(), dataclasses.astuple(reading), args.on_broken, split)
+    return [
+        _Part(
+            *(source.path, number, first_file + i, source is parts[0], source, recipe, reading),
+            key=fingerprint(source.digest, source.form, source.first_row, *facts),
+        )
+        for i, parts in enumerate(files)
+        for source in parts
+    ]
+
+
+def _prepare_all(
+    parts: list[_Part], args: DataArguments, tokenizer: PreTrainedTokenizerBase | None, progress: Progress | None
+) -> tuple[TokenStore, bool]:
+    """Open or build the store of every part, and join them; say whether all were there."""
+    total = sum(part.source.num_bytes for part in parts if part.source is not None)
+    done, all_cached, broken = 0, True, Broken()
+    with ExitStack() as stack:
+        pools: dict[str, TokenizerPool] = {}
+        # First what nobody else is at work on, then what others have not finished.
+        for wait in (False, True):
+            for part in parts:
+                if part.store is not None or part.source is None or part.recipe is None:
+                    continue
+                job = _Job(part, args, tokenizer, pools, stack, total, done, progress)
+                try:
+                    opened = open_or_build(args.data_cache_dir, part.key, job.build, wait)
+                except _BrokenRows as error:
+                    broken.extend(error.broken)
+                    part.source = None  # not again
+                    continue
+                if opened is None:
+                    continue
+                part.store, cached = opened
+                all_cached &= cached
+                done += part.source.num_bytes
+                if progress is not None and not cached:
+                    progress(done, total)
+    if broken.errors:
+        raise _error_of(broken, args.on_broken)
+    stores = [part.store for part in parts if part.store is not None]
+    if len(stores) == 1:
+        return stores[0], all_cached
+    return TokenStore.concatenate(stores, [part.file for part in parts], _joined_facts(stores, parts)), all_cached
+
+
+def _error_of(broken: Broken, on_broken: str) -> DataError:
+    """Build one error of all rows that cannot be used: the first ones in order, then counts by kind."""
+    total, first = sum(broken.counts.values()), broken.errors[0]
+    if total == 1:
+        return first
+    shown = [f"  {str(error).removesuffix(f'; {error.allowed}')}" for error in broken.errors]
+    kinds = [f"  {count:,} x {kind} (first: {_where(broken.examples[kind])})" for kind, count in broken.counts.items()]
+    remedy = "`trainer preview --broken` shows them" + (
+        "; on_broken=drop leaves them out" if on_broken == "error" else ""
+    )
+    listing = [f"{total:,} rows cannot be used; the first {len(shown)}:", *shown, "by kind:", *kinds, remedy]
+    return DataError(first.found, "\n".join([first.allowed, *listing]), first.path, first.line, first.field)
+
+
+def _where(error: DataError) -> str:
+    return ":".join(str(part) for part in (error.path, error.line) if part is not None)
+
+
+def _joined_facts(stores: list[TokenStore], parts: list[_Part]) -> dict[str, Any]:
+    """Return the metadata of several stores as one."""
+    joined: dict[str, Any] = {}
+    for store in stores:
+        joined = _added(joined, {"report": store.metadata.get("report", {})})
+        for name in ("num_samples", "num_tokens", "num_loss_tokens"):
+            joined[name] = joined.get(name, 0) + store.metadata[name]
+    first = stores[0].metadata
+    for name in ("vocabulary", "block_size", "validation_split"):
+        joined[name] = first.get(name)
+    keys = [[store.metadata["fingerprint"], part.number] for store, part in zip(stores, parts, strict=True)]
+    joined["fingerprint"] = hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:32]
+    joined["kind"] = ", ".join(sorted({store.metadata["kind"] for store in stores}))
+    joined["template_reads_clock"] = any(store.metadata.get("template_reads_clock") for store in stores)
+    return joined
+
+
+def _added(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    """Add counts of the same name, in objects of counts too."""
+    total = dict(a)
+    for name, value in b.items():
+        total[name] = _added(total.get(name, {}), value) if isinstance(value, dict) else total.get(name, 0) + value
+    return total
+
+
+def _named(data: Any) -> str:
+    if isinstance(data, list | tuple):
+        return ", ".join(spec.name for spec in source_specs(data))
+    return "datasets.Dataset" if is_dataset(data) else str(data)
+
+
 @dataclass(frozen=True)
 class _Job:
-    """All that building one store needs."""
+    """All that building the store of one part needs."""
 
-    source: Source
-    recipe: Recipe
+    part: _Part
     args: DataArguments
-    key: str
     tokenizer: PreTrainedTokenizerBase | None
+    pools: dict[str, TokenizerPool]  # by recipe: parts share their workers
+    stack: ExitStack
+    total_bytes: int
+    done_bytes: int
     progress: Progress | None
 
     def build(self, directory: Path) -> None:
+        part = self.part
+        assert part.source is not None
+        assert part.recipe is not None
         report = Counter(dict.fromkeys(_COUNTS, 0))
-        pool = TokenizerPool(self.recipe, str(self.source.path), self._num_processes() - 1)
-        with StoreWriter(directory) as writer, pool:
-            for batch in self._with_blocks(self._counted(pool.map(self.source.chunks), report)):
+        broken = Broken()
+        with StoreWriter(directory) as writer:
+            for batch in self._with_blocks(self._counted(self._pool().map(self._tasks()), report, broken)):
                 # A block of nothing but its first token, or of prompts alone, has nothing to train.
                 trainable = batch.count_loss_tokens() > 0
                 report.update(untrainable_blocks_dropped=int((~trainable).sum()))
                 batch = batch.where(trainable)
                 loss_tokens = int(batch.count_loss_tokens().sum())
                 report.update(samples=len(batch.lengths), tokens=len(batch.input_ids), loss_tokens=loss_tokens)
-                writer.append_batch(batch)
-            if self.source.has_changed():
-                raise DataError("the file changed while it was read", "prepare it again", self.source.path)
+                if not broken.errors or self.args.on_broken == "drop":
+                    writer.append_batch(batch)
+            if part.source.has_changed():
+                raise DataError("the file changed while it was read", "prepare it again", part.path)
+            if self.args.on_broken == "drop":
+                report["broken_dropped"] = broken.total - broken.undecided().total
+                broken = broken.undecided()
+            if broken.errors:
+                raise _BrokenRows(broken)
             writer.metadata.update(self._facts(report))
 
-    def _counted(self, results: Iterator[Tokenized], report: Counter[str]) -> Iterator[TokenBatch]:
-        done = 0
-        for chunk, (batch, counts) in zip(self.source.chunks, results, strict=True):
-            report.update(counts)
-            done += chunk.size
+    def _tasks(self) -> Iterator[Task]:
+        """Yield the chunks; a file that cannot be read to its end is reported like a row."""
+        yield from self.part.tasks()
+
+    def _pool(self) -> TokenizerPool:
+        recipe = self.part.recipe
+        assert recipe is not None
+        name = recipe.to_json()
+        if name not in self.pools:
+            wanted = self.args.dataset_num_proc
+            if wanted is None:
+                left = self.total_bytes - self.done_bytes
+                wanted = min(len(os.sched_getaffinity(0)), left // _BYTES_PER_PROCESS)
+            source = self.part.source
+            assert source is not None
+            if source.form == "lines" and source.num_bytes == self.total_bytes:
+                wanted = min(wanted, len(source.chunks))
+            self.pools[name] = self.stack.enter_context(TokenizerPool(recipe, max(1, wanted) - 1))
+        return self.pools[name]
+
+    def _counted(self, results: Iterator[Tokenized], report: Counter[str], broken: Broken) -> Iterator[TokenBatch]:
+        done = self.done_bytes
+        for result in results:
+            report.update(result.report)
+            broken.extend(result.broken)
+            done += result.num_bytes
             if self.progress is not None:
-                self.progress(done, self.source.num_bytes)
-            yield batch
+                self.progress(done, self.total_bytes)
+            yield result.batch
 
     def _with_blocks(self, batches: Iterator[TokenBatch]) -> Iterator[TokenBatch]:
         """Cut blocks if asked to; those of held-out documents are cut apart from the others."""
         if not self.args.block_size:
             yield from batches
             return
-        assert self.recipe.eos_id is not None
+        assert self.part.recipe is not None
+        assert self.part.recipe.eos_id is not None
         sides = (BlockCutter(self.args.block_size), BlockCutter(self.args.block_size))
         for batch in batches:
-            joined = end_with_eos(batch, self.recipe.eos_id)
+            joined = end_with_eos(batch, self.part.recipe.eos_id)
             held_out = are_held_out(joined.documents, self.args.validation_split)
             yield from (side.cut(joined.where(held_out == bool(k))) for k, side in enumerate(sides))
         yield from (side.finish() for side in sides)
 
-    def _num_processes(self) -> int:
-        wanted = self.args.dataset_num_proc
-        if wanted is None:
-            wanted = min(len(os.sched_getaffinity(0)), self.source.num_bytes // _BYTES_PER_PROCESS)
-        return max(1, min(wanted, len(self.source.chunks)))
-
     def _facts(self, report: Counter[str]) -> dict[str, Any]:
+        recipe = self.part.recipe
+        assert recipe is not None
         prefix = "ignored_field:"
         ignored = {name.removeprefix(prefix): n for name, n in report.items() if name.startswith(prefix)}
         counts = {name: n for name, n in report.items() if not name.startswith(prefix)}
         return {
-            "fingerprint": self.key,
-            "kind": self.recipe.expected.kind,
+            "fingerprint": self.part.key,
+            "kind": recipe.expected.kind,
             "vocabulary": None if self.tokenizer is None else _vocabulary_digest(self.tokenizer),
             "block_size": self.args.block_size,
             "validation_split": self.args.validation_split if self.args.block_size else None,
-            "template_reads_clock": self.recipe.chat is not None and self.recipe.chat.reads_clock,
+            "template_reads_clock": recipe.chat is not None and recipe.chat.reads_clock,
             "report": {**counts, "ignored_fields": ignored},
         }
+
+
+def _is_prepared(path: Any) -> bool:
+    return os.path.isfile(os.path.join(path, "metadata.json"))
 
 
 def _open_prepared(
@@ -177,11 +440,12 @@ def _open_prepared(
     if tokenizer is not None and vocabulary is not None and vocabulary != _vocabulary_digest(tokenizer):
         remedy = "name the tokenizer that it was prepared with, or prepare the data again with this one"
         raise DataError("was prepared with a tokenizer of another vocabulary", remedy, path)
-    for field in dataclasses.fields(DataArguments):
-        if field.name in _DECIDED_BY_PREPARING and getattr(args, field.name) != field.default:
+    defaults = DataArguments()
+    for name in _DECIDED_BY_PREPARING:
+        if getattr(args, name) != getattr(defaults, name):
             raise UsageError(
-                f"{field.name} = {getattr(args, field.name)!r} has no effect: {path} was prepared already; leave it "
-                "out, or prepare the data again from its JSONL file"
+                f"{name} = {getattr(args, name)!r} has no effect: {path} was prepared already; leave it "
+                "out, or prepare the data again from its files"
             )
     longest = int(store.lengths.max(initial=0))
     if limit is not None and longest > limit:
@@ -192,116 +456,3 @@ def _open_prepared(
 def _vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of which token each id stands for."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-
-
-_HOME = "~/.cache/trainer/prepared"
-
-
-def cache_home(data_cache_dir: str | None) -> Path:
-    """Where prepared data is kept: the folder asked for, or one in the user's home."""
-    return Path(data_cache_dir or _HOME).expanduser()
-
-
-def fingerprint(digest: str, recipe: str, validation_split: float | None) -> str:
-    """Name of a store: a hash of all that decides its content, the versions of the libraries included."""
-    versions = [FORMAT_VERSION, version("tokenizers"), version("transformers")]
-    return hashlib.sha256(json.dumps([versions, digest, recipe, validation_split]).encode()).hexdigest()[:32]
-
-
-def open_or_build(data_cache_dir: str | None, key: str, build: Callable[[Path], None]) -> tuple[TokenStore, bool]:
-    """Open the store of this name, or build it; say whether it was there. A torn or damaged one is built again."""
-    directory = cache_home(data_cache_dir) / key
-    store = _open_if_whole(directory)
-    if store is not None:
-        return store, True
-    with _lock(directory):
-        store = _open_if_whole(directory)
-        if store is not None:
-            return store, True
-        shutil.rmtree(directory, ignore_errors=True)
-        _remove_abandoned(directory.parent, key)
-        _build(build, directory)
-    return TokenStore.open(directory), False
-
-
-def _open_if_whole(directory: Path) -> TokenStore | None:
-    try:
-        return TokenStore.open(directory)
-    except DataError:
-        return None
-
-
-def _build(build: Callable[[Path], None], directory: Path) -> None:
-    try:
-        build(directory)
-    except OSError as error:
-        remedy = "free some space there, or give another folder with data_cache_dir"
-        raise DataError(f"cannot be written ({error})", remedy, directory) from error
-
-
-def _remove_abandoned(home: Path, own: str) -> None:
-    """Remove what processes that were killed have left of any store: nobody holds its lock."""
-    for remains in home.glob("*.tmp-*"):
-        key = remains.name.partition(".tmp-")[0]
-        with (home / f"{key}.lock").open("w") as file, contextlib.suppress(BlockingIOError):
-            if key != own:  # whose lock is ours
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(remains, ignore_errors=True)
-
-
-@contextmanager
-def _lock(directory: Path) -> Iterator[None]:
-    """Let one process build this store at a time."""
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        file = directory.with_name(f"{directory.name}.lock").open("w")
-    except OSError as error:
-        found = f"prepared data cannot be kept in {directory.parent} ({error.strerror})"
-        raise UsageError(f"{found}: give a folder that can be written with data_cache_dir") from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def end_with_eos(batch: TokenBatch, eos_id: int) -> TokenBatch:
-    """Put EOS behind every document that does not end with it; trained if the document's last token is."""
-    ends = np.cumsum(batch.lengths, dtype=np.int64)
-    last = np.maximum(ends - 1, 0)
-    lacks = batch.lengths == 0
-    lacks[~lacks] = batch.input_ids[last[~lacks]] != eos_id
-    label = np.full(len(ends), eos_id, np.int32)
-    masked = batch.lengths > 0
-    label[masked] = np.where(batch.labels[last[masked]] == IGNORE_INDEX, IGNORE_INDEX, eos_id)
-    return TokenBatch(
-        np.insert(batch.input_ids, ends[lacks], eos_id).astype(np.int32, copy=False),
-        np.insert(batch.labels, ends[lacks], label[lacks]).astype(np.int32, copy=False),
-        (batch.lengths + lacks).astype(np.int32),
-        batch.documents,
-    )
-
-
-class BlockCutter:
-    """Takes documents in batches and gives full blocks; what is left over waits for the next batch."""
-
-    def __init__(self, block_size: int) -> None:
-        self.block_size = block_size
-        self._rest = TokenBatch.join([], [])
-
-    def cut(self, batch: TokenBatch) -> TokenBatch:
-        """Add documents; return the blocks that are full, each under the document in which it begins."""
-        ids = np.concatenate([self._rest.input_ids, batch.input_ids])
-        labels = np.concatenate([self._rest.labels, batch.labels])
-        documents = np.concatenate([self._rest.documents, np.repeat(batch.documents, batch.lengths)])
-        num_blocks = len(ids) // self.block_size
-        cut = num_blocks * self.block_size
-        ones = np.ones(len(ids) - cut, np.int32)
-        self._rest = TokenBatch(ids[cut:], labels[cut:], ones, documents[cut:])
-        lengths = np.full(num_blocks, self.block_size, np.int32)
-        return TokenBatch(ids[:cut], labels[:cut], lengths, documents[: cut : self.block_size])
-
-    def finish(self) -> TokenBatch:
-        """Return the last, partial block, if anything is left."""
-        rest, self._rest = self._rest, TokenBatch.join([], [])
-        if not len(rest.input_ids):
-            return rest
-        return TokenBatch.join([Sample(rest.input_ids, rest.labels)], [int(rest.documents[0])])

@@ -17,33 +17,40 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from trainer.atomic import sync
+from trainer.data.token_files import (
+    REMEDY,
+    TOKENS_SCHEMA,
+    Int32s,
+    Int64s,
+    JoinedTokens,
+    MappedTokens,
+    MemoryTokens,
+    Sample,
+    Tokens,
+    block_checksums,
+    checked_columns,
+    record_batch,
+)
 from trainer.errors import DataError
 from trainer.labels import IGNORE_INDEX
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+DOCUMENT_BITS = 40
+"""A document's number is its row in its file; above these bits stands the number of the file."""
+
 CHUNK_TOKENS = 2**20
 """Tokens after which a record batch of the tokens file is closed; a sample never lies in two."""
 
-_TOKENS_SCHEMA = pa.schema([("input_ids", pa.int32()), ("labels", pa.int32())])
-_INDEX_SCHEMA = pa.schema([("length", pa.int32()), ("num_loss_tokens", pa.int32()), ("document", pa.int64())])
-_REMEDY = "delete the folder and prepare the data again"
-
-Int32s = NDArray[np.int32]
-Int64s = NDArray[np.int64]
-
-
-class Sample(NamedTuple):
-    """Token ids and labels, int32[T] each, of one sample or of several laid end to end."""
-
-    input_ids: Int32s
-    labels: Int32s
+_INDEX_SCHEMA = pa.schema(
+    [("length", pa.int32()), ("num_loss_tokens", pa.int32()), ("document", pa.int64()), ("content", pa.uint64())]
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,13 @@ class TokenBatch:
             np.array(documents, np.int64),
         )
 
+    @classmethod
+    def concatenate(cls, batches: Sequence[TokenBatch]) -> TokenBatch:
+        """Lay batches end to end."""
+        batches = [cls.join([], []), *batches]
+        columns = ("input_ids", "labels", "lengths", "documents")
+        return cls(*(np.concatenate([getattr(batch, name) for batch in batches]) for name in columns))
+
     def where(self, wanted: NDArray[np.bool_]) -> TokenBatch:
         """Return the samples that are wanted, one flag each."""
         tokens = np.repeat(wanted, self.lengths)
@@ -84,11 +98,31 @@ class TokenBatch:
         counts: Int32s = (before[ends] - before[ends - self.lengths]).astype(np.int32)
         return counts
 
+    def hash_contents(self) -> NDArray[np.uint64]:
+        """Hash the token ids of each sample: equal samples give equal numbers, others practically never."""
+        ends = np.cumsum(self.lengths, dtype=np.int64)
+        places = np.arange(len(self.input_ids)) - np.repeat(ends - self.lengths, self.lengths)
+        x = (self.input_ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        x ^= (places.astype(np.uint64) + np.uint64(1)) * np.uint64(0xD1342543DE82EF95)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)  # SplitMix64
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+        sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(x, dtype=np.uint64)])
+        return np.asarray(sums[ends] - sums[ends - self.lengths], np.uint64)
+
+    def to_index(self) -> _Index:
+        """Return what the index says of these samples."""
+        return _Index(self.lengths, self.count_loss_tokens(), self.documents, self.hash_contents())
+
 
 class TokenStore:
-    """Samples by number. `lengths`, `num_loss_tokens` (int32[n]) and `documents` (int64[n], lines) are at hand."""
+    """Samples by number, of one prepared file or of several.
 
-    def __init__(self, tokens: _Tokens, starts: Int64s, index: _Index, metadata: dict[str, Any]) -> None:
+    At hand are `lengths`, `num_loss_tokens` (int32[n]), `documents` (int64[n]: row, and number of the file), `contents`
+    (uint64[n], a hash of the tokens) and `sources` (int32[n], numbers in `source_names`).
+    """
+
+    def __init__(self, tokens: Tokens, starts: Int64s, index: _Index, metadata: dict[str, Any]) -> None:
         self._tokens, self._starts, self._index = tokens, starts, index
         self.metadata = metadata
 
@@ -101,8 +135,9 @@ class TokenStore:
         starts = np.cumsum(index.lengths, dtype=np.int64) - index.lengths
         bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(metadata["chunk_tokens"], dtype=np.int64)])
         if int(bounds[-1]) != int(index.lengths.sum(dtype=np.int64)):
-            raise DataError("its index and its tokens differ in number", _REMEDY, folder)
-        return cls(_MappedTokens(folder / "tokens.arrow", bounds), starts, index, metadata)
+            raise DataError("its index and its tokens differ in number", REMEDY, folder)
+        checksums = np.array(metadata["block_checksums"], np.uint32)
+        return cls(MappedTokens(folder / "tokens.arrow", bounds, checksums), starts, index, metadata)
 
     @classmethod
     def from_samples(cls, samples: Iterable[tuple[Any, Any]], metadata: dict[str, Any] | None = None) -> TokenStore:
@@ -111,10 +146,10 @@ class TokenStore:
         for sample in pairs:
             _check_sample(sample)
         batch = TokenBatch.join(pairs, range(1, len(pairs) + 1))
-        index = _Index(batch.lengths, batch.count_loss_tokens(), batch.documents)
+        index = batch.to_index()
         starts = np.cumsum(batch.lengths, dtype=np.int64) - batch.lengths
         facts = {**(metadata or {}), "largest_id": batch.largest_id()}
-        return cls(_MemoryTokens(batch.input_ids, batch.labels), starts, index, facts)
+        return cls(MemoryTokens(batch.input_ids, batch.labels), starts, index, facts)
 
     @property
     def lengths(self) -> Int32s:
@@ -130,6 +165,47 @@ class TokenStore:
     def documents(self) -> Int64s:
         """Line in the source file of the document that each sample comes from (a block: begins in)."""
         return self._index.documents
+
+    @property
+    def contents(self) -> NDArray[np.uint64]:
+        """A hash of each sample's token ids."""
+        return self._index.contents
+
+    @property
+    def source_names(self) -> list[str]:
+        """Names of the sources that the samples come from; one without a name where there is no more to say."""
+        return list(self.metadata.get("source_names", [""]))
+
+    @property
+    def sources(self) -> Int32s:
+        """Number of each sample's source."""
+        of_files = np.array(self.metadata.get("source_of_files", [0]), np.int32)
+        return np.asarray(of_files[self.documents >> DOCUMENT_BITS], np.int32)
+
+    def place(self, i: int) -> tuple[str, int]:
+        """Return file and row of the document that sample i comes from."""
+        files = self.metadata.get("files", [str(self.metadata.get("source", ""))])
+        number, row = divmod(int(self.documents[i]), 1 << DOCUMENT_BITS)
+        return files[number], row
+
+    def check_unchanged(self) -> None:
+        """Raise DataError where the tokens file was written since the store was made and differs; reads it then."""
+        for tokens in self._tokens.parts():
+            # The metadata is written last, so only what was written since then is younger.
+            if tokens.path.stat().st_mtime_ns > tokens.path.with_name("metadata.json").stat().st_mtime_ns:
+                tokens.check_all()
+
+    @classmethod
+    def concatenate(cls, stores: Sequence[TokenStore], files: Sequence[int], metadata: dict[str, Any]) -> TokenStore:
+        """Return the samples of several stores one after the other; `files` numbers the file that each comes from."""
+        bases = np.cumsum([0, *(store._tokens.num_tokens for store in stores)], dtype=np.int64)
+        starts = [store._starts + base for store, base in zip(stores, bases, strict=False)]
+        parts = []
+        for store, file in zip(stores, files, strict=True):
+            parts.append(store._index._replace(documents=store.documents + (file << DOCUMENT_BITS)))
+        facts = {**metadata, "largest_id": max(store.largest_id for store in stores)}
+        tokens = JoinedTokens([store._tokens for store in stores], bases)
+        return cls(tokens, np.concatenate(starts), _Index.join(parts), facts)
 
     @property
     def largest_id(self) -> int:
@@ -152,7 +228,7 @@ class TokenStore:
     def select(self, indices: Any) -> TokenStore:
         """Return a store of the samples with these numbers, in this order, over the same tokens."""
         rows = self._rows(indices)
-        index = _Index(self.lengths[rows], self.num_loss_tokens[rows], self.documents[rows])
+        index = _Index(self.lengths[rows], self.num_loss_tokens[rows], self.documents[rows], self.contents[rows])
         return TokenStore(self._tokens, self._starts[rows], index, self.metadata)
 
     def _rows(self, indices: Any) -> Int64s:
@@ -182,7 +258,7 @@ class StoreWriter:
     def __enter__(self) -> StoreWriter:
         self._temporary.mkdir(parents=True)
         self._file = pa.OSFile(str(self._temporary / "tokens.arrow"), "wb")
-        self._writer = pa.ipc.new_file(self._file, _TOKENS_SCHEMA)
+        self._writer = pa.ipc.new_file(self._file, TOKENS_SCHEMA)
         return self
 
     def append(self, input_ids: Any, labels: Any, document: int | None = None) -> None:
@@ -194,7 +270,7 @@ class StoreWriter:
 
     def append_batch(self, batch: TokenBatch) -> None:
         """Add samples that lie end to end."""
-        self._index.append(_Index(batch.lengths, batch.count_loss_tokens(), batch.documents))
+        self._index.append(batch.to_index())
         self._pending.append(batch)
         self._num_pending += len(batch.input_ids)
         self._num_samples += len(batch.lengths)
@@ -215,8 +291,8 @@ class StoreWriter:
 
     def _flush(self) -> None:
         if self._num_pending:
-            columns = [np.concatenate([getattr(b, name) for b in self._pending]) for name in _TOKENS_SCHEMA.names]
-            self._writer.write_batch(_record_batch(columns, _TOKENS_SCHEMA))
+            columns = [np.concatenate([getattr(b, name) for b in self._pending]) for name in TOKENS_SCHEMA.names]
+            self._writer.write_batch(record_batch(columns, TOKENS_SCHEMA))
             self._chunk_tokens.append(self._num_pending)
         self._pending, self._num_pending = [], 0
 
@@ -226,7 +302,7 @@ class StoreWriter:
             pa.OSFile(str(self._temporary / "index.arrow"), "wb") as file,
             pa.ipc.new_file(file, _INDEX_SCHEMA) as writer,
         ):
-            writer.write_batch(_record_batch(index, _INDEX_SCHEMA))
+            writer.write_batch(record_batch(index, _INDEX_SCHEMA))
         facts = {
             "format_version": FORMAT_VERSION,
             "num_samples": len(index.lengths),
@@ -235,6 +311,7 @@ class StoreWriter:
             "num_loss_tokens": int(index.num_loss_tokens.sum(dtype=np.int64)),
             "chunk_tokens": self._chunk_tokens,
             "tokens_bytes": (self._temporary / "tokens.arrow").stat().st_size,
+            "block_checksums": block_checksums(self._temporary / "tokens.arrow"),
             "index_checksum": zlib.crc32((self._temporary / "index.arrow").read_bytes()),
         }
         _write_metadata(self._temporary, {**self.metadata, **facts})
@@ -248,94 +325,16 @@ class StoreWriter:
             ) from error
 
 
-def _record_batch(columns: Iterable[NDArray[Any]], schema: pa.Schema) -> pa.RecordBatch:
-    """Arrow's view of these columns; `pa.array` would first import pandas, where it is installed: a second."""
-    typed = [
-        np.ascontiguousarray(column, kind.to_pandas_dtype()) for column, kind in zip(columns, schema.types, strict=True)
-    ]
-    arrays = [
-        pa.Array.from_buffers(kind, len(column), [None, pa.py_buffer(column)])
-        for column, kind in zip(typed, schema.types, strict=True)
-    ]
-    return pa.RecordBatch.from_arrays(arrays, schema=schema)
-
-
 class _Index(NamedTuple):
     lengths: Int32s
     num_loss_tokens: Int32s
     documents: Int64s
+    contents: NDArray[np.uint64]
 
     @classmethod
     def join(cls, parts: list[_Index]) -> _Index:
-        empty = _Index(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.int64))
+        empty = _Index(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.uint64))
         return _Index(*(np.concatenate(columns) for columns in zip(empty, *parts, strict=True)))
-
-
-class _Tokens(Protocol):
-    def read(self, starts: Int64s, lengths: Int32s) -> Sample: ...
-
-
-def _places(starts: Int64s, lengths: Int32s) -> Int64s:
-    """Where the tokens of spans lie that begin at `starts`, one span after the other."""
-    ends = np.cumsum(lengths, dtype=np.int64)
-    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)
-
-
-@dataclass(frozen=True)
-class _MemoryTokens:
-    input_ids: Int32s
-    labels: Int32s
-
-    def read(self, starts: Int64s, lengths: Int32s) -> Sample:
-        places = _places(starts, lengths)
-        return Sample(self.input_ids[places], self.labels[places])
-
-
-class _MappedTokens:
-    """The tokens file, mapped as one array of 32-bit words; a record batch is checked when it is first read from.
-
-    Pickles as its path.
-    """
-
-    def __init__(self, path: Path, bounds: Int64s) -> None:
-        self.path, self.bounds = path, bounds  # bounds: first token of each record batch, and the number of tokens
-        self._file: Any = None
-        self._words: Int32s = np.zeros(0, np.int32)
-        self._places = np.full((2, len(bounds) - 1), -1)  # word at which ids, and labels, of each record batch begin
-
-    def __reduce__(self) -> tuple[type[_MappedTokens], tuple[Path, Int64s]]:
-        return type(self), (self.path, self.bounds)
-
-    def read(self, starts: Int64s, lengths: Int32s) -> Sample:
-        batches = np.searchsorted(self.bounds, starts, side="right") - 1
-        for number in np.unique(batches[self._places[0, batches] < 0]).tolist():
-            self._places[:, number] = self._locate(number)
-        begins = self._places[:, batches] + (starts - self.bounds[batches])
-        return Sample(*(self._words[_places(column, lengths)] for column in begins))
-
-    def _locate(self, number: int) -> list[int]:
-        try:
-            if self._file is None:
-                self._file = pa.memory_map(str(self.path)).read_buffer()
-                self._words = np.frombuffer(self._file, np.int32, self._file.size // 4)
-            batch = pa.ipc.open_file(self._file).get_batch(number)
-            _columns(batch, _TOKENS_SCHEMA, int(self.bounds[number + 1] - self.bounds[number]))
-        except (pa.ArrowException, OSError, ValueError, IndexError) as error:
-            raise DataError(f"cannot read its tokens ({error})", _REMEDY, self.path) from error
-        return [(column.buffers()[1].address - self._file.address) // 4 for column in batch.columns]
-
-
-def _columns(batch: Any, schema: Any, num_rows: int) -> list[NDArray[Any]]:
-    batch.validate()
-    if batch.schema != schema or batch.num_rows != num_rows or any(column.null_count for column in batch.columns):
-        raise ValueError(f"{batch.num_rows} rows of {batch.schema.names}, not {num_rows} of {schema.names}")
-    return [_numbers(column) for column in batch.columns]
-
-
-def _numbers(column: Any) -> NDArray[Any]:
-    """What lies in the column, where it lies; its own `to_numpy` would import pandas too."""
-    kind = column.type.to_pandas_dtype()
-    return np.frombuffer(column.buffers()[1] or b"", kind, len(column), column.offset * column.type.byte_width)
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:
@@ -352,7 +351,7 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
         allowed = "name a JSONL file or a whole prepared folder, or prepare the data again"
         raise DataError(f"a folder without {Path(error.filename).name}", allowed, folder) from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"not a prepared data set, or a damaged one ({error})", _REMEDY, folder) from None
+        raise DataError(f"not a prepared data set, or a damaged one ({error})", REMEDY, folder) from None
     return dict(metadata)
 
 
@@ -362,9 +361,9 @@ def _read_index(folder: Path, metadata: dict[str, Any]) -> _Index:
         if zlib.crc32(buffer) != metadata["index_checksum"]:
             raise ValueError("its checksum does not match")
         batch = pa.ipc.open_file(buffer).get_batch(0)
-        return _Index(*_columns(batch, _INDEX_SCHEMA, metadata["num_samples"]))
+        return _Index(*checked_columns(batch, _INDEX_SCHEMA, metadata["num_samples"]))
     except (pa.ArrowException, OSError, ValueError, IndexError) as error:
-        raise DataError(f"its index is damaged ({error})", _REMEDY, folder / "index.arrow") from None
+        raise DataError(f"its index is damaged ({error})", REMEDY, folder / "index.arrow") from None
 
 
 def _write_metadata(folder: Path, metadata: dict[str, Any]) -> None:

@@ -197,7 +197,7 @@ class DocumentTokenizer:
         if policy == "error":
             allowed = f"at most {limit:,} tokens are allowed (max_length, or the token budget)"
             remedy = "raise it, or choose overlong=drop, truncate or split"
-            raise document.refusal(f"found a sample of {length:,} tokens", f"{allowed}; {remedy}")
+            raise document.undecided(f"found a sample of {length:,} tokens", f"{allowed}; {remedy}")
         if policy == "drop":
             report.update(overlong_dropped=1, tokens_dropped=length)
             return []
@@ -231,7 +231,7 @@ def _untrainable(document: Document, recipe: Recipe) -> TrainerError:
     roles = ", ".join(str(m["role"]) for m in messages[:8]) if isinstance(messages, list) else None
     found = "found no token to train" + (f" (roles: {roles}; train_on={recipe.train_on!r})" if roles else "")
     allowed = "a sample needs at least one trained token after its first; or choose on_untrainable=drop"
-    return document.refusal(found, allowed)
+    return document.undecided(found, allowed)
 
 
 def _raw_text(document: Document) -> tuple[str, str] | None:

@@ -10,49 +10,137 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock, Semaphore, Thread
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from trainer.data.jsonl import parse_documents
+from trainer.data.formats import AS_IT_IS, Reading
+from trainer.data.jsonl import Document, UndecidedError, parse_chunk
 from trainer.data.sources import Chunk
 from trainer.data.store import TokenBatch
 from trainer.data.tokenize import DocumentTokenizer, Recipe
 from trainer.errors import DataError
 
-Tokenized = tuple[TokenBatch, "Counter[str]"]
-_Task = tuple[Chunk, "Future[Tokenized]"]
-
 _IN_ADVANCE = 8  # results that a process may have ready before they are asked for: the first of all may take longest
 _ARRAYS = (("input_ids", np.int32), ("labels", np.int32), ("lengths", np.int32), ("documents", np.int64))
+_MOST_ERRORS = 20  # of one chunk that are kept; all are counted
+_SLOW_SECONDS = 5.0
 
 
-def tokenize_chunk(tokenizer: DocumentTokenizer, path: str, chunk: Chunk) -> Tokenized:
-    """Tokenize some lines of a file."""
-    return tokenizer.tokenize(parse_documents(chunk.read(path), path, chunk.first_line, tokenizer.recipe.expected))
+@dataclass
+class Broken:
+    """Rows that cannot be used: the first ones in order, and counts by kind with the first of each."""
+
+    errors: list[DataError] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, DataError] = field(default_factory=dict)
+
+    def add(self, error: DataError) -> None:
+        """Count one row."""
+        # A kind is what is allowed, and in which field; places in lists and numbers are not part of it.
+        named = f"{error.field}: {error.allowed}" if error.field else error.allowed
+        kind = re.sub(r"\[\d+\]|\d[\d,]*", "", named)
+        self.counts[kind] += 1
+        self.examples.setdefault(kind, error)
+        if len(self.errors) < _MOST_ERRORS:
+            self.errors.append(error)
+
+    @property
+    def total(self) -> int:
+        """How many rows there are."""
+        return sum(self.counts.values())
+
+    def undecided(self) -> Broken:
+        """Return those that another option than on_broken decides about."""
+        kinds = [kind for kind, error in self.examples.items() if isinstance(error, UndecidedError)]
+        errors: list[DataError] = [error for error in self.errors if isinstance(error, UndecidedError)]
+        examples = {kind: self.examples[kind] for kind in kinds}
+        counts = Counter({kind: self.counts[kind] for kind in kinds})
+        return Broken(errors or list(examples.values()), counts, examples)
+
+    def extend(self, other: Broken) -> None:
+        """Count the rows of what follows."""
+        self.counts.update(other.counts)
+        self.examples = {**other.examples, **self.examples}
+        self.errors = [*self.errors, *other.errors][:_MOST_ERRORS]
+
+
+@dataclass
+class Tokenized:
+    """What a chunk gives: samples, counts of what happened to its rows, and the rows that cannot be used."""
+
+    batch: TokenBatch
+    report: Counter[str]
+    broken: Broken
+    num_bytes: int = 0
+
+
+class Task(NamedTuple):
+    """A chunk of a source, and how its rows are read."""
+
+    path: str
+    chunk: Chunk
+    reading: Reading = AS_IT_IS
+
+
+def tokenize_chunk(tokenizer: DocumentTokenizer, task: Task) -> Tokenized:
+    """Tokenize some rows, and collect those that cannot be."""
+    report: Counter[str] = Counter()
+    documents: list[Document] = []
+    errors: list[DataError] = []
+    for item in parse_chunk(task.chunk, task.path, tokenizer.recipe.expected, task.reading, report):
+        if isinstance(item, DataError):
+            errors.append(item)
+        else:
+            documents.append(item)
+    try:
+        batch, counts = tokenizer.tokenize(documents)
+    except DataError:
+        # One of them cannot be used: only one by one shows which.
+        batches = []
+        counts = Counter()
+        for document in documents:
+            begun = time.monotonic()
+            try:
+                one, its_counts = tokenizer.tokenize([document])
+            except DataError as error:
+                if time.monotonic() - begun > _SLOW_SECONDS:  # no end: other rows would take as long
+                    raise
+                errors.append(error)
+            else:
+                batches.append(one)
+                counts.update(its_counts)
+        batch = TokenBatch.concatenate(batches)
+    broken = Broken()
+    for refused in sorted(errors, key=lambda refused: refused.line or 0):
+        broken.add(refused)
+    return Tokenized(batch, report + counts, broken, task.chunk.size)
 
 
 class TokenizerPool:
-    """Tokenizes in the caller, and in some worker processes that are started on entering and gone on leaving.
+    """Tokenizes in the caller, and in some worker processes that start with the first chunks and end on leaving.
 
     Each takes the next chunk as soon as it has time, a worker not before it has loaded what it needs.
     """
 
-    def __init__(self, recipe: Recipe, path: str, num_workers: int) -> None:
-        self._recipe, self._path, self._num_workers = recipe, path, num_workers
+    def __init__(self, recipe: Recipe, num_workers: int) -> None:
+        self._recipe, self._num_workers = recipe, num_workers
         self._tokenizer = DocumentTokenizer(recipe)
         self._workers: list[_Worker] = []
 
     def __enter__(self) -> TokenizerPool:
-        self._workers = [_Worker(self._recipe, self._path) for _ in range(self._num_workers)]
+        self._workers = [_Worker(self._recipe) for _ in range(self._num_workers)]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -60,49 +148,57 @@ class TokenizerPool:
             worker.kill()
             worker.close()
 
-    def map(self, chunks: Iterable[Chunk]) -> Iterator[Tokenized]:
-        """Yield what each chunk gives, in order."""
-        tasks = _Tasks(chunks, _IN_ADVANCE * (1 + self._num_workers))
-        threads = [Thread(target=_serve, args=(worker, tasks)) for worker in self._workers]
+    def map(self, tasks: Iterable[Task]) -> Iterator[Tokenized]:
+        """Yield what each task gives, in order."""
+        queue = _Tasks(tasks, _IN_ADVANCE * (1 + self._num_workers))
+        self._workers += [_Worker(self._recipe) for _ in range(self._num_workers - len(self._workers))]
+        workers = list(self._workers)
+        threads = [Thread(target=_serve, args=(worker, queue)) for worker in workers]
         for thread in threads:
             thread.start()
+        is_done = False
         try:
             while True:
-                if tasks.is_next_done:
-                    yield tasks.next_result()
-                elif (task := tasks.draw(wait=False)) is not None:
-                    _settle(task, lambda chunk: tokenize_chunk(self._tokenizer, self._path, chunk))
-                elif tasks.are_left:
-                    yield tasks.next_result()
+                if queue.is_next_done:
+                    yield queue.next_result()
+                elif (drawn := queue.draw(wait=False)) is not None:
+                    _settle(drawn, lambda task: tokenize_chunk(self._tokenizer, task))
+                elif queue.are_left:
+                    yield queue.next_result()
                 else:
+                    is_done = True
                     break
         finally:
-            tasks.close()
-            for worker, thread in zip(self._workers, threads, strict=True):
-                worker.kill()  # it may still be starting
+            queue.close()
+            for worker, thread in zip(workers, threads, strict=True):
+                if not is_done or not worker.is_ready:  # it may be starting still, or at work on what nobody wants
+                    worker.kill()
+                    self._workers = [other for other in self._workers if other is not worker]
                 thread.join()
+                if worker not in self._workers:
+                    worker.close()
 
 
 class _Tasks:
-    """Chunks in order, and the result of each in the same order; drawn by several threads, the results read by one."""
+    """Tasks in order, and the result of each in the same order; drawn by several threads, the results read by one."""
 
-    def __init__(self, chunks: Iterable[Chunk], most_in_advance: int) -> None:
-        self._chunks = iter(chunks)
+    def __init__(self, tasks: Iterable[Task], most_in_advance: int) -> None:
+        self._tasks = iter(tasks)
         self._lock = Lock()
         self._room = Semaphore(most_in_advance)
         self._results: deque[Future[Tokenized]] = deque()
 
-    def draw(self, *, wait: bool) -> _Task | None:
-        """Take the next chunk; None if there is none left, or no room for its result and waiting is not wanted."""
+    def draw(self, *, wait: bool) -> tuple[Task, Future[Tokenized]] | None:
+        """Take the next task; None if there is none left, or no room for its result and waiting is not wanted."""
         if not self._room.acquire(blocking=wait):
             return None
         with self._lock:
-            chunk = next(self._chunks, None)
-            if chunk is None:
+            task = next(self._tasks, None)
+            if task is None:
                 self._room.release()  # lets others that wait find out too
                 return None
             self._results.append(Future())
-            return chunk, self._results[-1]
+            return task, self._results[-1]
 
     @property
     def are_left(self) -> bool:
@@ -115,7 +211,7 @@ class _Tasks:
         return bool(self._results) and self._results[0].done()
 
     def next_result(self) -> Tokenized:
-        """Wait for the next result; raises what its chunk raised."""
+        """Wait for the next result; raise what its task raised."""
         result = self._results.popleft().result()
         self._room.release()
         return result
@@ -123,30 +219,29 @@ class _Tasks:
     def close(self) -> None:
         """Give out no more."""
         with self._lock:
-            self._chunks = iter(())
+            self._tasks = iter(())
         self._room.release()
 
 
-def _serve(worker: _Worker, tasks: _Tasks) -> None:
-    """Let a worker take chunks until there are none."""
+def _serve(worker: _Worker, queue: _Tasks) -> None:
+    """Let a worker take tasks until there are none."""
     worker.wait_until_ready()
-    while (task := tasks.draw(wait=True)) is not None:
-        _settle(task, worker.tokenize)
+    while (drawn := queue.draw(wait=True)) is not None:
+        _settle(drawn, worker.tokenize)
 
 
-def _settle(task: _Task, tokenize: Callable[[Chunk], Tokenized]) -> None:
-    chunk, result = task
+def _settle(drawn: tuple[Task, Future[Tokenized]], tokenize: Callable[[Task], Tokenized]) -> None:
+    task, result = drawn
     try:
-        result.set_result(tokenize(chunk))
-    except Exception as error:  # noqa: BLE001  raised when its turn comes: a chunk before it may hold an error as well
+        result.set_result(tokenize(task))
+    except Exception as error:  # noqa: BLE001  raised when its turn comes: a task before it may hold an error as well
         result.set_exception(error)
 
 
 class _Worker:
     """The caller's end of one worker process."""
 
-    def __init__(self, recipe: Recipe, path: str) -> None:
-        self._path = path
+    def __init__(self, recipe: Recipe) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__],
             stdin=subprocess.PIPE,
@@ -154,43 +249,58 @@ class _Worker:
             cwd=Path(__file__).parents[2],
             start_new_session=True,
         )
-        self._job = json.dumps(os.path.abspath(path)) + "\n" + recipe.to_json() + "\n"
+        self._job = recipe.to_json() + "\n"
+        self.is_ready = False
 
     def wait_until_ready(self) -> None:
-        """Hand over the job and wait until the worker can begin. That it died is told by the next chunk."""
+        """Hand over the job and wait until the worker can begin. That it died is told by the next task."""
+        if self.is_ready:
+            return
         with contextlib.suppress(OSError):
-            self._write(self._job)
+            self._write(self._job.encode())
             assert self._process.stdout is not None
-            self._process.stdout.readline()
+            self.is_ready = bool(self._process.stdout.readline())
 
-    def tokenize(self, chunk: Chunk) -> Tokenized:
+    def tokenize(self, task: Task) -> Tokenized:
         assert self._process.stdout is not None
+        chunk, data = task.chunk, task.chunk.data
+        head = {
+            "path": os.path.abspath(task.path) if data is None else task.path,
+            "chunk": [chunk.offset, chunk.size, chunk.first_line, None, chunk.is_table],
+            "reading": [task.reading.columns, task.reading.format],
+            "bytes": None if data is None else len(data),
+        }
         try:
-            self._write(json.dumps(chunk) + "\n")
-            return self._receive(self._process.stdout)
+            self._write(json.dumps(head).encode() + b"\n" + (data or b""))
+            return self._receive(self._process.stdout, task)
         except (OSError, EOFError, ValueError) as error:
             if isinstance(error, DataError):
                 raise
             status = self._process.wait()
-            found = f"a tokenizing process died (exit status {status}) in the lines from here"
+            found = f"a tokenizing process died (exit status {status}) in the rows from here"
             remedy = "was it killed for memory? Lower dataset_num_proc"
-            raise DataError(found, remedy, self._path, chunk.first_line) from error
+            raise DataError(found, remedy, task.path, chunk.first_line) from error
 
-    def _receive(self, pipe: IO[bytes]) -> Tokenized:
-        line = pipe.readline()
+    def _receive(self, pipe: IO[bytes], task: Task) -> Tokenized:
+        line, path = pipe.readline(), task.path
         if not line:
             raise EOFError
         head = json.loads(line)
         if "refused" in head:
-            raise DataError(**{**head["refused"], "path": self._path})
+            raise _unpacked(head["refused"], path)
+        broken = Broken(
+            [_unpacked(error, path) for error in head["errors"]],
+            Counter(head["counts"]),
+            {kind: _unpacked(error, path) for kind, error in head["examples"].items()},
+        )
         arrays = [
             np.frombuffer(_read(pipe, size), dtype) for size, (_, dtype) in zip(head["sizes"], _ARRAYS, strict=True)
         ]
-        return TokenBatch(*arrays), Counter(head["report"])
+        return Tokenized(TokenBatch(*arrays), Counter(head["report"]), broken, task.chunk.size)
 
-    def _write(self, text: str) -> None:
+    def _write(self, data: bytes) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(text.encode())
+        self._process.stdin.write(data)
         self._process.stdin.flush()
 
     def kill(self) -> None:
@@ -204,29 +314,49 @@ class _Worker:
 
 
 def main() -> None:
-    """Serve one caller: read a path, a recipe and chunks from stdin, write results to stdout, end with stdin."""
+    """Serve one caller: read a recipe and tasks from stdin, write results to stdout, end with stdin."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per process; read by tokenizers at each call
     with os.fdopen(os.dup(1), "wb") as results:
         os.dup2(2, 1)  # what a library prints must not reach the caller as a result
-        path = json.loads(sys.stdin.buffer.readline() or "null")
-        if path is None:
+        job = sys.stdin.buffer.readline()
+        if not job:
             return
-        tokenizer = DocumentTokenizer(Recipe.from_json(sys.stdin.buffer.readline().decode()))
+        tokenizer = DocumentTokenizer(Recipe.from_json(job.decode()))
         tokenizer.load()
         _send(results, {"ready": True}, [])
         for line in sys.stdin.buffer:
-            _answer(results, tokenizer, path, Chunk(*json.loads(line)))
+            head = json.loads(line)
+            data = None if head["bytes"] is None else _read(sys.stdin.buffer, head["bytes"])
+            columns, form = head["reading"]
+            reading = Reading(tuple((field, column) for field, column in columns), form)
+            _answer(results, tokenizer, Task(head["path"], Chunk(*head["chunk"])._replace(data=data), reading))
 
 
-def _answer(results: IO[bytes], tokenizer: DocumentTokenizer, path: str, chunk: Chunk) -> None:
+def _answer(results: IO[bytes], tokenizer: DocumentTokenizer, task: Task) -> None:
     try:
-        batch, report = tokenize_chunk(tokenizer, path, chunk)
+        done = tokenize_chunk(tokenizer, task)
     except DataError as error:
-        refused = {"found": error.found, "allowed": error.allowed, "line": error.line, "field": error.field}
-        _send(results, {"refused": refused}, [])
+        _send(results, {"refused": _packed(error)}, [])
         return
-    arrays = [np.ascontiguousarray(getattr(batch, name), dtype).tobytes() for name, dtype in _ARRAYS]
-    _send(results, {"sizes": list(map(len, arrays)), "report": report}, arrays)
+    arrays = [np.ascontiguousarray(getattr(done.batch, name), dtype).tobytes() for name, dtype in _ARRAYS]
+    head = {
+        "sizes": list(map(len, arrays)),
+        "report": done.report,
+        "errors": [_packed(error) for error in done.broken.errors],
+        "counts": done.broken.counts,
+        "examples": {kind: _packed(error) for kind, error in done.broken.examples.items()},
+    }
+    _send(results, head, arrays)
+
+
+def _packed(error: DataError) -> list[Any]:
+    """Write an error as JSON values; its path is the caller's to fill in."""
+    return [isinstance(error, UndecidedError), error.found, error.allowed, error.line, error.field]
+
+
+def _unpacked(values: list[Any], path: str) -> DataError:
+    is_undecided, found, allowed, line, field = values
+    return (UndecidedError if is_undecided else DataError)(found, allowed, path, line, field)
 
 
 def _send(results: IO[bytes], head: dict[str, Any], arrays: list[bytes]) -> None:

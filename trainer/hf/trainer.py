@@ -142,7 +142,8 @@ class Trainer(CoreTrainer):
 
     def build_task(self, model: nn.Module | None, train_dataset: Any, eval_dataset: Any) -> Task:
         """Token data is given, named by an option, or all that is left to be built from; anything else is custom."""
-        is_to_build = (model is None and self.model_init is None) or self.args.data_path is not None
+        has_path = self.args.data_path is not None or bool(self.args.data_mixture)
+        is_to_build = (model is None and self.model_init is None) or has_path
         if is_token_data(train_dataset if train_dataset is not None else eval_dataset) or (
             train_dataset is None and is_to_build
         ):

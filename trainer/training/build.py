@@ -12,9 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.config.arguments import TrainingArguments
 from trainer.data.costs import CostModel, cost_model_from_config
-from trainer.data.mixture import split_validation
 from trainer.data.packing import TOKENS
-from trainer.data.prepare import Progress, left_out, prepare
+from trainer.data.prepare import Progress, load_data
 from trainer.data.store import TokenStore
 from trainer.distributed.group import Group
 from trainer.errors import DataError, ModelError, UsageError
@@ -53,17 +52,14 @@ def load_datasets(
         UsageError: there is no data_path.
         DataError: a line cannot be trained on.
     """
-    if args.data_path is None:
-        raise UsageError("data_path is missing: name a JSONL file, or give Trainer a train_dataset")
+    if args.data_path is None and not args.data_mixture:
+        raise UsageError("data_path is missing: name the files to train on, or give Trainer a train_dataset")
     with group.lead_first():
-        paths = [path for path in (args.data_path, args.validation_data_path) if path is not None]
-        stores = [prepare(path, tokenizer, args, args.longest_sample, progress) for path in paths]
-    for path, store in zip(paths, stores, strict=True):
-        if group.is_lead and (words := left_out(store)):
-            _log.warning("%s: %s", path, words)
-    if args.validation_split:
-        return split_validation(stores[0], args.validation_split, args.seed)
-    return stores[0], stores[1] if len(stores) > 1 else None
+        train, held_out, notes = load_data(args, tokenizer, args.seed, args.longest_sample, progress)
+    if group.is_lead:
+        for note in notes:
+            _log.warning("%s", note)
+    return train, held_out
 
 
 def check_held_out(args: TrainingArguments, train_dataset: Any, eval_dataset: Any) -> None:
