@@ -28,7 +28,7 @@ from trainer.optim.optimizers import build_optimizer
 from trainer.optim.schedules import build_schedule
 from trainer.training import run_dir
 from trainer.training.callbacks import Every
-from trainer.training.metrics import BatchMetrics, batch_counts
+from trainer.training.metrics import BatchMetrics
 from trainer.training.run_dir import open_output_dir, sole_run
 from trainer.training.signals import SIGNALS, StopRequest
 from trainer.training.step import find_non_finite
@@ -141,8 +141,10 @@ class TestBatchMetrics:
         assert metrics.reduce(one_process()) == {"loss": 2.0}
 
     def test_packing_efficiency_counts_the_budgets_of_all_ranks(self) -> None:
-        first: Any = {"batch_num_loss_counted_tokens": 5, "batch_num_tokens": 30, "batch_num_samples": 2}
-        assert batch_counts([first, first], max_tokens_per_rank=10, world_size=3)["packing_efficiency"] == 0.5
+        task = build_trainer(Path("unused"), random_token_samples([4, 3]), max_tokens_per_rank=10).task
+        first: Any = {"batch_num_loss_counted_tokens": 5, "batch_num_tokens": 5, "batch_num_samples": 2}
+        assert task.counts([first]).packing_efficiency == 0.5
+        assert task.counts([first, first]).packing_efficiency == 0.25
 
 
 class TestOptimizer:

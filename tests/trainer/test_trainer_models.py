@@ -216,7 +216,7 @@ class TestModels:
 
     def test_optimizers_can_be_asked(self, tmp_path: Path) -> None:
         trainer = get_regression_trainer(output_dir=tmp_path, learning_rate=0.25)
-        with pytest.raises(ValueError, match="there is no optimizer yet"):
+        with pytest.raises(ValueError, match="optimizer is None"):
             trainer.get_learning_rates()
         trainer.create_optimizer_and_scheduler(10)
         assert set(trainer.get_learning_rates()) == {0.25}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from transformers.trainer_callback import TrainerControl
 
@@ -18,10 +17,10 @@ from trainer.config.arguments import TrainingArguments
 from trainer.data.length import RunLength
 from trainer.training.callbacks import Events, RunState
 from trainer.training.checkpoints import Checkpoints
-from trainer.training.metrics import StepReport, now, peak_memory_bytes, throughput, timed
+from trainer.training.metrics import StepReport, now, peak_memory_bytes
 from trainer.training.nonfinite import CrashRecorder
 from trainer.training.signals import StopRequest
-from trainer.training.step import Engine, StepResult, take_step
+from trainer.training.step import Engine, take_step
 from trainer.training.task import Batches, GlobalBatch
 
 logger = logging.getLogger(__name__)
@@ -71,7 +70,10 @@ def train(run: Run) -> None:
     run.state.num_steps_per_epoch = run.length.steps_per_epoch
     run.state.num_samples_per_epoch = run.batches.num_samples or run.state.num_samples_per_epoch
     group = run.engine.group
-    with StopRequest(saves=run.checkpoints.is_on) as stop, group.naming_faults(lambda: f"step {next_step(run)}"):
+    with (
+        StopRequest(saves=run.checkpoints.is_on) as stop,
+        group.naming_faults(lambda: f"step {run.state.global_step + 1}"),
+    ):
         begin(run)
         while not (run.is_over or run.control.should_training_stop):
             train_epoch(run, stop)
@@ -80,11 +82,6 @@ def train(run: Run) -> None:
         run.checkpoints.finish()
         run.finish()
         run.events.emit("on_train_end")
-
-
-def next_step(run: Run) -> int:
-    """Return the number of the step that the run is at."""
-    return run.state.global_step + 1
 
 
 def begin(run: Run) -> None:
@@ -108,22 +105,67 @@ def end(run: Run) -> None:
 def train_epoch(run: Run, stop: StopRequest) -> None:
     """Train what is left of one epoch; a signal leaves it open."""
     epoch, start = run.state.num_epochs_done, run.state.num_epoch_samples_seen
-    window = log_window(run)
     run.state.epoch_end_is_due = True
     run.events.emit("on_epoch_begin")
-    for batch, waited in timed(run.batches.epoch(epoch, start)):
-        window.add(train_batch(run, batch, waited, stop))
+    batches = iter(run.batches.epoch(epoch, start))
+    while True:
+        waiting_since = now()
+        batch = next(batches, None)
+        if batch is None:
+            end_of_data(run, epoch, start)
+            break
+        train_batch(run, batch, now() - waiting_since, stop)
         act(run)
         if run.control.should_training_stop or run.control.should_epoch_stop or run.is_over:
             break
-    else:
-        end_of_data(run, epoch, start)
     if run.stop_signal is None:
         close_epoch(run, epoch)
 
 
+def train_batch(run: Run, batch: GlobalBatch, data_seconds: float, stop: StopRequest) -> None:
+    """Take one step on a batch that was waited for so many seconds, move the position past it, and report it."""
+    state, events, task, device = run.state, run.events, run.engine.task, run.engine.group.device
+    events.emit("on_step_begin")
+    started = now()
+    random = generator_states(device)  # so that a step that fails can be replayed with the same dropout
+    result = take_step(run.engine, batch, stop)
+    if result.problem is not None:
+        run.crash.handle(batch, result, random)
+    counts = task.counts(batch)
+    state.advance(counts.num_samples, counts.num_loss_tokens or 0)
+    state.total_flos += counts.num_operations
+    state.num_input_tokens_seen += counts.num_tokens or 0
+    seconds = now() - started
+    report = StepReport(
+        step=state.global_step,
+        epoch=state.epoch,
+        learning_rate=result.learning_rate,
+        grad_norm=result.grad_norm,
+        loss=result.loss,
+        num_samples=counts.num_samples,
+        num_micro_batches=counts.num_micro_batches,
+        samples_per_second=counts.num_samples / seconds,
+        data_seconds=data_seconds,
+        step_seconds=seconds,
+        peak_memory_bytes=peak_memory_bytes(device),
+        num_loss_tokens=counts.num_loss_tokens,
+        num_tokens=counts.num_tokens,
+        packing_efficiency=counts.packing_efficiency,
+        tokens_per_second=None if counts.num_tokens is None else counts.num_tokens / seconds,
+        more=result.more,
+        is_skipped=result.problem is not None,
+    )
+    add_to_log_window(state, report, is_filtered=run.args.logging_nan_inf_filter)
+    events.emit("on_step_end", report=report)
+    if result.stop_signal is not None:
+        run.stop_signal, run.control.should_training_stop = result.stop_signal, True
+        events.is_stopped_by_signal = True
+    if run.checkpoints.is_on and (result.stop_signal is not None or result.is_save_asked):
+        run.control.should_save = True
+
+
 def close_epoch(run: Run, epoch: int) -> None:
-    """End an epoch, cut short if a callback wants it so, and tell it."""
+    """End an epoch, cut short if a callback asks for that, and call on_epoch_end."""
     if run.control.should_epoch_stop and run.state.num_epochs_done == epoch:
         run.state.end_epoch()
     run.events.emit("on_epoch_end")
@@ -132,7 +174,7 @@ def close_epoch(run: Run, epoch: int) -> None:
 
 
 def close_epoch_of_former_run(run: Run) -> None:
-    """Tell the end of an epoch that was reached, but not told, when the checkpoint was written."""
+    """Call on_epoch_end for an epoch that had ended, without the call, when the checkpoint was written."""
     state, control = run.state, run.control
     is_at_end = state.num_epoch_samples_seen == 0 or control.should_epoch_stop or control.should_training_stop
     if state.epoch_end_is_due and (is_at_end or run.is_over):
@@ -140,7 +182,7 @@ def close_epoch_of_former_run(run: Run) -> None:
 
 
 def end_of_data(run: Run, epoch: int, start: int) -> None:
-    """Close an epoch whose batches ran out; a stream shows its length, or that it has nothing left to give."""
+    """Close an epoch whose batches ran out; a stream now shows its length, or that it has nothing left."""
     seen = run.state.num_epoch_samples_seen
     if run.state.num_epochs_done > epoch:  # its length was known
         return
@@ -152,93 +194,42 @@ def end_of_data(run: Run, epoch: int, start: int) -> None:
     run.state.end_epoch()
 
 
-def train_batch(run: Run, batch: GlobalBatch, waited: float, stop: StopRequest) -> StepReport:
-    """Take one step on a batch that was waited for so many seconds, move the position past it, and report it."""
-    run.events.emit("on_step_begin")
-    started = now()
-    random = generator_states(run.engine.group.device)
-    result = take_step(run.engine, batch, stop)
-    if result.problem is not None:
-        run.crash.handle(batch, result, random)
-    counts = run.engine.task.counts(batch)
-    run.state.advance(counts["num_samples"], counts.get("num_loss_tokens", 0))
-    run.state.total_flos += counts.pop("num_operations")
-    run.state.num_input_tokens_seen += counts.get("num_tokens", 0)
-    report = report_step(run, result, counts | {"data_seconds": waited}, now() - started)
-    if not report.is_skipped:
-        run.state.loss_sum += report.loss * report.weight
-        run.state.loss_weight += report.weight
-    run.events.emit("on_step_end", report=report)
-    if result.stop_signal is not None:
-        run.stop_signal, run.control.should_training_stop = result.stop_signal, True
-        run.events.is_stopped_by_signal = True
-    if run.checkpoints.is_on and (result.stop_signal is not None or result.is_save_asked):
-        run.control.should_save = True
-    return report
+def add_to_log_window(state: RunState, report: StepReport, *, is_filtered: bool) -> None:
+    """Add a step to those that the next log line is about, and to the mean loss of the run.
 
-
-def report_step(run: Run, result: StepResult, counts: dict[str, Any], seconds: float) -> StepReport:
-    """Put together what the step did."""
-    return StepReport(
-        step=run.state.global_step,
-        epoch=run.state.epoch,
-        learning_rate=result.learning_rate,
-        grad_norm=result.grad_norm,
-        loss=result.loss,
-        is_skipped=result.problem is not None,
-        **counts,
-        **throughput(counts, seconds),
-        peak_memory_bytes=peak_memory_bytes(run.engine.group.device),
-        more=result.more,
-    )
-
-
-class LossWindow:
-    """Steps since the last log line: their mean loss; of the newest gradient norm, learning rate and what is more.
+    The window is part of the state, so that a resumed run continues it.
 
     Args:
-        state: what keeps it, so that a resumed run goes on with it.
-        is_filtered: whether the loss of a skipped step is left out; that there was one is always told.
+        state: where the run stands.
+        report: the step.
+        is_filtered: leave out the loss of a skipped step; the line always says that there was one.
     """
-
-    def __init__(self, state: RunState, *, is_filtered: bool) -> None:
-        self._state, self._is_filtered = state, is_filtered
-
-    def add(self, report: StepReport) -> None:
-        """Take in one more step."""
-        window = dict(self._state.log_window)
-        if not (report.is_skipped and self._is_filtered):
-            window["loss_sum"] = window.get("loss_sum", 0.0) + report.loss * report.weight
-            window["weight"] = window.get("weight", 0) + report.weight
-        if report.is_skipped:
-            window["num_skipped_steps"] = window.get("num_skipped_steps", 0) + 1
-        else:
-            window |= {"grad_norm": report.grad_norm, "learning_rate": report.learning_rate, **report.more}
-        self._state.log_window = window
-
-    def take(self) -> dict[str, float]:
-        """Return the log line and start the next window; without a loss where every step was skipped."""
-        window, self._state.log_window = self._state.log_window, {}
-        loss_sum, weight = window.pop("loss_sum", 0.0), window.pop("weight", 0)
-        return {"loss": loss_sum / weight, **window} if weight else window
-
-    @property
-    def has_steps(self) -> bool:
-        """Whether a step came since the last line."""
-        return bool(self._state.log_window)
+    window = dict(state.log_window)
+    loss_sum = report.loss * report.weight
+    if not (report.is_skipped and is_filtered):
+        window["loss_sum"] = window.get("loss_sum", 0.0) + loss_sum
+        window["weight"] = window.get("weight", 0) + report.weight
+    if report.is_skipped:
+        window["num_skipped_steps"] = window.get("num_skipped_steps", 0) + 1
+    else:
+        window |= {"grad_norm": report.grad_norm, "learning_rate": report.learning_rate, **report.more}
+        state.loss_sum += loss_sum
+        state.loss_weight += report.weight
+    state.log_window = window
 
 
-def log_window(run: Run) -> LossWindow:
-    """Return the steps that the next log line is about."""
-    return LossWindow(run.state, is_filtered=run.args.logging_nan_inf_filter)
+def take_log_line(state: RunState) -> dict[str, float]:
+    """Return the log line and start the next window; without a loss where every step was skipped."""
+    window, state.log_window = state.log_window, {}
+    loss_sum, weight = window.pop("loss_sum", 0.0), window.pop("weight", 0)
+    return {"loss": loss_sum / weight, **window} if weight else window
 
 
 def act(run: Run) -> None:
     """Do what the callbacks asked for."""
     run.checkpoints.poll()
-    window = log_window(run)
-    if run.control.should_log and window.has_steps:
-        run.log(window.take())
+    if run.control.should_log and run.state.log_window:
+        run.log(take_log_line(run.state))
     run.control.should_log = False
     if run.control.should_evaluate:
         evaluate_once(run)

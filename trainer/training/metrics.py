@@ -8,16 +8,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from trainer.data.loader import MicroBatch
 from trainer.distributed.group import Group
-
-T = TypeVar("T")
 
 
 class BatchMetrics:
@@ -33,15 +29,27 @@ class BatchMetrics:
             self._sums[name] = self._sums[name] + added if name in self._sums else added
 
     def own(self, name: str) -> torch.Tensor:
-        """Give this rank's sum of one name, on its device."""
+        """Return this rank's sum of one name, on its device."""
         return self._sums[name]
 
     def reduce(self, group: Group) -> dict[str, float]:
-        """Sum over ranks in one collective, forget the sums, give them as numbers. All ranks know the same names."""
+        """Sum over ranks in one collective, reset the sums, return them as numbers. All ranks know the same names."""
         names = sorted(self._sums)
         sums = torch.stack([self._sums[name].to(group.device) for name in names])
         self._sums.clear()
         return dict(zip(names, group.sum_tensor(sums).tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class BatchCounts:
+    """What a global batch holds over all ranks, as far as it is known before the step."""
+
+    num_samples: int
+    num_micro_batches: int  # of each rank
+    num_operations: float  # floating-point operations of forward and backward, an estimate
+    num_loss_tokens: int | None = None
+    num_tokens: int | None = None
+    packing_efficiency: float | None = None  # share of the token budgets of all ranks that holds tokens
 
 
 @dataclass(frozen=True)
@@ -52,13 +60,13 @@ class StepReport:
     epoch: float
     learning_rate: float
     grad_norm: float
-    loss: float  # mean over the loss tokens of the global batch; what an ordinary model calls its loss
+    loss: float  # mean over the loss tokens of the global batch; of a custom data set what the model calls its loss
     num_samples: int
     num_micro_batches: int
     samples_per_second: float
-    data_seconds: float  # that the lead rank waited for the batch, before the step
+    data_seconds: float  # that the main rank waited for the batch, before the step
     step_seconds: float
-    peak_memory_bytes: int  # of the lead rank's device, or of its process on the CPU
+    peak_memory_bytes: int  # of the main rank's device, or of its process on the CPU
     num_loss_tokens: int | None = None  # these four: of token data alone
     num_tokens: int | None = None
     packing_efficiency: float | None = None  # share of the token budgets of all ranks that held tokens
@@ -68,7 +76,7 @@ class StepReport:
     is_skipped: bool = False  # its loss or gradient was not finite, so that it was not taken
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the report as plain values, without what is not known of ordinary data or is no number."""
+        """Return the report as plain values, without those that are not known or not finite."""
         values = dataclasses.asdict(self)
         values |= values.pop("more")
         is_skipped = values.pop("is_skipped")
@@ -81,39 +89,8 @@ class StepReport:
         return 1 if self.num_loss_tokens is None else self.num_loss_tokens
 
 
-def batch_counts(batch: list[MicroBatch], max_tokens_per_rank: int, world_size: int) -> dict[str, Any]:
-    """Give the counts of a global batch, all of them known from its plan."""
-    first = batch[0]
-    capacity = len(batch) * world_size * max_tokens_per_rank
-    return {
-        "num_loss_tokens": first["batch_num_loss_counted_tokens"],
-        "num_tokens": first["batch_num_tokens"],
-        "num_samples": first["batch_num_samples"],
-        "num_micro_batches": len(batch),
-        "packing_efficiency": first["batch_num_tokens"] / capacity,
-    }
-
-
-def throughput(counts: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Give tokens, where they are counted, and samples per second of a step over all ranks."""
-    tokens = {"tokens_per_second": counts["num_tokens"] / seconds} if "num_tokens" in counts else {}
-    return {**tokens, "samples_per_second": counts["num_samples"] / seconds, "step_seconds": seconds}
-
-
-def timed(items: Iterable[T]) -> Iterator[tuple[T, float]]:
-    """Give each item with the seconds that it was waited for."""
-    iterator = iter(items)
-    while True:
-        started = now()
-        try:
-            item = next(iterator)
-        except StopIteration:
-            return
-        yield item, now() - started
-
-
 def peak_memory_bytes(device: torch.device) -> int:
-    """Give the most memory held so far: allocated on the GPU, or resident on the CPU."""
+    """Return the most memory held so far: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

@@ -52,6 +52,7 @@ from trainer.model.traits import (
 from trainer.training.batches import GlobalModelBatch, InputCounts, ModelBatches
 from trainer.training.build import check_evaluations
 from trainer.training.generate import Answer
+from trainer.training.metrics import BatchCounts
 
 logger = logging.getLogger(__name__)
 
@@ -248,16 +249,14 @@ class ModelTask:
             )
         return custom_length(batches.num_samples, batches.steps_per_epoch, self.dealing.per_step, self.args)
 
-    def counts(self, batch: GlobalModelBatch) -> dict[str, Any]:
+    def counts(self, batch: GlobalModelBatch) -> BatchCounts:
         """Return what is known of a global batch."""
-        counts = {
-            "num_samples": batch.batch_num_samples,
-            "num_micro_batches": len(batch.micro_batches),
-            "num_operations": self._operations_per_input * batch.batch_num_inputs,
-        }
-        if batch.batch_num_tokens:
-            counts["num_tokens"] = batch.batch_num_tokens
-        return counts
+        return BatchCounts(
+            num_samples=batch.batch_num_samples,
+            num_micro_batches=len(batch.micro_batches),
+            num_operations=self._operations_per_input * batch.batch_num_inputs,
+            num_tokens=batch.batch_num_tokens or None,
+        )
 
     def backward(self, batch: GlobalModelBatch, i: int) -> dict[str, Tensor]:
         """Have `training_step` add the gradient of a micro-batch; return its share of the loss."""

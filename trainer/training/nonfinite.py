@@ -71,7 +71,7 @@ class CrashRecorder:
         position = {
             "epoch": self.state.num_epochs_done,
             "first_sample": self.state.num_epoch_samples_seen,
-            "num_samples": self.engine.task.counts(batch)["num_samples"],
+            "num_samples": self.engine.task.counts(batch).num_samples,
             "seed": self.args.order_seed,
         }
         contents = Contents(

@@ -35,7 +35,7 @@ from trainer.training.build import (
 )
 from trainer.training.evaluate import check_metric, evaluation_loss
 from trainer.training.generate import Answer, Question, answer_questions, check_room, end_ids, questions_of
-from trainer.training.metrics import batch_counts
+from trainer.training.metrics import BatchCounts
 from trainer.training.osft import build_split_model
 from trainer.training.process import to_device
 
@@ -158,10 +158,18 @@ class PackedTask:
             self._questions(self.eval_dataset)
         return run_length(self.train_dataset.num_loss_tokens, self.args.batch_size, self.args.order_seed, self.args)
 
-    def counts(self, batch: list[MicroBatch]) -> dict[str, Any]:
+    def counts(self, batch: list[MicroBatch]) -> BatchCounts:
         """Return the counts of the plan."""
-        counts = batch_counts(batch, self.args.max_tokens_per_rank, self.group.world_size)
-        return counts | {"num_operations": self._operations_per_token * counts["num_tokens"]}
+        num_tokens = batch[0]["batch_num_tokens"]
+        capacity = len(batch) * self.group.world_size * self.args.max_tokens_per_rank
+        return BatchCounts(
+            num_samples=batch[0]["batch_num_samples"],
+            num_micro_batches=len(batch),
+            num_operations=self._operations_per_token * num_tokens,
+            num_loss_tokens=batch[0]["batch_num_loss_counted_tokens"],
+            num_tokens=num_tokens,
+            packing_efficiency=num_tokens / capacity,
+        )
 
     def backward(self, batch: list[MicroBatch], i: int) -> dict[str, Tensor]:
         """Add the gradient of a pack; return its share of the mean loss."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -79,15 +79,13 @@ def take_step(engine: Engine, batch: GlobalBatch, stop: StopRequest) -> StepResu
         NonFiniteError: loss or gradient norm is NaN or infinite, and the optimizer has stepped during backward.
         LeakError: the update moved what OSFT protects.
     """
-    model, optimizer, schedule, group, osft = (
-        engine.model,
-        engine.optimizer,
-        engine.schedule,
-        engine.group,
-        engine.osft,
-    )
+    model, optimizer, schedule = engine.model, engine.optimizer, engine.schedule
+    group, osft = engine.group, engine.osft
     while True:
-        own_loss, totals = accumulate_gradients(engine, batch, stop)
+        metrics = accumulate_gradients(engine, batch)
+        own_loss = metrics.own("loss")
+        metrics.accumulate(**stop.as_flags())  # one collective for the loss and what signals ask for
+        totals = metrics.reduce(group)
         # FSDP2 has summed the gradients of sharded parameters over ranks; those that every rank holds whole are not.
         sum_whole_gradients(model.parameters(), group)
         engine.scale.unscale(model.parameters())
@@ -128,24 +126,17 @@ def take_step(engine: Engine, batch: GlobalBatch, stop: StopRequest) -> StepResu
     return StepResult(loss, grad_norm, learning_rate, *signals, more)
 
 
-def accumulate_gradients(engine: Engine, batch: GlobalBatch, stop: StopRequest) -> tuple[Tensor, dict[str, float]]:
-    """Add the gradient of this rank's micro-batches.
-
-    Returns:
-        This rank's share of the mean loss, and the sums over ranks of `loss`, of what else the task measures, and of
-        the flags of `stop`: one collective for all of them.
-    """
+def accumulate_gradients(engine: Engine, batch: GlobalBatch) -> BatchMetrics:
+    """Add the gradient of this rank's micro-batches; return its share of `loss` and of what else the task measures."""
     metrics = BatchMetrics()
-    num_micro_batches = engine.task.counts(batch)["num_micro_batches"]
+    num_micro_batches = engine.task.counts(batch).num_micro_batches
     for i in range(num_micro_batches):
         is_last = i == num_micro_batches - 1
         with last_backward(engine.optimizer) if is_last else nullcontext():
             metrics.accumulate(**engine.task.backward(batch, i))
         if not is_last:
             engine.emit("on_substep_end")
-    own_loss = metrics.own("loss")
-    metrics.accumulate(**stop.as_flags())
-    return own_loss, metrics.reduce(engine.group)
+    return metrics
 
 
 def find_non_finite(loss: float, grad_norm: float) -> str | None:

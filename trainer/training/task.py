@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from trainer.data.length import RunLength
 from trainer.model.osft.layers import Osft
 from trainer.training.generate import Answer
+from trainer.training.metrics import BatchCounts
 
 GlobalBatch = Any  # this rank's share of one, as its task knows it
 
@@ -61,8 +62,8 @@ class Task(Protocol):
     def length(self, batches: Any) -> RunLength:
         """Plan the number of steps."""
 
-    def counts(self, batch: GlobalBatch) -> dict[str, Any]:
-        """Count what a batch holds over all ranks: `num_samples`, `num_micro_batches`, and what else is known."""
+    def counts(self, batch: GlobalBatch) -> BatchCounts:
+        """Count what a batch holds over all ranks."""
 
     def backward(self, batch: GlobalBatch, i: int) -> dict[str, Tensor]:
         """Add the gradient of micro-batch i of this rank.
