@@ -52,7 +52,8 @@ def sole_run(args: TrainingArguments, group: Group) -> Iterator[None]:
         with group.naming_faults(lambda: "before the first step"):
             if group.any(problem is not None):
                 raise UsageError(problem or "the main rank could not lock output_dir")
-            _probe(Path(args.output_dir), group)
+            if args.save_strategy != "no":  # all else is written by the main rank alone
+                _probe(Path(args.output_dir), group)
         yield
     finally:
         if lock is not None:
