@@ -421,7 +421,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
     Loader.add_constructor("tag:yaml.org,2002:str", Loader.construct_yaml_str)
     try:
-        options = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)  # noqa: S506 a SafeLoader
+        options = Loader(Path(path).read_text(encoding="utf-8")).get_single_data()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise UsageError(f"configuration {path}: {error}") from error
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
