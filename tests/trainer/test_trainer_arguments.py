@@ -86,6 +86,78 @@ class TestReading:
         )
 
 
+SCRIPTS = {  # options that scripts declare beside TrainingArguments
+    "language modelling": ""
+    "model_name_or_path model_type config_overrides config_name tokenizer_name cache_dir use_fast_tokenizer "
+    "model_revision token trust_remote_code dtype dataset_name dataset_config_name train_file validation_file "
+    "max_train_samples max_eval_samples streaming block_size overwrite_cache validation_split_percentage "
+    "preprocessing_num_workers keep_linebreaks max_seq_length mlm_probability line_by_line pad_to_max_length",
+    "classification": ""
+    "task_name max_seq_length overwrite_cache pad_to_max_length max_predict_samples train_file test_file "
+    "ignore_mismatched_sizes do_regression text_column_names label_column_name shuffle_train_dataset "
+    "metric_name return_entity_level_metrics label_all_tokens doc_stride n_best_size max_answer_length "
+    "version_2_with_negative",
+    "sequence to sequence": "source_lang target_lang text_column summary_column max_source_length max_target_length "
+    "val_max_target_length num_beams ignore_pad_token_for_loss source_prefix forced_bos_token "
+    "resize_position_embeddings",
+    "chats": "model_name_or_path data_path eval_data_path lazy_preprocess padding_side model_max_length "
+    "attn_implementation chat_template max_length dataset_num_proc trust_remote_code validation_split train_on",
+    "adapters": "dataset_name dataset_config dataset_train_split dataset_test_split use_peft lora_r lora_alpha "
+    "lora_dropout lora_target_modules lora_modules_to_save lora_task_type use_rslora use_dora load_in_8bit "
+    "load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant model_revision attn_implementation packing "
+    "eval_packing",
+}
+
+
+class TestArgumentParser:
+    """transformers' HfArgumentParser, as its example scripts use it."""
+
+    @pytest.mark.parametrize("kind", [TrainingArguments, Seq2SeqTrainingArguments])
+    @pytest.mark.parametrize("script", SCRIPTS)
+    def test_options_of_scripts_do_not_conflict_with_ours(self, kind: Any, script: str) -> None:
+        names = SCRIPTS[script].split()
+        own = dataclasses.make_dataclass("ScriptOptions", [(name, str, "unset") for name in names])
+        words = [word for name in names for word in (f"--{name}", "given")]
+        for kinds in ((own, kind), (kind, own)):
+            parsed = HfArgumentParser(kinds).parse_args_into_dataclasses([*words, "--output_dir=out", "--bf16", "True"])
+            args, options = sorted(parsed, key=lambda one: isinstance(one, own))
+            assert set(vars(options).values()) == {"given"}
+            assert args == kind("out", bf16=True)
+
+    def test_options_of_ours_are_parsed_for_token_data(self) -> None:
+        words = [
+            "--output_dir=out",
+            "--batch_size=4",
+            "--max_tokens_per_rank=77",
+            "--osft",
+            "--osft_unfreeze_rank_ratio=0.2",
+        ]
+        (args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(words)
+        assert args == TrainingArguments(
+            "out", batch_size=4, max_tokens_per_rank=77, osft=True, osft_unfreeze_rank_ratio=0.2
+        )
+
+    def test_names_that_are_not_here_get_advice_or_may_have_their_default(self) -> None:
+        @dataclasses.dataclass
+        class Own(TrainingArguments):
+            max_length: int = 512
+            use_cache: bool = True
+
+        for kind in (TrainingArguments, Seq2SeqTrainingArguments, Own):
+            parser = HfArgumentParser(kind)
+            granted = ["--ddp_find_unused_parameters", "False", "--fsdp", "", "--log_on_each_node", "true"]
+            (args,) = parser.parse_args_into_dataclasses(["--output_dir=out", *granted, "--hub_strategy=end"])
+            assert (args, args.hub_strategy) == (kind("out"), "end")
+            with pytest.raises(UsageError, match="deepspeed: this option of transformers is not supported; weights"):
+                parser.parse_args_into_dataclasses(["--deepspeed", "ds.json"])
+        (own,) = parser.parse_args_into_dataclasses(["--max_length=7", "--use_cache=False"])
+        assert (own.max_length, own.use_cache, own.block_size) == (7, False, None)
+        assert (
+            dataclasses.replace(own, block_size=5).to_dict()
+            == Own(max_length=7, use_cache=False, block_size=5).to_dict()
+        )
+
+
 class TestSetters:
     def test_options_change_by_subject(self) -> None:
         args = TrainingArguments(weight_decay=0.1)

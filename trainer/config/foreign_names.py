@@ -39,7 +39,9 @@ NOT_HERE: dict[str, NotHere] = {
     "ddp_backend": NotHere(None, "gloo on the CPU, nccl on GPUs"),
     "ddp_broadcast_buffers": NotHere(None, _ENGINE),
     "ddp_bucket_cap_mb": NotHere(None, _ENGINE),
-    "ddp_find_unused_parameters": NotHere(None, "parameters without a gradient are always allowed; leave it out"),
+    "ddp_find_unused_parameters": NotHere(
+        None, "parameters without a gradient are always allowed; leave it out", also=(False, True)
+    ),
     "ddp_static_graph": NotHere(None, _ENGINE),
     "debug": NotHere("", "a non-finite loss or gradient always ends the run, with the step's number", also=(None,)),
     "deepspeed": NotHere(None, _ENGINE),

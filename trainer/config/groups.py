@@ -20,7 +20,7 @@ LARGEST_SEED = 2**32 - 1  # of numpy's global generator
 
 @dataclass
 class ExportArguments:
-    """What is written, and where."""
+    """Output and exports."""
 
     output_dir: str = option("outputs", "Folder of everything that the run writes.", at_resume="free")
     overwrite_output_dir: bool = option(False, "Start afresh in a folder that already holds a run.", at_resume="free")
@@ -172,7 +172,7 @@ class BatchArguments:
 
 @dataclass
 class LoaderArguments:
-    """Batches of data sets of one's own: whatever is not token data, which is packed."""
+    """Batches of custom data sets; token data is packed instead."""
 
     per_device_train_batch_size: int = option(8, "Samples of one rank in one micro-batch.", above=0, maximum=INT32)
     per_device_eval_batch_size: int = option(
@@ -268,7 +268,7 @@ class EvaluationArguments:
 
 @dataclass
 class PredictionArguments:
-    """Evaluation and prediction of data sets of one's own."""
+    """Evaluation and prediction of custom data sets."""
 
     prediction_loss_only: bool = option(False, "Measure the loss alone, and keep no predictions.")
     include_for_metrics: list[str] = option([], "What compute_metrics sees besides: inputs, loss.")
@@ -286,7 +286,7 @@ class PredictionArguments:
 
 @dataclass
 class CheckpointArguments:
-    """Full-state checkpoints, and going on from them."""
+    """Checkpoints and resuming."""
 
     save_strategy: Literal["no", "steps", "epoch", "best", "signal"] = option(
         "steps",
@@ -364,7 +364,7 @@ class LoggingArguments:
 
 @dataclass
 class HubArguments:
-    """The Hugging Face hub."""
+    """Hugging Face hub."""
 
     push_to_hub: bool = option(False, "Push each export to the hub, with a model card.", at_resume="free")
     hub_model_id: str | None = option(
@@ -399,7 +399,7 @@ class MachineArguments:
 
 @dataclass
 class ScriptArguments:
-    """What scripts ask their options for; the Trainer itself reads none of it."""
+    """For scripts; the Trainer itself reads none of it."""
 
     do_train: bool = option(False, "For scripts: whether to train.", at_resume="free")
     do_eval: bool = option(False, "For scripts: whether to evaluate.", at_resume="free")
