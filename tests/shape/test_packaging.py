@@ -1,5 +1,6 @@
-"""pip and uv install the same versions: what uv resolves is what constraints.txt pins."""
+"""pip, uv, hooks and actions take the versions that are pinned; decisions are numbered."""
 
+import re
 import shutil
 import subprocess
 import tomllib
@@ -58,3 +59,22 @@ def test_uv_resolves_the_pinned_versions(tmp_path: Path) -> None:
     expected = {pin for pin in pins if pin.partition("==")[0] in names}
     assert {"pytest", "torch", "transformers", "hypothesis"} <= names
     assert expected <= resolved, f"not as pinned: {sorted(expected - resolved)}"
+
+
+def test_hooks_before_a_commit_have_the_pinned_versions() -> None:
+    text = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    hooked = set(re.findall(r"additional_dependencies: \[(.+?)\]", text))
+    assert hooked
+    assert hooked <= set(pinned())
+
+
+def test_actions_are_pinned_by_hash() -> None:
+    for workflow in (ROOT / ".github" / "workflows").glob("*.yml"):
+        used = re.findall(r"uses: (\S+)", workflow.read_text(encoding="utf-8"))
+        assert used
+        assert [action for action in used if not re.search(r"@[0-9a-f]{40}$", action)] == []
+
+
+def test_decisions_are_numbered_without_a_hole() -> None:
+    numbers = sorted(int(path.name[:4]) for path in (ROOT / "decisions").glob("[0-9]*.md"))
+    assert numbers == list(range(1, len(numbers) + 1))
