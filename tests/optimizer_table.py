@@ -24,14 +24,14 @@ from trainer.optim.spec import Spec, is_installed  # noqa: E402
 
 SUITE = "tests/trainer/test_trainer_optimizers.py"
 CHECKS = {  # column -> tests of the suite
-    "moves": ("test_moves",),
-    "converges": ("test_converges",),
-    "accumulates": ("test_accumulates",),
-    "2 ranks": ("test_sharded", "test_resumes_sharded"),
-    "resumes": ("test_resumes",),
-    "unused": ("test_tolerates_unused",),
-    "rate": ("test_rate",),
-    "bytes": ("test_bytes",),
+    "moves": ("test_every_trainable_parameter_moves",),
+    "converges": ("test_an_optimizer_converges",),
+    "accumulates": ("test_accumulated_micro_batches_are_one_batch",),
+    "2 ranks": ("test_a_sharded_step_is_the_whole_one", "test_a_sharded_optimizer_resumes"),
+    "resumes": ("test_a_resumed_optimizer_goes_on_bit_equal",),
+    "unused": ("test_a_parameter_without_gradient_is_tolerated",),
+    "rate": ("test_the_learning_rate_is_used",),
+    "bytes": ("test_the_bytes_of_the_state_are_as_told",),
     "by hand": ("test_decays_as_by_hand",),
 }
 MATRIX, RANK = (4096, 4096), 128  # of which the bytes are told

@@ -133,7 +133,7 @@ class TestBatchLengthsToMinibatches:
 
 
 class TestGreedy:
-    def test_takes_samples_in_order(self) -> None:
+    def test_greedy_packing_takes_samples_in_order(self) -> None:
         shares = all_shares(batch_lengths_to_minibatches, [60, 50, 30, 70, 10], 100, 2)
         assert shares == [[[0], [3]], [[1, 2], [4]]]
 
@@ -246,7 +246,7 @@ class TestBatchingEfficiency:
     @pytest.mark.slow
     @pytest.mark.timeout(3600)
     @pytest.mark.parametrize("cost", COSTS.values(), ids=COSTS)
-    def test_so_they_are_from_64_samples_to_8192_and_on_up_to_512_ranks(self, cost: CostModel) -> None:
+    def test_plans_are_at_their_bounds_from_64_samples_to_8192_and_on_up_to_512_ranks(self, cost: CostModel) -> None:
         sizes, several = (64, 256, 1024, 8192), (2, 8, 64, 512)
         share_at_bound, _ = distance_to_bounds(instances(sizes, (1, *several), self.BUDGETS), cost)
         _, above_bound = distance_to_bounds(instances(sizes, several, self.BUDGETS), cost)  # one rank waits for none
@@ -255,7 +255,7 @@ class TestBatchingEfficiency:
         assert above_bound <= tolerances.PACKING_STEP_ABOVE_BOUND
 
     @pytest.mark.parametrize("name", DISTRIBUTIONS)
-    def test_never_more_micro_batches_than_any_textbook_planner(self, name: str) -> None:
+    def test_the_planner_never_takes_more_micro_batches_than_any_textbook_planner(self, name: str) -> None:
         lengths = DISTRIBUTIONS[name](np.random.default_rng(0), 256, 8192)
         ours = plan_batch(lengths, 8192, 4).num_micro_batches
         assert all(ours <= len(peer(lengths, 8192, 4)) // 4 for peer in PEERS.values())

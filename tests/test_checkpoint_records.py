@@ -136,7 +136,7 @@ class TestWhatVerifyFinds:
         assert f"{name} is not a regular file" in fault
 
     @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", ""])
-    def test_names_stay_inside_the_folder(self, damaged: Path, name: str) -> None:
+    def test_recorded_file_names_stay_inside_the_folder(self, damaged: Path, name: str) -> None:
         about, _ = read_sealed(damaged / "manifest.json")
         about["files"][name] = about["files"]["state.json"]
         write_sealed(damaged / "manifest.json", about)

@@ -133,7 +133,7 @@ class TestEpochOrder:
         assert epoch_order(10, 42, 1).tolist() == [4, 9, 5, 3, 0, 2, 7, 1, 6, 8]
 
     @given(n=st.integers(1, 3000), seed=st.integers(0, 2**64 - 1), epoch=st.integers(0, 2**40))
-    def test_is_a_permutation(self, n: int, seed: int, epoch: int) -> None:
+    def test_an_epoch_order_is_a_permutation(self, n: int, seed: int, epoch: int) -> None:
         assert sorted(epoch_order(n, seed, epoch).tolist()) == list(range(n))
 
     def test_every_order_is_equally_likely(self) -> None:
@@ -149,7 +149,7 @@ class TestEpochOrder:
 
 
 class TestEpochSampler:
-    def test_gives_the_epoch_in_order(self) -> None:
+    def test_a_sampler_gives_the_epoch_in_order(self) -> None:
         sampler = EpochSampler(100, seed=3)
         assert list(sampler) == epoch_order(100, 3, 0).tolist()
         assert {type(i) for i in sampler} == {int}
@@ -187,13 +187,13 @@ class TestInfiniteSampler:
         assert stream[:100] != stream[100:]
         assert stream[:100] != list(range(100))
 
-    def test_resumes_in_the_middle_of_an_epoch(self) -> None:
+    def test_an_infinite_sampler_resumes_in_the_middle_of_an_epoch(self) -> None:
         sampler = InfiniteSampler(7, seed=0)
         stream = list(islice(sampler, 40))
         sampler.set_epoch(2, start=3)
         assert list(islice(sampler, 20)) == stream[17:37]
 
-    def test_has_no_length(self) -> None:
+    def test_an_infinite_sampler_has_no_length(self) -> None:
         with pytest.raises(TypeError, match="len"):
             len(InfiniteSampler(7, seed=0))  # type: ignore[arg-type]
 
@@ -283,7 +283,9 @@ class TestMaxTokensPerRankCollator:
         assert found == sorted((ids, [-100, *labels[1:]]) for ids, labels in batch)
 
     @given(batch=trained_batches(), world_size=st.integers(1, 4), budget=st.integers(12, 60))
-    def test_counts_equal_what_the_tensors_hold(self, batch: list[TokenSample], world_size: int, budget: int) -> None:
+    def test_the_counts_of_a_batch_equal_what_the_tensors_hold(
+        self, batch: list[TokenSample], world_size: int, budget: int
+    ) -> None:
         samples = [as_dict(sample) for sample in batch]
         shares = [MaxTokensPerRankCollator(budget, rank, world_size)(samples) for rank in range(world_size)]
         micro_batches = [mb for share in shares for mb in share]
@@ -337,7 +339,7 @@ class TestGetDataLoader:
         assert [batch[0]["batch_num_samples"] for batch in loader] == [4, 4, 2]
         assert len(loader) == 3
 
-    def test_follows_the_sampler(self) -> None:
+    def test_a_loader_follows_its_sampler(self) -> None:
         loader = self.loader(sampler=EpochSampler(10, seed=42))
         loader.sampler.set_epoch(3, start=4)  # type: ignore[attr-defined]
         seen = [{ids[0] for ids, _ in samples_in(batch)} for batch in loader]
@@ -416,7 +418,7 @@ class TestGetDataLoader:
 class TestForecast:
     @pytest.mark.parametrize("world_size", [1, 2, 5])
     @pytest.mark.parametrize("cost", [CostModel(1, 0), CostModel(100, 1)], ids=["tokens", "squares"])
-    def test_foretells_what_the_loader_does(self, world_size: int, cost: CostModel) -> None:
+    def test_a_forecast_is_what_the_loader_does(self, world_size: int, cost: CostModel) -> None:
         lengths = np.random.default_rng(0).integers(2, 200, 101).tolist()
         store = numbered_store(lengths)
         told = forecast(store.lengths, store.num_loss_tokens, Layout(16, 256, world_size, cost), seed=7, epochs=2)
@@ -478,14 +480,14 @@ class TestPrefetch:
         assert list(prefetched(items)) == items
         assert list(islice(prefetched(items), taken)) == items[:taken]
 
-    def test_draws_one_ahead_and_no_more(self) -> None:
+    def test_prefetching_draws_one_item_ahead_and_no_more(self) -> None:
         drawn: list[int] = []
         items = prefetched(map(lambda i: (drawn.append(i), i)[1], range(9)))  # type: ignore[func-returns-value]
         assert (next(items), next(items)) == (0, 1)
         items.close()  # type: ignore[attr-defined]
         assert drawn == [0, 1, 2]
 
-    def test_works_while_the_consumer_does(self) -> None:
+    def test_prefetching_works_while_the_consumer_does(self) -> None:
         made, used = Event(), Event()
 
         def items() -> Iterator[int]:
@@ -508,7 +510,7 @@ class TestPrefetch:
             seen.extend(prefetched(items()))
         assert seen == [0]
 
-    def test_leaves_no_thread(self) -> None:
+    def test_prefetching_leaves_no_thread(self) -> None:
         before = active_count()
         items = prefetched(range(5))
         next(items)

@@ -66,7 +66,7 @@ class Layer(torch.nn.Module):
 
 class TestVarlen:
     @pytest.mark.parametrize("options", [{}, {"sliding_window": 3}, {"scaling": 0.3}], ids=str)
-    def test_attends_as_the_loop_over_samples_does(self, options):
+    def test_varlen_attends_as_the_loop_over_samples_does(self, options):
         generator = torch.Generator().manual_seed(0)
         shapes = [(1, heads, sum(LENGTHS), 8) for heads in (4, 2, 2)]
         inputs = [torch.randn(shape, generator=generator).bfloat16().requires_grad_() for shape in shapes]
@@ -80,7 +80,7 @@ class TestVarlen:
 
     @pytest.mark.parametrize("by_autocast", [True, False])
     @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
-    def test_gives_the_loss_and_gradients_of_the_loop(self, name, by_autocast):
+    def test_varlen_gives_the_loss_and_gradients_of_the_loop(self, name, by_autocast):
         pack, found = build_pack(LENGTHS), []
         for device in ("cuda", "cpu"):
             model = build_model(name, dtype=torch.float32 if by_autocast else torch.bfloat16).train()

@@ -97,7 +97,7 @@ class TestNames:
             load_class("new", "no_such_package:Adam", "no-such-package")
 
     @pytest.mark.parametrize("name", [name for name, spec in OPTIMIZERS.items() if spec.package])
-    def test_each_missing_package_is(self, name: str) -> None:
+    def test_each_missing_package_is_named(self, name: str) -> None:
         if is_installed(OPTIMIZERS[name]):
             pytest.skip(f"{OPTIMIZERS[name].package} is there")
         options = {"optim_target_modules": "all-linear"} if OPTIMIZERS[name].target_options else {}
@@ -111,7 +111,7 @@ class TestNames:
             build_for(Regression(), "apollo_adamw")
         assert re.search(r"apollo-torch \S+, licence CC-BY-NC: not for commercial use", caplog.text)
 
-    def test_what_torch_brings_is_not(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_an_optimizer_of_torch_is_logged_without_a_licence(self, caplog: pytest.LogCaptureFixture) -> None:
         build_for(Regression(), "adamw_torch")
         assert caplog.text == ""
 
@@ -160,11 +160,11 @@ class TestOptions:
             ("a=[1,2],b=None", {"a": [1, 2], "b": None}),
         ],
     )
-    def test_are_read(self, text: str | None, options: dict[str, Any]) -> None:
+    def test_optimizer_options_are_read(self, text: str | None, options: dict[str, Any]) -> None:
         assert parse_options(text) == options
 
     @pytest.mark.parametrize("text", ["momentum", "=3", "a=1,a=2", "a=1,,=2", "a b=1"])
-    def test_are_refused_unless_named_once(self, text: str) -> None:
+    def test_optimizer_options_are_refused_unless_named_once(self, text: str) -> None:
         with pytest.raises(UsageError, match="write name=value"):
             parse_options(text)
 
@@ -189,11 +189,11 @@ class TestOptions:
             ({"optim": "lomo"}, "max_grad_norm = 1.0 cannot be kept, set it to 0"),
         ],
     )
-    def test_without_effect_are_refused(self, options: dict[str, Any], message: str) -> None:
+    def test_optimizer_options_without_effect_are_refused(self, options: dict[str, Any], message: str) -> None:
         with pytest.raises(UsageError, match=re.escape(message)):
             build_optimizer(Regression(), arguments(**options))
 
-    def test_reach_the_optimizer(self) -> None:
+    def test_optimizer_options_reach_the_optimizer(self) -> None:
         optimizer = build_optimizer(Regression(), arguments(optim="sgd", optim_args="momentum=0.9,nesterov=True"))
         assert all((group["momentum"], group["nesterov"]) == (0.9, True) for group in optimizer.param_groups)
 
@@ -286,7 +286,7 @@ class TestTargets:
         with pytest.raises(UsageError, match="means no trained linear module"):
             build_for(tiny_llama(), "galore_adamw", optim_target_modules="embed_tokens")
 
-    def test_they_must_be_said(self) -> None:
+    def test_targets_must_be_given(self) -> None:
         with pytest.raises(UsageError, match="needs optim_target_modules"):
             build_for(tiny_llama(), "galore_adamw", optim_target_modules=None)
 
@@ -407,7 +407,7 @@ class TestBfloat16State:
 
     @pytest.mark.learns
     @pytest.mark.parametrize("name", NAMES)
-    def test_takes_half_the_bytes_and_learns(self, name: str) -> None:
+    def test_bf16_state_takes_half_the_bytes_and_learns(self, name: str) -> None:
         found = []
         for is_small in (False, True):
             model = Regression()
@@ -419,7 +419,7 @@ class TestBfloat16State:
         assert found[1][1] < 0.3
 
     @pytest.mark.parametrize("name", NAMES)
-    def test_resumes_bit_equal(self, name: str) -> None:
+    def test_bf16_state_resumes_bit_equal(self, name: str) -> None:
         batches = [regression_batch(8, seed=step) for step in range(6)]
         model = Regression()
         optimizer = build_for(model, name, optim_bf16_state=True)

@@ -59,11 +59,11 @@ class TestScheduling:
         assert {policies[name] for name in policies if "gloo" in name} == {os.SCHED_BATCH}
         assert policies[""] == os.SCHED_OTHER
 
-    def test_of_a_trainer(self, launch: Launch) -> None:
+    def test_gloo_threads_of_a_trainer_are_scheduled_as_batch_work(self, launch: Launch) -> None:
         for policies in launch(2, policies_in_a_group, group=False).values:
             self.check(policies)
 
-    def test_of_a_test(self, ranks) -> None:
+    def test_gloo_threads_of_a_test_are_scheduled_as_batch_work(self, ranks) -> None:
         self.check(policies_of_threads())
 
 
@@ -107,13 +107,13 @@ class TestGradients:
 
 
 class TestBatchMetrics:
-    def test_sums_numbers_and_tensors(self) -> None:
+    def test_metrics_sum_numbers_and_tensors(self) -> None:
         metrics = BatchMetrics()
         metrics.accumulate(loss=torch.tensor(1.5), tokens=3)
         metrics.accumulate(loss=torch.tensor(2.0), tokens=4)
         assert metrics.reduce(one_process()) == {"loss": 3.5, "tokens": 7.0}
 
-    def test_forgets_after_reducing(self) -> None:
+    def test_metrics_are_empty_after_reducing(self) -> None:
         metrics = BatchMetrics()
         metrics.accumulate(loss=1.0)
         metrics.reduce(one_process())
@@ -128,13 +128,13 @@ class TestBatchMetrics:
         assert metrics.reduce(one_process()) == {"loss": 2.0**24 + 16}
 
     @pytest.mark.world_size(2, 3)
-    def test_sums_over_ranks(self, ranks) -> None:
+    def test_metrics_are_summed_over_ranks(self, ranks) -> None:
         metrics = BatchMetrics()
         metrics.accumulate(rank=ranks.rank, one=1)
         total = sum(range(ranks.world_size))
         assert metrics.reduce(one_process()) == {"one": ranks.world_size, "rank": total}
 
-    def test_keeps_no_graph(self) -> None:
+    def test_metrics_keep_no_graph(self) -> None:
         weight = torch.ones((), requires_grad=True)
         metrics = BatchMetrics()
         metrics.accumulate(loss=weight * 2)
@@ -203,7 +203,7 @@ class TestTopology:
     def test_without_torchrun_it_is_one_process(self) -> None:
         assert Topology.from_environment({}) == Topology(0, 1, 0, 1)
 
-    def test_reads_what_torchrun_sets(self) -> None:
+    def test_the_topology_is_what_torchrun_sets(self) -> None:
         environment = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
         topology = Topology.from_environment(environment)
         assert (topology.rank, topology.local_rank, topology.is_lead, topology.is_local_lead) == (5, 1, False, False)
@@ -274,7 +274,7 @@ class TestOutputFolder:
             open_output_dir(build_arguments(tmp_path / "file" / "run"), one_process())
 
     @pytest.mark.world_size(2)
-    def test_all_ranks_hear_of_it(self, ranks) -> None:
+    def test_all_ranks_raise_when_the_folder_cannot_be_made(self, ranks) -> None:
         (ranks.tmp_path / "file").write_text("")
         ranks.barrier()
         with pytest.raises(UsageError):
@@ -332,7 +332,9 @@ class TestStopRequest:
 
 class TestEvery:
     @given(interval=st.integers(1, 20), growth=st.lists(st.integers(0, 30), max_size=20), start=st.integers(0, 50))
-    def test_is_due_once_for_steps_past_multiples(self, interval: int, growth: list[int], start: int) -> None:
+    def test_an_interval_is_due_once_for_steps_past_multiples(
+        self, interval: int, growth: list[int], start: int
+    ) -> None:
         every, count = Every(interval, start), start
         for more in growth:
             passed = (count + more) // interval > count // interval

@@ -57,18 +57,20 @@ class TestTrainingLength:
         ],
         ids=str,
     )
-    def test_stops_where_asked(self, tmp_path: Path, options: dict[str, Any], steps: int) -> None:
+    def test_training_stops_where_asked(self, tmp_path: Path, options: dict[str, Any], steps: int) -> None:
         trainer = build_trainer(tmp_path, SAMPLES, **options)
         assert trainer.train().global_step == steps
         assert [line["step"] for line in step_lines(tmp_path)] == list(range(1, steps + 1))
 
     @pytest.mark.parametrize("num_tokens", [1, 40, 200])
-    def test_stops_at_the_first_step_that_reaches_the_loss_tokens(self, tmp_path: Path, num_tokens: int) -> None:
+    def test_training_stops_at_the_first_step_that_reaches_the_loss_tokens(
+        self, tmp_path: Path, num_tokens: int
+    ) -> None:
         build_trainer(tmp_path, SAMPLES, max_tokens=num_tokens).train()
         trained = [line["num_loss_tokens"] for line in step_lines(tmp_path)]
         assert sum(trained[:-1]) < num_tokens <= sum(trained)
 
-    def test_never_ends_until_a_callback_says_so(self, tmp_path: Path) -> None:
+    def test_endless_training_ends_when_a_callback_asks(self, tmp_path: Path) -> None:
         class StopAt(TrainerCallback):
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 control.should_training_stop = state.global_step == 10
@@ -83,7 +85,7 @@ class TestTrainingLength:
 
 
 class TestEvents:
-    def test_come_in_the_order_of_the_protocol(self, tmp_path: Path) -> None:
+    def test_events_come_in_the_order_of_the_protocol(self, tmp_path: Path) -> None:
         calls = Calls()
         build_trainer(tmp_path, SAMPLES[:4], eval_samples=HELD_OUT, eval_strategy="epoch", callbacks=[calls]).train()
         assert calls.names == [
@@ -115,7 +117,7 @@ class TestEvents:
         ],
         ids=str,
     )
-    def test_evaluates_when_asked(self, tmp_path: Path, options: dict[str, Any], steps: list[int]) -> None:
+    def test_a_run_evaluates_when_asked(self, tmp_path: Path, options: dict[str, Any], steps: list[int]) -> None:
         calls = Calls()
         build_trainer(tmp_path, SAMPLES, None, HELD_OUT, num_train_epochs=2, callbacks=[calls], **options).train()
         assert calls.steps_of("on_evaluate") == steps
@@ -131,7 +133,7 @@ class TestEvents:
         ],
         ids=str,
     )
-    def test_logs_when_asked(self, tmp_path: Path, options: dict[str, Any], steps: list[int]) -> None:
+    def test_a_run_logs_when_asked(self, tmp_path: Path, options: dict[str, Any], steps: list[int]) -> None:
         trainer = build_trainer(tmp_path, SAMPLES, num_train_epochs=2, **options)
         trainer.train()
         assert [line["step"] for line in trainer.state.log_history if "loss" in line] == steps
@@ -164,7 +166,7 @@ class TestExports:
         ],
         ids=str,
     )
-    def test_are_written_when_asked(self, tmp_path: Path, options: dict[str, Any], samples: list[int]) -> None:
+    def test_exports_are_written_when_asked(self, tmp_path: Path, options: dict[str, Any], samples: list[int]) -> None:
         build_trainer(tmp_path, SAMPLES, num_train_epochs=2, **options).train()
         assert self.names(tmp_path) == [f"samples_{count}" for count in samples]
 
@@ -183,7 +185,7 @@ class TestExports:
             build_trainer(tmp_path, SAMPLES, None, HELD_OUT, **options).train()
 
     @pytest.mark.world_size(2)
-    def test_of_a_sharded_model_are_whole(self, ranks, tmp_path: Path) -> None:
+    def test_exports_of_a_sharded_model_are_whole(self, ranks, tmp_path: Path) -> None:
         trainer = build_trainer(ranks.tmp_path / "run", SAMPLES, tiny_llama(), export_final=True)
         trainer.train()
         expected = weights_of(trainer.model)

@@ -60,7 +60,7 @@ def test_documents_and_tokens_are_kept_or_counted(
 
 @given(documents=LENGTHS)
 @settings(deadline=None)
-def test_by_default_nothing_is_left_out(
+def test_no_sample_is_left_out_by_default(
     tmp_path_factory: pytest.TempPathFactory, documents: list[tuple[int, int]]
 ) -> None:
     folder = tmp_path_factory.mktemp("law")

@@ -176,7 +176,7 @@ class TestOrders:
 
 
 class TestLoaders:
-    def test_have_as_many_micro_batches_as_counted(self, tmp_path: Path) -> None:
+    def test_loaders_have_as_many_micro_batches_as_counted(self, tmp_path: Path) -> None:
         sizes = {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 32}
         for drop_last, lengths in ((False, (5, 3)), (True, (4, 3))):  # evaluation leaves nobody out
             options = {"train_len": 66, "eval_len": 74, "dataloader_drop_last": drop_last, **sizes}
@@ -186,7 +186,7 @@ class TestLoaders:
             assert [loader.total_batch_size for loader in loaders] == [16, 32]
             assert (trainer.args.train_batch_size, trainer.args.eval_batch_size) == (16, 32)
 
-    def test_may_be_of_any_kind(self, tmp_path: Path) -> None:
+    def test_loaders_may_be_of_any_kind(self, tmp_path: Path) -> None:
         class Twice:
             def __init__(self, loader: Any) -> None:
                 self.loader = loader
@@ -209,7 +209,7 @@ class TestLoaders:
 
     @pytest.mark.world_size(2)
     @pytest.mark.parametrize("is_dealt", [True, False])
-    def test_that_is_not_ours_is_told_its_epoch_and_must_be_dealt(
+    def test_a_loader_of_the_users_is_told_its_epoch_and_must_be_dealt(
         self, ranks, caplog: pytest.LogCaptureFixture, is_dealt: bool
     ) -> None:
         seen = []
@@ -234,7 +234,9 @@ class TestLoaders:
         assert ("each of 2 ranks reads all of its loader" in caplog.text) == (ranks.rank == 0 and not is_dealt)
 
     @pytest.mark.world_size(2)
-    def test_that_is_not_ours_must_be_dealt_for_evaluation_too(self, ranks, caplog: pytest.LogCaptureFixture) -> None:
+    def test_a_loader_of_the_users_must_be_dealt_for_evaluation_too(
+        self, ranks, caplog: pytest.LogCaptureFixture
+    ) -> None:
         class GivenLoader(Trainer):
             def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
                 return DataLoader(self.eval_dataset, batch_size=4, collate_fn=self.data_collator)
@@ -243,7 +245,7 @@ class TestLoaders:
         assert ("each of 2 ranks reads all of its loader" in caplog.text) == (ranks.rank == 0)
 
     @pytest.mark.parametrize("persistent", [False, True])
-    def test_may_read_in_other_processes(self, tmp_path: Path, persistent: bool) -> None:
+    def test_loaders_may_read_in_other_processes(self, tmp_path: Path, persistent: bool) -> None:
         options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": persistent, "num_train_epochs": 2}
         lines = []
         for name, more in (("here", {"num_train_epochs": 2}), ("there", options)):
@@ -307,7 +309,7 @@ class TestLoaders:
 
 
 class TestColumns:
-    def test_those_that_the_model_does_not_take_are_left_out_with_a_note(
+    def test_columns_that_the_model_does_not_take_are_left_out_with_a_note(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         datasets = pytest.importorskip("datasets")
@@ -323,7 +325,7 @@ class TestColumns:
                 trainer.train()
             assert "left out: text" in caplog.text
 
-    def test_may_all_be_kept(self, tmp_path: Path) -> None:
+    def test_columns_may_all_be_kept(self, tmp_path: Path) -> None:
         def collate(samples: list[Any]) -> dict[str, torch.Tensor]:
             return {"input_x": torch.tensor([float(s["raw"]) for s in samples]), "labels": torch.zeros(len(samples))}
 

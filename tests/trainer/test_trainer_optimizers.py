@@ -103,7 +103,7 @@ def save_on_one_process(folder: Path, name: str) -> list[float]:
 
 class TestConformance:
     @every
-    def test_moves(self, name: str) -> None:
+    def test_every_trainable_parameter_moves(self, name: str) -> None:
         """Every trainable parameter of a tiny Llama moves, no frozen one."""
         model = tiny_llama()
         model.model.embed_tokens.weight.requires_grad_(False)
@@ -119,13 +119,13 @@ class TestConformance:
 
     @pytest.mark.learns
     @every
-    def test_converges(self, name: str) -> None:
+    def test_an_optimizer_converges(self, name: str) -> None:
         model = Regression()
         losses = take_steps(model, build_for(model, name), [regression_batch()] * 40)
         assert losses[-1] < 0.3 * losses[0]
 
     @every
-    def test_accumulates(self, name: str) -> None:
+    def test_accumulated_micro_batches_are_one_batch(self, name: str) -> None:
         """One micro-batch of 8 is two of 4."""
         batches = [regression_batch(8, seed=step) for step in range(4)]
         trajectories = []
@@ -137,7 +137,7 @@ class TestConformance:
     @every
     @pytest.mark.world_size(2)
     @pytest.mark.rank_timeout(300)  # some compile
-    def test_sharded(self, name: str, ranks: Any) -> None:
+    def test_a_sharded_step_is_the_whole_one(self, name: str, ranks: Any) -> None:
         """Sharded over ranks it takes the steps of one process, or is refused with the reason."""
         alone, model = Regression(), Regression()
         fully_shard(model, mesh=ranks.mesh())
@@ -151,7 +151,7 @@ class TestConformance:
         assert losses == pytest.approx(expected, rel=tolerance_for(name))
 
     @every
-    def test_resumes(self, name: str) -> None:
+    def test_a_resumed_optimizer_goes_on_bit_equal(self, name: str) -> None:
         """State saved without pickle, loaded and continued, gives the same bits."""
         batches = [regression_batch(8, seed=step) for step in range(6)]
         model = Regression()
@@ -167,7 +167,7 @@ class TestConformance:
     @every
     @pytest.mark.world_size(2)
     @pytest.mark.rank_timeout(300)  # some compile
-    def test_resumes_sharded(self, name: str, ranks: Any) -> None:
+    def test_a_sharded_optimizer_resumes(self, name: str, ranks: Any) -> None:
         """The same on every rank's shard, through a checkpoint on disk."""
         if OPTIMIZERS[name].not_sharded:
             pytest.skip(OPTIMIZERS[name].not_sharded)
@@ -186,7 +186,7 @@ class TestConformance:
         assert take_steps(models[0], optimizer, batches[2:]) == take_steps(models[1], again, batches[2:])
 
     @every
-    def test_tolerates_unused(self, name: str) -> None:
+    def test_a_parameter_without_gradient_is_tolerated(self, name: str) -> None:
         """A parameter without a gradient stays as it is, decay and all."""
         model = Regression()
         before = model.unused.weight.detach().clone()
@@ -194,7 +194,7 @@ class TestConformance:
         assert torch.equal(model.unused.weight, before)
 
     @every
-    def test_rate(self, name: str) -> None:
+    def test_the_learning_rate_is_used(self, name: str) -> None:
         """The learning rate that the schedule shows is the one used: at 0 nothing moves."""
         model = Regression()
         before, optimizer = weights_of(model), build_for(model, name, weight_decay=0.1)
@@ -211,7 +211,7 @@ class TestConformance:
         assert shown == [0.0, rate / 4, rate / 2, rate * 3 / 4, rate, rate]
 
     @every
-    def test_bytes(self, name: str) -> None:
+    def test_the_bytes_of_the_state_are_as_told(self, name: str) -> None:
         """State takes the stated bytes."""
         model = Regression()
         optimizer = build_for(model, name)
