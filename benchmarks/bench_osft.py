@@ -27,7 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.fixtures.forgetting import split_copy
 from tests.fixtures.models import build_model, build_pack
 from tests.fixtures.oracles import protected_share
-from trainer.model.attention import use_packed_attention
+from trainer.config.groups import ModelArguments
+from trainer.model.build import prepare_model
 from trainer.model.loss import token_loss_sum
 from trainer.model.osft.targets import find_targets, num_free_directions
 
@@ -49,13 +50,14 @@ class System:
     start_seconds: float = 0.0
 
     def __post_init__(self) -> None:
+        self.prepared = prepare_model(self.model, ModelArguments(), is_packed=True, is_record=True)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.1)
         held = sum(tensor.numel() for tensor in (*self.model.parameters(), *self.model.buffers()))
         self.num_values = held + 3 * sum(parameter.numel() for parameter in trained)
 
     def step(self, pack: dict[str, Any]) -> None:
-        (token_loss_sum(self.model, pack) / pack["num_loss_counted_tokens"]).backward()
+        (token_loss_sum(self.prepared, pack) / pack["num_loss_counted_tokens"]).backward()
         self.before_clip()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -136,7 +138,6 @@ def build(options: argparse.Namespace, hidden: int) -> list[System]:
         num_key_value_heads=4,
         max_position_embeddings=options.tokens,
     )
-    use_packed_attention(model)
     for name in find_targets(model, []):
         spread_singular_values(model.get_submodule(name).weight)
     makers = [ours, *([mini_trainer] if options.mini_trainer else []), *([peft] if options.peft else [])]

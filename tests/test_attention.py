@@ -10,10 +10,14 @@ from tests.fixtures.models import (
     RECURRENT,
     build_model,
     build_pack,
+    packed_model,
+    prepared_for_packs,
     tiny_llama,
 )
+from trainer.config.groups import ModelArguments
 from trainer.errors import IsolationError, MissingPackageError, ModelError
-from trainer.model.attention import PACKED_SDPA, packed_inputs, packed_sdpa, use_packed_attention
+from trainer.model.attention import PACKED_SDPA, choose_attention, packed_inputs, packed_sdpa
+from trainer.model.build import prepare_model
 from trainer.model.isolation import check_isolation
 
 
@@ -118,11 +122,10 @@ def test_borders_are_read_from_restarting_positions_too():
 def test_padded_batches_and_generation_work_as_with_transformers_own_attention(name):
     changes = {"output_router_logits": False} if name in MIXTURES else {}
     model, own = build_model(name, **changes), build_model(name, implementation="eager", **changes)
-    use_packed_attention(model)
     ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
-    with torch.no_grad():
+    with torch.no_grad(), prepared_for_packs(model).in_use():
         ours, theirs = (m(input_ids=ids, attention_mask=mask, use_cache=False).logits for m in (model, own))
         texts = [
             m.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False, pad_token_id=0)
@@ -142,11 +145,12 @@ def test_packed_inputs_name_the_sample_of_each_token():
 class TestChoice:
     def test_the_cpu_uses_one_call_for_each_sample_in_every_part_of_the_model(self):
         model = tiny_llama()
-        assert use_packed_attention(model) == PACKED_SDPA
-        assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {PACKED_SDPA}
+        with prepared_for_packs(model).in_use():
+            assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {PACKED_SDPA}
+        assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {"sdpa"}
 
     def test_cuda_uses_the_kernel_where_it_can(self):
-        assert use_packed_attention(tiny_llama(), "auto", "cuda", torch.bfloat16) == "varlen"
+        assert choose_attention(tiny_llama(), "auto", "cuda", torch.bfloat16).name == "varlen"
 
     @pytest.mark.parametrize(
         ("name", "dtype"),
@@ -154,43 +158,39 @@ class TestChoice:
         + [("deepseek_v3", torch.bfloat16)],
     )
     def test_cuda_falls_back_where_the_kernel_cannot(self, name, dtype):
-        assert use_packed_attention(build_model(name), "auto", "cuda", dtype) == PACKED_SDPA
+        assert choose_attention(build_model(name), "auto", "cuda", dtype).name == PACKED_SDPA
 
     def test_an_unknown_name_is_refused_with_the_known_ones(self):
         with pytest.raises(ModelError, match="'sdpaa' is unknown; allowed: auto, packed_sdpa"):
-            use_packed_attention(tiny_llama(), "sdpaa")
+            choose_attention(tiny_llama(), "sdpaa")
 
     def test_the_kernel_asked_for_on_a_cpu_is_refused(self):
         with pytest.raises(ModelError, match="'varlen' cannot run here: it needs CUDA"):
-            use_packed_attention(tiny_llama(), "varlen")
+            choose_attention(tiny_llama(), "varlen")
 
     def test_a_missing_package_is_named(self):
         with pytest.raises(MissingPackageError, match="pip install flash-attn"):
-            use_packed_attention(tiny_llama(), "flash_attention_2")
+            choose_attention(tiny_llama(), "flash_attention_2")
 
 
 class TestProbe:
     @pytest.mark.parametrize("name", ATTENTION_ONLY)
     def test_attention_models_pass(self, name):
-        model = build_model(name)
-        use_packed_attention(model)
-        check_isolation(model)
+        prepared = packed_model(name)
+        check_isolation(prepared)
 
     @pytest.mark.parametrize("name", RECURRENT)
     def test_recurrent_models_without_their_kernels_are_refused(self, name):
-        model = build_model(name)
-        use_packed_attention(model)
         with pytest.raises(IsolationError, match=f"model type '{name}' with attn_implementation 'packed_sdpa'"):
-            check_isolation(model)
+            prepare_model(build_model(name), ModelArguments(), is_packed=True)
 
     def test_a_leak_is_refused(self):
-        model = build_model("gpt_oss", implementation="eager")
+        model = prepared_for_packs(build_model("gpt_oss"), attn_implementation="eager")
         with pytest.raises(IsolationError, match="'gpt_oss' with attn_implementation 'eager' leaks"):
             check_isolation(model)
 
     def test_a_position_that_does_not_restart_is_refused(self, monkeypatch):
         model = build_model("gpt2")
-        use_packed_attention(model)
         forward = model.transformer.forward
 
         def deaf(*args, position_ids=None, **kwargs):
@@ -198,18 +198,17 @@ class TestProbe:
 
         monkeypatch.setattr(model.transformer, "forward", deaf)
         with pytest.raises(IsolationError, match="with being packed at all"):
-            check_isolation(model)
+            check_isolation(prepared_for_packs(model))
 
     def test_weights_that_are_not_finite_are_no_leak(self):
         model = tiny_llama()
         torch.nn.init.constant_(model.lm_head.weight, float("nan"))
         with pytest.raises(ModelError, match="not finite"):
-            check_isolation(model)
+            check_isolation(prepared_for_packs(model))
 
     def test_the_mode_of_every_part_is_kept(self):
         model = tiny_llama().train()
         model.model.layers[0].eval()
-        use_packed_attention(model)
-        check_isolation(model)
+        check_isolation(prepared_for_packs(model))
         assert model.training
         assert not model.model.layers[0].training

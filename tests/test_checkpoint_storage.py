@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from tests.fixtures.models import build_pack, packed_model, tiny_llama
+from tests.fixtures.models import build_model, build_pack, prepared_for_packs, tiny_llama
 from tests.fixtures.ranks.faults import delay, disk_full
 from tests.fixtures.runs import build_trainer, random_token_samples, weights_of, whole_tensors
 from trainer.atomic import read_json
@@ -23,6 +23,7 @@ from trainer.config.arguments import TrainingArguments
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError
 from trainer.model.build import prepare_model
+from trainer.model.fsdp import model_mesh
 from trainer.model.loss import token_loss_sum
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -40,15 +41,16 @@ RECORDS: dict[str, Any] = {  # what a run adds
 
 
 def build(name: str, seed: int, group: Group) -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = packed_model("llama_tied", seed=seed)
+    model = build_model("llama_tied", seed=seed)
     model.model.embed_tokens.weight.requires_grad_(seed != 99)
-    prepare_model(model, TrainingArguments(use_cpu=True), group.mesh, "cpu")
+    prepare_model(model, TrainingArguments(use_cpu=True), group.mesh, is_packed=True)
     return model, OPTIMIZERS[name](model.parameters())
 
 
 def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 2) -> None:
+    prepared = prepared_for_packs(model, model_mesh(model))
     for seed in range(count):
-        token_loss_sum(model, build_pack((5, 9), seed=seed)).backward()
+        token_loss_sum(prepared, build_pack((5, 9), seed=seed)).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -237,13 +239,13 @@ def test_ranks_agree_that_a_checkpoint_is_damaged(ranks) -> None:
 
 def test_a_checkpoint_of_another_model_is_refused(saved: Path, alone: Group) -> None:
     stored = StoredTensors(saved / "step_2")
-    other = packed_model("llama_tied", intermediate_size=24)
+    other = build_model("llama_tied", intermediate_size=24)
     with pytest.raises(CheckpointError, match=r"mlp.* is F32 \(24, 32\) here and F32 \(48, 32\)"):
         restore_model(other, stored)
     with pytest.raises(CheckpointError, match="which this model lacks"):
-        restore_model(packed_model("llama_tied", num_hidden_layers=1), stored)
+        restore_model(build_model("llama_tied", num_hidden_layers=1), stored)
     with pytest.raises(CheckpointError, match=r"does not hold model.layers.2"):
-        restore_model(packed_model("llama_tied", num_hidden_layers=3), stored)
+        restore_model(build_model("llama_tied", num_hidden_layers=3), stored)
 
 
 def test_an_optimizer_over_other_parameters_is_refused(saved: Path, alone: Group) -> None:

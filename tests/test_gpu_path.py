@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from tests.fixtures import tolerances
-from tests.fixtures.models import build_model, build_pack, tiny_llama
+from tests.fixtures.models import build_model, build_pack, prepared_for_packs, tiny_llama
 from tests.fixtures.runs import build_trainer, random_token_samples
 from tests.fixtures.varlen import NeverReads
 from trainer.config.arguments import TrainingArguments
+from trainer.config.groups import ModelArguments
 from trainer.errors import ModelError, UsageError
-from trainer.model.attention import VARLEN, packed_sdpa, use_packed_attention
-from trainer.model.fsdp import PRODUCTS, checkpoint_activations, compile_blocks, shard_model
+from trainer.model.attention import attention_settings, choose_attention, packed_sdpa
+from trainer.model.borrowing import Borrowing
+from trainer.model.build import prepare_model
+from trainer.model.fsdp import PRODUCTS, checkpoint_activations, compile_blocks
 from trainer.model.isolation import check_isolation
 from trainer.model.loss import token_loss_sum
-from trainer.model.precision import use_compute_dtype
+from trainer.model.prepared import Prepared
 from trainer.model.varlen import varlen
 from trainer.training.process import to_device
 
@@ -32,15 +36,14 @@ LENGTHS = [5, 1, 9, 3]
 PACKS = [[7, 9], [5, 6, 7], [12], [3, 4, 5, 6], [20, 1], [8] * 5, [30, 2], [2, 2], [11, 12, 13], [40]]
 
 
-def gpu_llama(by_autocast: bool = True, **changes: int) -> PreTrainedModel:
-    """A tiny model as one GPU trains it: float32 weights under autocast, or bfloat16 ones as FSDP2 gathers them."""
-    model = tiny_llama(**changes).train()
-    if by_autocast:
-        use_compute_dtype(model, torch.bfloat16, by_autocast=True)
-    else:
+def as_on_a_gpu(model: PreTrainedModel, *, by_autocast: bool = True, **options: Any) -> Prepared:
+    """A model as one GPU trains it: float32 weights under autocast, or bfloat16 ones as FSDP2 gathers them."""
+    prepared = prepared_for_packs(model.train(), bf16=True, **options)
+    attention = choose_attention(model, "auto", "cuda", torch.bfloat16)
+    settings = [*prepared.borrowing.settings, *attention_settings(model, attention)]
+    if not by_autocast:
         model.to(torch.bfloat16)
-    assert use_packed_attention(model, "auto", "cuda", torch.bfloat16) == VARLEN
-    return model
+    return replace(prepared, uses_autocast=by_autocast, attention=attention, borrowing=Borrowing(settings))
 
 
 class CountedOperations(TorchDispatchMode):
@@ -83,10 +86,12 @@ class TestVarlen:
     def test_varlen_gives_the_loss_and_gradients_of_the_loop(self, name, by_autocast):
         pack, found = build_pack(LENGTHS), []
         for device in ("cuda", "cpu"):
-            model = build_model(name, dtype=torch.float32 if by_autocast else torch.bfloat16).train()
-            use_compute_dtype(model, torch.bfloat16, by_autocast=by_autocast)
-            use_packed_attention(model, "auto", device, torch.bfloat16)
-            loss = token_loss_sum(model, pack)
+            model = build_model(name).train()
+            prepared = as_on_a_gpu(model, by_autocast=by_autocast)
+            if device == "cpu":
+                settings = attention_settings(model, choose_attention(model, "auto", "cpu"))
+                prepared = replace(prepared, borrowing=Borrowing(settings))
+            loss = token_loss_sum(prepared, pack)
             loss.backward()
             found.append((loss, torch.cat([p.grad.flatten().float() for p in model.parameters()])))
         (loss, gradient), (expected, expected_gradient) = found
@@ -113,14 +118,17 @@ def never_waiting(device: torch.device) -> Iterator[None]:
 def test_the_host_never_waits_inside_the_micro_batch_loop(ranks, tmp_path: Path):
     samples = random_token_samples([9, 3, 17, 5, 30, 2, 11, 7])
     trainer = build_trainer(tmp_path, samples, tiny_llama(), bf16=True, batch_size=8, max_tokens_per_rank=32)
-    use_packed_attention(trainer.model, "auto", "cuda", torch.bfloat16)
+    attention = choose_attention(trainer.model, "auto", "cuda", torch.bfloat16)
+    task = trainer.task
+    borrowing = Borrowing(attention_settings(trainer.model, attention))
+    task.prepared = replace(task.prepared, attention=attention, borrowing=borrowing)
     batch = next(iter(trainer.get_train_dataloader()))
     assert len(batch) > 1
     assert batch[0]["input_ids"].is_pinned() == (ranks.device.type == "cuda")
-    objective = trainer.road.objective
-    list(objective.backward(batch))  # measures the head, and warms up
+    for i in range(len(batch)):
+        task.backward(batch, i)  # warms up
     with never_waiting(ranks.device):
-        losses = list(objective.backward(batch))
+        losses = [task.backward(batch, i)["loss"] for i in range(len(batch))]
     assert all(loss.isfinite() for loss in losses)
 
 
@@ -128,15 +136,10 @@ def test_the_host_never_waits_inside_the_micro_batch_loop(ranks, tmp_path: Path)
 @pytest.mark.parametrize("by_autocast", [True, False])
 def test_products_that_are_kept_are_not_computed_again(name, by_autocast):
     def multiply(**options: Any) -> tuple[int, float, torch.Tensor]:
-        model = build_model(name).train()
-        use_compute_dtype(model, torch.bfloat16, by_autocast=by_autocast)
-        use_packed_attention(model, "auto", "cuda", torch.bfloat16)
-        if not by_autocast:
-            model.to(torch.bfloat16)
-        if options:
-            checkpoint_activations(model, TrainingArguments(gradient_checkpointing=True, **options))
-        with CountedOperations() as counted:
-            token_loss_sum(model, build_pack(LENGTHS)).backward()
+        model = build_model(name)
+        prepared = as_on_a_gpu(model, by_autocast=by_autocast, gradient_checkpointing=bool(options), **options)
+        with prepared.in_use(), CountedOperations() as counted:
+            token_loss_sum(prepared, build_pack(LENGTHS)).backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         return counted.of(PRODUCTS), counted.of({"aten::rsqrt"}), gradient
 
@@ -160,14 +163,13 @@ def test_what_is_kept_and_reentrance_exclude_each_other():
 @pytest.mark.backend("gloo", "nccl")
 def test_a_block_gathers_the_next_ones_weights_before_it_computes(ranks):
     model = tiny_llama(num_hidden_layers=3).to(ranks.device)
-    use_packed_attention(model)
-    shard_model(model, ranks.mesh())
+    prepared = prepare_model(model, ModelArguments(), ranks.mesh(), ranks.device, is_packed=True)
     pack, gathered = to_device(build_pack(LENGTHS), ranks.device), []
-    token_loss_sum(model, pack).backward()  # measures the head
+    token_loss_sum(prepared, pack).backward()
     with CountedOperations() as counted:
         for block in model.model.layers:
             block.mlp.register_forward_pre_hook(lambda *_: gathered.append(counted.of(GATHERING)))
-        token_loss_sum(model, pack).backward()
+        token_loss_sum(prepared, pack).backward()
     assert gathered == [3, 4, 4]  # the root, the first block and the second; the third; no more
 
 
@@ -182,21 +184,22 @@ class TestCompilation:
 
     @pytest.mark.parametrize("by_autocast", [True, False])
     def test_ten_lengths_cost_one_graph_and_the_probes_none(self, by_autocast):
-        model, compiler = gpu_llama(by_autocast, num_hidden_layers=2), torch._dynamo.testing.CompileCounter()
-        compile_blocks(model, backend=compiler)
-        check_isolation(model)
+        compiler = torch._dynamo.testing.CompileCounter()
+        prepared = as_on_a_gpu(tiny_llama(), by_autocast=by_autocast)
+        compile_blocks(prepared.model, backend=compiler)
+        check_isolation(prepared)
         assert compiler.frame_count == 0
         for lengths in PACKS:
-            token_loss_sum(model, build_pack(lengths)).backward()
+            token_loss_sum(prepared, build_pack(lengths)).backward()
         assert compiler.frame_count == 1
         assert not counters["graph_break"]
 
     def test_ten_lengths_on_a_cpu_cost_what_the_first_does(self):
         model, compiler = tiny_llama().train(), torch._dynamo.testing.CompileCounter()
-        use_packed_attention(model)
+        prepared = prepared_for_packs(model)
         compile_blocks(model, backend=compiler)
         counts = []
         for lengths in PACKS:
-            token_loss_sum(model, build_pack(lengths)).backward()
+            token_loss_sum(prepared, build_pack(lengths)).backward()
             counts.append(compiler.frame_count)
         assert len(set(counts)) == 1

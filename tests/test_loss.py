@@ -9,15 +9,22 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.fixtures import tolerances
-from tests.fixtures.models import ATTENTION_ONLY, VOCABULARY, build_pack, packed_model, tiny_llama
+from tests.fixtures.models import (
+    ATTENTION_ONLY,
+    VOCABULARY,
+    build_model,
+    build_pack,
+    packed_model,
+    prepared_for_packs,
+    tiny_llama,
+)
 from tests.fixtures.oracles import largest_difference, relative_difference
 from tests.fixtures.runs import gradients_of
 from trainer.errors import ModelError
 from trainer.model import cross_entropy
-from trainer.model.attention import packed_inputs, use_packed_attention
+from trainer.model.attention import packed_inputs
 from trainer.model.cross_entropy import HeadOutput, linear_cross_entropy_sum
-from trainer.model.loss import measured_head, token_loss_sum, trained_positions
-from trainer.model.precision import use_compute_dtype
+from trainer.model.loss import token_loss_sum, trained_positions
 
 LENGTHS = (13, 5, 1, 22, 9)
 SUMMED = torch.tensor(1)  # transformers divides a sum by this many items
@@ -28,10 +35,11 @@ HEAD_OUTPUTS = {"gemma2": HeadOutput(1.0, 4.0), "granite": HeadOutput(1 / 3), "c
 
 @pytest.mark.parametrize("name", ATTENTION_ONLY)
 def test_loss_head_and_gradients_are_transformers_own(name):
-    ours, theirs, pack = packed_model(name), packed_model(name), build_pack(LENGTHS)
+    ours, theirs, pack = packed_model(name), build_model(name), build_pack(LENGTHS)
     loss = token_loss_sum(ours, pack)
-    assert_measured(measured_head(ours), HEAD_OUTPUTS.get(name, HeadOutput()))
-    output = theirs(**packed_inputs(theirs, pack), labels=pack["labels"], num_items_in_batch=SUMMED)
+    assert_measured(ours.head, HEAD_OUTPUTS.get(name, HeadOutput()))
+    with prepared_for_packs(theirs).in_use():
+        output = theirs(**packed_inputs(theirs, pack), labels=pack["labels"], num_items_in_batch=SUMMED)
     expected, router_loss = output.loss, getattr(output, "aux_loss", None)
     if router_loss is not None:  # transformers adds it once, to what it takes for a mean
         coefficient = theirs.config.router_aux_loss_coef
@@ -39,7 +47,7 @@ def test_loss_head_and_gradients_are_transformers_own(name):
     torch.testing.assert_close(loss, expected, rtol=tolerances.LOSS_FP32, atol=0)
     loss.backward()
     expected.backward()
-    assert largest_difference(gradients_of(ours), gradients_of(theirs)) < tolerances.LOSS_GRADIENT_FP32
+    assert largest_difference(gradients_of(ours.model), gradients_of(theirs)) < tolerances.LOSS_GRADIENT_FP32
 
 
 def assert_measured(found, expected):
@@ -57,7 +65,7 @@ class Scrambled(torch.nn.Linear):
 
 @pytest.mark.parametrize("change", ["another class of head", "logits changed by the vocabulary"])
 def test_a_head_that_cannot_be_replaced_computes_its_own_logits(change, monkeypatch):
-    model, pack = packed_model("llama"), build_pack(LENGTHS)
+    model, pack = tiny_llama(), build_pack(LENGTHS)
     if change == "another class of head":
         model.lm_head.__class__ = Scrambled
     else:
@@ -69,62 +77,66 @@ def test_a_head_that_cannot_be_replaced_computes_its_own_logits(change, monkeypa
             return output
 
         monkeypatch.setattr(model, "forward", shifted)
-    assert measured_head(model) is None
-    logits = model.forward(**packed_inputs(model, pack)).logits[0]
+    prepared = prepared_for_packs(model)
+    assert prepared.head is None
+    with prepared.in_use():
+        logits = model.forward(**packed_inputs(model, pack)).logits[0]
     expected = F.cross_entropy(logits[:-1], pack["labels"][0, 1:], reduction="sum", ignore_index=-100)
-    torch.testing.assert_close(token_loss_sum(model, pack), expected, rtol=tolerances.LOSS_FP32, atol=0)
+    torch.testing.assert_close(token_loss_sum(prepared, pack), expected, rtol=tolerances.LOSS_FP32, atol=0)
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_label_smoothing_is_torchs(label_smoothing):
-    model, pack = packed_model("gemma2"), build_pack(LENGTHS)
-    logits = model(**packed_inputs(model, pack)).logits[0]
+    prepared, pack = packed_model("gemma2"), build_pack(LENGTHS)
+    with prepared.in_use():
+        logits = prepared.model(**packed_inputs(prepared.model, pack)).logits[0]
     positions, targets = trained_positions(pack)
     expected = F.cross_entropy(logits[positions], targets, reduction="sum", label_smoothing=label_smoothing)
-    loss = token_loss_sum(model, pack, label_smoothing)
+    loss = token_loss_sum(prepared, pack, label_smoothing)
     torch.testing.assert_close(loss, expected, rtol=tolerances.LOSS_FP32, atol=0)
 
 
 def test_a_pack_without_trained_tokens_gives_zero_everywhere():
     for name in ("llama", "gemma2", "mixtral", "gpt_oss"):
-        model = packed_model(name)
+        prepared = packed_model(name)
         pack = {**build_pack([4], trained_share=0.0), "num_tokens": 0, "num_samples": 0}
         pack |= {"batch_num_tokens": 9, "batch_num_loss_counted_tokens": 5, "batch_num_samples": 1}
-        loss = token_loss_sum(model, pack)
+        loss = token_loss_sum(prepared, pack)
         loss.backward()
         assert loss.item() == 0
-        assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
+        assert all(p.grad is not None and not p.grad.any() for p in prepared.model.parameters())
 
 
 def test_a_router_loss_weighs_what_its_tokens_weigh_in_the_global_batch():
-    model = packed_model("mixtral")
+    prepared = packed_model("mixtral")
+    model = prepared.model
     one = build_pack([9], batch={"num_tokens": 36, "num_loss_counted_tokens": 20, "num_samples": 4})
     without = {**one, "num_tokens": 0}
-    with torch.no_grad():
-        difference = token_loss_sum(model, one) - token_loss_sum(model, without)
+    with torch.no_grad(), prepared.in_use():
+        difference = token_loss_sum(prepared, one) - token_loss_sum(prepared, without)
         router_loss = model(**packed_inputs(model, one)).aux_loss
     expected = model.config.router_aux_loss_coef * router_loss * 9 / 36 * 20
     torch.testing.assert_close(difference, expected, rtol=tolerances.LOSS_FP32, atol=tolerances.LOSS_FP32)
 
 
 def test_a_router_loss_of_unknown_weight_is_refused(monkeypatch):
-    model = packed_model("mixtral", output_router_logits=True)
+    prepared = packed_model("mixtral", output_router_logits=True)
+    model = prepared.model
     del model.config.__dict__["router_aux_loss_coef"]
     monkeypatch.delattr(type(model.config), "router_aux_loss_coef")
     with pytest.raises(ModelError, match="'mixtral' returns a router loss, but its config has no router_aux_loss_coef"):
-        token_loss_sum(model, build_pack([5]))
+        token_loss_sum(prepared, build_pack([5]))
 
 
 def test_bfloat16_compute_keeps_float32_gradients_near_the_exact_ones():
-    exact, rough, pack = packed_model("llama"), packed_model("llama"), build_pack(LENGTHS)
-    use_compute_dtype(rough, torch.bfloat16, by_autocast=True)
-    losses = [token_loss_sum(model, pack) for model in (exact, rough)]
+    exact, rough = packed_model("llama"), prepared_for_packs(tiny_llama(), bf16=True)
+    losses = [token_loss_sum(prepared, build_pack(LENGTHS)) for prepared in (exact, rough)]
     for loss in losses:
         loss.backward()
     assert losses[1].dtype == torch.float32
     assert losses[0] != losses[1]
     torch.testing.assert_close(losses[1], losses[0], rtol=tolerances.LOSS_BF16, atol=0)
-    assert relative_difference(gradients_of(rough), gradients_of(exact)) < tolerances.GRADIENT_BF16
+    assert relative_difference(gradients_of(rough.model), gradients_of(exact.model)) < tolerances.GRADIENT_BF16
 
 
 @settings(max_examples=20, deadline=None)
@@ -178,8 +190,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_no_tensor_grows_with_positions_times_vocabulary(monkeypatch):
     monkeypatch.setitem(cross_entropy.LOGITS_PER_PIECE, "cpu", 4 * 512)
-    model, pack = packed_model("llama", vocab_size=512), build_pack([60], trained_share=1.0)
-    measured_head(model)
+    prepared, pack = packed_model("llama", vocab_size=512), build_pack([60], trained_share=1.0)
     kept = []
 
     def keep(tensor):
@@ -187,15 +198,14 @@ def test_no_tensor_grows_with_positions_times_vocabulary(monkeypatch):
         return tensor
 
     with LargestTensor() as mode, saved_tensors_hooks(keep, lambda tensor: tensor):
-        token_loss_sum(model, pack).backward()
+        token_loss_sum(prepared, pack).backward()
     assert 60 * 512 > mode.largest == 32 * 512  # the embedding, and its gradient
     assert max(kept) < 60 * 512
 
 
 def test_evaluation_computes_no_gradients():
-    model = tiny_llama()
-    use_packed_attention(model)
+    prepared = packed_model("llama")
     with torch.no_grad():
-        loss = token_loss_sum(model, build_pack(LENGTHS))
+        loss = token_loss_sum(prepared, build_pack(LENGTHS))
     assert not loss.requires_grad
-    assert gradients_of(model) == {}
+    assert gradients_of(prepared.model) == {}

@@ -21,15 +21,13 @@ from trainer.model.build import (
     find_files,
     find_model,
     load_model,
-    materialise,
     prepare_model,
     read_config,
 )
 from trainer.model.freezing import freeze
 from trainer.model.fsdp import decoder_blocks, whole
 from trainer.model.liger import apply_liger_kernels
-from trainer.model.loss import measured_head, token_loss_sum
-from trainer.model.precision import compute_context
+from trainer.model.loss import token_loss_sum
 from trainer.model.tokenizer import load_tokenizer
 from trainer.model.weights import FileWeights
 
@@ -41,12 +39,16 @@ SHARDED = [
 ]  # tied, own key prefix, own kernels and fused experts, buffers
 
 
-def load(directory, tokenizer=None, mesh=None, seed=0, **options):
+def prepare(directory, tokenizer=None, mesh=None, seed=0, **options):
     return load_model(ModelArguments(model_name_or_path=str(directory), **options), tokenizer, mesh, seed=seed)
 
 
+def load(directory, tokenizer=None, mesh=None, seed=0, **options):
+    return prepare(directory, tokenizer, mesh, seed, **options).model
+
+
 def draw(directory, tokenizer=None, mesh=None, seed=0, **options):
-    return load_model(ModelArguments(model_config=str(directory), **options), tokenizer, mesh, seed=seed)
+    return load_model(ModelArguments(model_config=str(directory), **options), tokenizer, mesh, seed=seed).model
 
 
 def plain_load(directory):
@@ -80,9 +82,9 @@ class TestLoading:
     def test_a_checkpoint_in_bfloat16_and_in_many_files_is_trained_in_float32(self, tmp_path):
         tiny_llama(dtype=torch.bfloat16).save_pretrained(tmp_path, max_shard_size="20KB")
         assert len(list(tmp_path.glob("*.safetensors"))) > 1
-        model = load(tmp_path)
-        assert_same_weights(model, plain_load(tmp_path))
-        assert model.config.dtype == torch.bfloat16  # exports go back to it
+        prepared = prepare(tmp_path)
+        assert_same_weights(prepared.model, plain_load(tmp_path))
+        assert prepared.stored_dtype == torch.bfloat16  # exports go back to it
 
     def test_a_missing_tensor_is_named(self, tmp_path):
         save_model(tmp_path)
@@ -211,10 +213,10 @@ class TestModelAndTokenizerAlignment:
         save_model(tmp_path, pad_token_id=2, vocab_size=1000)
         tokenizer = build_tokenizer()
         tokenizer.pad_token = tokenizer.eos_token
-        model, pack = load(tmp_path, tokenizer), build_pack([6], trained_share=1.0)
+        prepared, pack = prepare(tmp_path, tokenizer), build_pack([6], trained_share=1.0)
         pack["input_ids"][0, 2:4] = torch.tensor([2, tokenizer.eos_token_id])
-        token_loss_sum(model, pack).backward()
-        assert model.get_input_embeddings().weight.grad[[2, tokenizer.eos_token_id]].any(dim=1).all()
+        token_loss_sum(prepared, pack).backward()
+        assert prepared.model.get_input_embeddings().weight.grad[[2, tokenizer.eos_token_id]].any(dim=1).all()
 
     def test_a_tokenizer_is_loaded_from_the_models_folder(self, tmp_path):
         build_tokenizer().save_pretrained(tmp_path)
@@ -249,13 +251,13 @@ class TestActivationCheckpointing:
     @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mixtral"])
     def test_gradients_do_not_change(self, name, tmp_path):
         save_model(tmp_path, name)
-        kept, recomputed = load(tmp_path), load(tmp_path, gradient_checkpointing=True)
-        measured_head(recomputed)
-        calls = count_calls(next(iter(decoder_blocks(recomputed).values())))
-        for model in (kept, recomputed):
-            token_loss_sum(model, build_pack([5, 9])).backward()
+        kept, recomputed = prepare(tmp_path), prepare(tmp_path, gradient_checkpointing=True)
+        calls = count_calls(next(iter(decoder_blocks(recomputed.model).values())))
+        for prepared in (kept, recomputed):
+            with prepared.in_use():
+                token_loss_sum(prepared, build_pack([5, 9])).backward()
         assert len(calls) == 2
-        for one, other in zip(kept.parameters(), recomputed.parameters(), strict=True):
+        for one, other in zip(kept.model.parameters(), recomputed.model.parameters(), strict=True):
             assert torch.equal(one.grad, other.grad)
 
 
@@ -270,10 +272,11 @@ def count_calls(block):
 class TestPrecision:
     def test_bfloat16_computes_in_it_and_keeps_float32_weights(self, tmp_path):
         save_model(tmp_path)
-        model = load(tmp_path, bf16=True)
-        with compute_context(model):
+        prepared = prepare(tmp_path, bf16=True)
+        model = prepared.model
+        with prepared.compute_context():
             assert model(torch.tensor([[3, 4]]), use_cache=False).logits.dtype == torch.bfloat16
-        token_loss_sum(model, build_pack([5])).backward()
+        token_loss_sum(prepared, build_pack([5])).backward()
         assert {p.dtype for p in model.parameters()} | {p.grad.dtype for p in model.parameters()} == {torch.float32}
 
 
@@ -305,47 +308,51 @@ class TestShardingWithFSDP2:
     def check_sharded(self, name, options, ranks, saved):
         directory = saved(name)
         packs = [build_pack([7, 3, 9], seed=rank, batch=BATCH) for rank in range(ranks.world_size)]
-        sharded = load(directory, mesh=ranks.mesh(), **options)
+        prepared = prepare(directory, mesh=ranks.mesh(), **options)
+        sharded = prepared.model
         assert all(isinstance(p, DTensor) and p.placements == (Shard(0),) for p in sharded.parameters())
         assert_same_weights(sharded, plain_load(directory))
-        losses, gradients = ranks.once(lambda: self.in_one_process(load(directory, **options), packs))
+        losses, gradients = ranks.once(lambda: self.in_one_process(prepare(directory, **options), packs))
         for _ in range(2):  # micro-batches accumulate
-            loss = token_loss_sum(sharded, packs[ranks.rank])
-            loss.backward()
+            with prepared.in_use():
+                loss = token_loss_sum(prepared, packs[ranks.rank])
+                loss.backward()
             assert torch.equal(loss, losses[ranks.rank])
         assert largest_difference(gradients_of(sharded), gradients) < tolerances.LAYOUT_FP32
 
-    def in_one_process(self, model, packs):
+    def in_one_process(self, prepared, packs):
         for _ in range(2):
-            losses = [token_loss_sum(model, pack) for pack in packs]
-            sum(losses).backward()
-        return [loss.detach() for loss in losses], gradients_of(model)
+            with prepared.in_use():
+                losses = [token_loss_sum(prepared, pack) for pack in packs]
+                sum(losses).backward()
+        return [loss.detach() for loss in losses], gradients_of(prepared.model)
 
     @pytest.mark.world_size(2)
     def test_bfloat16_reduces_in_float32(self, ranks, saved):
         directory = saved("llama")
-        sharded, single = load(directory, mesh=ranks.mesh(), bf16=True), load(directory)
+        sharded, single = prepare(directory, mesh=ranks.mesh(), bf16=True), prepare(directory)
         packs = [build_pack([7, 3, 9], seed=rank) for rank in range(ranks.world_size)]
         token_loss_sum(sharded, packs[ranks.rank]).backward()
         sum(token_loss_sum(single, pack) for pack in packs).backward()
-        assert {p.grad.dtype for p in sharded.parameters()} == {torch.float32}
-        ours, theirs = (torch.cat([whole(p.grad).flatten() for p in m.parameters()]) for m in (sharded, single))
+        models = sharded.model, single.model
+        assert {p.grad.dtype for p in sharded.model.parameters()} == {torch.float32}
+        ours, theirs = (torch.cat([whole(p.grad).flatten() for p in model.parameters()]) for model in models)
         assert 0 < (ours - theirs).norm() / theirs.norm() < tolerances.GRADIENT_BF16
         assert not torch.equal(ours, ours.bfloat16().float())  # a sum in bfloat16 would be one
 
     @pytest.mark.world_size(2)
     def test_a_rank_with_a_placeholder_only_takes_part(self, ranks, saved):
-        model = load(saved("mixtral"), mesh=ranks.mesh())
+        prepared = prepare(saved("mixtral"), mesh=ranks.mesh())
         pack = build_pack([6], batch=BATCH)
         placeholder = {
             **build_pack([2], trained_share=0.0),
             "num_tokens": 0,
             **{f"batch_{k}": v for k, v in BATCH.items()},
         }
-        loss = token_loss_sum(model, pack if ranks.is_lead else placeholder)
+        loss = token_loss_sum(prepared, pack if ranks.is_lead else placeholder)
         loss.backward()
         assert (loss.item() > 0) == ranks.is_lead
-        assert all(p.grad is not None for p in model.parameters())
+        assert all(p.grad is not None for p in prepared.model.parameters())
 
     @pytest.mark.parametrize("name", ["llama_tied", "gpt2"])
     def test_random_weights_do_not_depend_on_the_number_of_ranks(self, name, ranks, saved):
@@ -359,17 +366,16 @@ class TestShardingWithFSDP2:
 
     @pytest.mark.world_size(2)
     def test_frozen_parameters_get_no_gradient(self, ranks, saved):
-        model = load(saved("llama"), mesh=ranks.mesh(), freeze_patterns=["embed", "mlp"])
-        token_loss_sum(model, build_pack([7, 3])).backward()
-        for name, parameter in model.named_parameters():
+        prepared = prepare(saved("llama"), mesh=ranks.mesh(), freeze_patterns=["embed", "mlp"])
+        token_loss_sum(prepared, build_pack([7, 3])).backward()
+        for name, parameter in prepared.model.named_parameters():
             assert (parameter.grad is None) == ("embed" in name or "mlp" in name), name
 
     def test_a_rank_reads_its_shards_and_no_more(self, ranks, saved):
         args = ModelArguments(model_name_or_path=str(saved("llama")))
         model = build_on_meta(read_config(args, find_model(args)))
         weights = CountingWeights(model, find_files(find_model(args)))
-        prepare_model(model, args, ranks.mesh(), "cpu")
-        materialise(model, weights, "cpu")
+        prepare_model(model, args, ranks.mesh(), is_packed=True, weights=weights)
         assert weights.num_read == sum(p.to_local().numel() for p in model.parameters())
         assert weights.num_read < sum(p.numel() for p in model.parameters()) / ranks.world_size * UNEVEN
 

@@ -9,7 +9,15 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
-from tests.fixtures.models import DENSE, build_model, build_pack, packed_model, save_model, tiny_llama
+from tests.fixtures.models import (
+    DENSE,
+    build_model,
+    build_pack,
+    packed_model,
+    prepared_for_packs,
+    save_model,
+    tiny_llama,
+)
 from tests.fixtures.oracles import largest_difference, protected_share, relative_difference
 from tests.fixtures.runs import weights_of
 from tests.fixtures.splitting import (
@@ -100,18 +108,18 @@ def test_no_optimizer_step_leaks(case: tuple[torch.Tensor, int], is_conv: bool) 
 @pytest.mark.parametrize("name", DENSE)
 def test_a_model_starts_unchanged(name: str) -> None:
     plain = packed_model(name)
-    model, osft = split_model(name)
+    prepared, osft = split_model(name)
     pack = build_pack([7, 5])
     assert osft.layers
     assert osft.reconstruction_error < OSFT_LEAK[torch.float32]
     with torch.no_grad():
-        assert torch.equal(token_loss_sum(model, pack), token_loss_sum(plain, pack))
-    for name, layer in osft_layers(model).items():
-        assert torch.equal(merged_weight(layer), plain.get_submodule(name).weight)
+        assert torch.equal(token_loss_sum(prepared, pack), token_loss_sum(plain, pack))
+    for name, layer in osft_layers(prepared.model).items():
+        assert torch.equal(merged_weight(layer), plain.model.get_submodule(name).weight)
 
 
 def test_by_default_every_linear_layer_of_the_blocks_is_split_and_nothing_else_trains() -> None:
-    model, _ = split_model()
+    model = split_model()[0].model
     assert {name.rpartition(".")[2] for name in osft_layers(model)} == set(LINEAR_LAYERS_OF_LLAMA)
     assert len(osft_layers(model)) == 2 * len(LINEAR_LAYERS_OF_LLAMA)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -120,7 +128,7 @@ def test_by_default_every_linear_layer_of_the_blocks_is_split_and_nothing_else_t
 
 def test_ratios_go_by_pattern() -> None:
     patterns = {"mlp": 0.5, "down_proj": 0.25, r"0\.self_attn\.q": 0.0, r"1\.self_attn\.q": 1.0}
-    model, _ = split_model(ratio=0.75, osft_rank_ratios=patterns)
+    model = split_model(ratio=0.75, osft_rank_ratios=patterns)[0].model
     sizes = {name: layer.osft_free.shape[1] for name, layer in osft_layers(model).items()}
     first, second = "model.layers.0", "model.layers.1"
     assert sizes[f"{first}.mlp.up_proj"] == 16
@@ -139,17 +147,18 @@ def test_a_ratio_is_rounded_up(rank: int, ratio: float, expected: int) -> None:
 
 
 def test_ratio_1_is_full_fine_tuning_of_the_matrices() -> None:
-    model, plain = packed_model("llama"), packed_model("llama")
+    model = tiny_llama()
     apply_osft(model, osft_arguments(1.0, osft_train_patterns=["."]))
-    for each in (model, plain):
-        optimizer = torch.optim.AdamW([p for p in each.parameters() if p.requires_grad], lr=0.1)
+    split, plain = prepared_for_packs(model), packed_model("llama")
+    for each in (split, plain):
+        optimizer = torch.optim.AdamW([p for p in each.model.parameters() if p.requires_grad], lr=0.1)
         token_loss_sum(each, build_pack([7, 4])).backward()
         optimizer.step()
-    assert all(torch.equal(value, weights_of(plain)[name]) for name, value in weights_of(model).items())
+    assert all(torch.equal(value, weights_of(plain.model)[name]) for name, value in weights_of(model).items())
 
 
 def test_what_trains_beside_the_matrices_is_said_by_patterns() -> None:
-    model, _ = split_model("qwen2", osft_train_patterns=["norm", "q_proj.bias"])
+    model = split_model("qwen2", osft_train_patterns=["norm", "q_proj.bias"])[0].model
     trained = {name for name, p in model.named_parameters() if p.requires_grad and not name.endswith("osft_update")}
     assert trained == {name for name, _ in model.named_parameters() if "norm" in name or "q_proj.bias" in name}
 
@@ -209,7 +218,7 @@ def test_fifty_steps_of_every_optimizer_stay_out_of_what_is_protected(name: str)
 
 
 def test_the_leak_is_found_and_stops_the_run() -> None:
-    model, osft = split_model()
+    _, osft = split_model()
     osft.project_updates()
     assert osft.report()["osft/leak"] == 0
     layer = osft.layers[3]
@@ -236,9 +245,9 @@ def test_what_is_decomposed_already_is_left_alone() -> None:
 
 def test_progress_is_told_by_work() -> None:
     model = tiny_llama()
-    apply_osft(model, osft_arguments())
+    osft = apply_osft(model, osft_arguments())
     told: list[tuple[int, int]] = []
-    decompose(Osft(model, osft_arguments()), torch.float64, lambda done, total: told.append((done, total)))
+    decompose(osft, torch.float64, lambda done, total: told.append((done, total)))
     assert len(told) == 14
     assert told[-1][0] == told[-1][1]
     steps = np.diff([0, *(done for done, _ in told)])
@@ -247,27 +256,28 @@ def test_progress_is_told_by_work() -> None:
 
 def load_split(directory, mesh=None, dtype=None, ratio=0.25, options=None, **model_options):
     args = osft_arguments(ratio, **(options or {}))
-    model = load_model(
+    prepared = load_model(
         ModelArguments(model_name_or_path=str(directory), **model_options),
         mesh=mesh,
         seed=0,
         adapt=lambda model: apply_osft(model if dtype is None else model.to(dtype), args),
     )
-    return model, started(model, args)
+    start_osft(prepared.osft)
+    return prepared, prepared.osft
 
 
-def trained_weights(model, osft, num_steps=3):
+def trained_weights(prepared, osft, num_steps=3):
     """Merged weights and reports after some steps of AdamW, each on the same packs on every rank, summed."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    reports = train_split(model, osft, torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1), num_steps)
-    return {name: merged_weight(layer) for name, layer in osft_layers(model).items()}, reports
+    trained = [parameter for parameter in prepared.model.parameters() if parameter.requires_grad]
+    reports = train_split(prepared, osft, torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1), num_steps)
+    return {name: merged_weight(layer) for name, layer in osft_layers(prepared.model).items()}, reports
 
 
 def check_same_as_one_process(directory, ranks, mesh, is_compiled=False):
     """Every rank trains on the same packs, so gradients are those of one process times the number of ranks."""
-    model, osft = load_split(directory, mesh, torch.float64)
+    prepared, osft = load_split(directory, mesh, torch.float64)
     if is_compiled:
-        for block in model.model.layers:
+        for block in prepared.model.model.layers:
             block.mlp.compile(backend="eager")  # as it is traced: inductor's C++ takes a minute
     alone, alone_osft = load_split(directory, None, torch.float64)
     for layer, other in zip(osft.layers, alone_osft.layers, strict=True):
@@ -275,10 +285,10 @@ def check_same_as_one_process(directory, ranks, mesh, is_compiled=False):
         assert torch.equal(local, other.osft_protected[region])
         assert isinstance(layer.osft_protected, DTensor)
         assert local.numel() <= -(-layer.osft_protected.shape[0] // mesh.size(-1)) * local.shape[1]
-    for parameter in alone.parameters():
+    for parameter in alone.model.parameters():
         if parameter.requires_grad:
             parameter.register_hook(lambda gradient: gradient * ranks.world_size)
-    weights, reports = trained_weights(model, osft)
+    weights, reports = trained_weights(prepared, osft)
     expected, expected_reports = ranks.once(lambda: trained_weights(alone, alone_osft))
     assert relative_difference(weights, expected) < OSFT_TRAJECTORY_FLOAT64
     for report, other in zip(reports, expected_reports, strict=True):
@@ -323,8 +333,9 @@ def test_a_checkpoint_holds_the_factors(ranks):
         save_model(ranks.tmp_path / "model")
     ranks.barrier()
     group = Group.join(MachineArguments(use_cpu=True))
-    model, osft = load_split(ranks.tmp_path / "model", group.mesh)
-    trained_weights(model, osft)
+    prepared, osft = load_split(ranks.tmp_path / "model", group.mesh)
+    trained_weights(prepared, osft)
+    model = prepared.model
     writer = CheckpointWriter(ranks.tmp_path / "saved", group, is_async=False, limit=None)
     folder = writer.save(Contents(3, {"model": model_tensors(model)}, {})) or writer.wait()
     resumed = load_model(
@@ -333,12 +344,12 @@ def test_a_checkpoint_holds_the_factors(ranks):
         seed=0,
         adapt=lambda model: apply_osft(model, osft_arguments()),
     )
-    restore_model(resumed, StoredTensors(folder, ranks.rank, ranks.world_size))
-    osft = Osft(resumed, osft_arguments())
+    restore_model(resumed.model, StoredTensors(folder, ranks.rank, ranks.world_size))
+    osft = resumed.osft
     assert start_osft(osft) == 0
     assert osft.reconstruction_error < OSFT_LEAK[torch.float32]
     expected = weights_of(model)
-    assert all(torch.equal(value, expected[name]) for name, value in weights_of(resumed).items())
+    assert all(torch.equal(value, expected[name]) for name, value in weights_of(resumed.model).items())
 
 
 @pytest.mark.world_size(2, 3)
@@ -366,11 +377,11 @@ def test_bf16_computes_what_float32_computes(tmp_path):
     pack = build_pack([9, 5])
     losses = []
     for is_bf16 in (False, True):
-        model, osft = load_split(tmp_path, bf16=is_bf16)
+        prepared, osft = load_split(tmp_path, bf16=is_bf16)
         optimizer = torch.optim.AdamW([layer.osft_update for layer in osft.layers], lr=1e-2)
-        train_split(model, osft, optimizer, 5)
+        train_split(prepared, osft, optimizer, 5)
         assert {layer.osft_update.dtype for layer in osft.layers} == {torch.float32}
-        losses.append(token_loss_sum(model, pack).item())
+        losses.append(token_loss_sum(prepared, pack).item())
     assert losses[1] == pytest.approx(losses[0], rel=LOSS_BF16)
 
 
@@ -385,19 +396,18 @@ def test_recomputed_blocks_train_alike(tmp_path):
 def test_a_whole_block_trains_as_torch_compiles_it():
     """As it traces it; inductor's C++ takes a minute (docs/osft.md)."""
     expected, _ = trained_weights(*split_model(), num_steps=2)
-    model, osft = split_model()
-    model.model.layers[0].compile(backend="eager")
+    prepared, osft = split_model()
+    prepared.model.model.layers[0].compile(backend="eager")
     torch._dynamo.reset()
     try:
-        weights, _ = trained_weights(model, osft, num_steps=2)
+        weights, _ = trained_weights(prepared, osft, num_steps=2)
     finally:
         torch._dynamo.reset()
     assert largest_difference(weights, expected) < OSFT_MERGED_FP32
 
 
 def test_blocks_compile_as_one_graph():
-    model, osft = split_model()
-    block = model.model.layers[0].mlp
+    block = split_model()[0].model.model.layers[0].mlp
     inputs = torch.linspace(-1, 1, 96).reshape(3, 32)
     torch._dynamo.reset()
     try:

@@ -51,7 +51,7 @@ def test_the_command_line_and_python_do_the_same_run(tmp_path: Path) -> None:
     args = TrainingArguments(**job, output_dir=str(tmp_path / "called"))
     tokenizer = build_tokenizer()
     Trainer(
-        model=load_model(args, tokenizer, seed=args.seed),
+        model=load_model(args, tokenizer, seed=args.seed).model,
         args=args,
         train_dataset=prepare(job["data_path"], tokenizer, args, limit=512),
         processing_class=tokenizer,

@@ -23,19 +23,21 @@ PATTERNS = {
 }
 
 
-def train(model, num_steps=3):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
-    for step in range(num_steps):
-        token_loss_sum(model, build_pack([7, 4], seed=step)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+def train(prepared, num_steps=3):
+    optimizer = torch.optim.AdamW(prepared.model.parameters(), lr=0.1, weight_decay=0.1)
+    with prepared.in_use():
+        for step in range(num_steps):
+            token_loss_sum(prepared, build_pack([7, 4], seed=step)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def check_training_moves_only_what_is_not_frozen(directory, patterns, mesh=None, **options):
     args = ModelArguments(model_name_or_path=str(directory), freeze_patterns=patterns, **options)
-    model = load_model(args, None, mesh, seed=0)
+    prepared = load_model(args, None, mesh, seed=0)
+    model = prepared.model
     before = weights_of(model)
-    train(model)
+    train(prepared)
     moved = {name for name, value in weights_of(model).items() if not torch.equal(value, before[name])}
     assert moved == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert 0 < len(moved) < len(before)

@@ -21,9 +21,10 @@ from tests.fixtures.models import (
 from tests.fixtures.oracles import largest_difference
 from tests.fixtures.runs import gradients_of
 from trainer.errors import IsolationError, ModelError
-from trainer.model.attention import packed_inputs
+from trainer.model.attention import packed_forward, packed_inputs
 from trainer.model.isolation import check_positions
 from trainer.model.loss import token_loss_sum
+from trainer.model.prepared import Prepared
 
 # Even and above 2: see tolerances.ISOLATION_FP32.
 LENGTHS = (12, 4, 22, 8)
@@ -38,14 +39,16 @@ def pack_of(samples):
 
 
 @torch.no_grad()
-def packed_logits(model, samples):
-    logits = model(**packed_inputs(model, pack_of(samples))).logits[0]
+def packed_logits(prepared, samples):
+    with prepared.in_use(), packed_forward():
+        logits = prepared.model(**packed_inputs(prepared.model, pack_of(samples))).logits[0]
     return logits.split([len(sample) for sample in samples])
 
 
 @torch.no_grad()
-def lone_logits(model, sample):
-    return model(input_ids=sample[None], use_cache=False).logits[0]
+def lone_logits(prepared, sample):
+    with prepared.in_use():
+        return prepared.model(input_ids=sample[None], use_cache=False).logits[0]
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -64,7 +67,7 @@ def test_packed_logits_of_mixtures_are_those_of_the_sample_alone_up_to_rounding(
 
 @pytest.mark.parametrize("name", ATTENTION_ONLY)
 def test_packed_logits_equal_transformers_own_attention(name):
-    model, own = shared_model(name), build_model(name, implementation="eager")
+    model, own = shared_model(name), Prepared.as_it_is(build_model(name, implementation="eager"))
     samples = random_samples((13, 1, 22, 2))
     for sample, logits in zip(samples, packed_logits(model, samples), strict=True):
         torch.testing.assert_close(logits, lone_logits(own, sample), rtol=0, atol=tolerances.ISOLATION_FP32)
@@ -101,15 +104,16 @@ def test_gradients_add_up_over_samples(name):
         count = int((labels != -100).sum())
         one = {**pack_of([sample]), "labels": labels[None], "num_loss_counted_tokens": count}
         token_loss_sum(parts, one).backward()
-    assert largest_difference(gradients_of(whole), gradients_of(parts)) < tolerances.ISOLATION_GRADIENT_FP32
+    assert largest_difference(gradients_of(whole.model), gradients_of(parts.model)) < tolerances.ISOLATION_GRADIENT_FP32
 
 
 def test_an_attention_mask_and_a_cache_do_not_open_the_borders():
-    model, samples = shared_model("llama"), random_samples((8, 6))
-    inputs = packed_inputs(model, pack_of(samples))
-    with torch.no_grad():
-        careless = model(**{**inputs, "use_cache": True}, attention_mask=torch.ones_like(inputs["input_ids"])).logits
-    assert torch.equal(careless[0], torch.cat(packed_logits(model, samples)))
+    prepared, samples = shared_model("llama"), random_samples((8, 6))
+    with torch.no_grad(), prepared.in_use():
+        inputs = packed_inputs(prepared.model, pack_of(samples))
+        careless = {**inputs, "use_cache": True, "attention_mask": torch.ones_like(inputs["input_ids"])}
+        logits = prepared.model(**careless).logits
+    assert torch.equal(logits[0], torch.cat(packed_logits(prepared, samples)))
 
 
 def test_positions_that_follow_the_longest_sample_of_a_pack_are_refused():
@@ -121,7 +125,7 @@ def test_positions_that_follow_the_longest_sample_of_a_pack_are_refused():
 
 
 def test_samples_longer_than_the_models_positions_are_refused():
-    model = shared_model("gpt2")
+    model = shared_model("gpt2").model
     limit = model.config.max_position_embeddings
     check_positions(model, limit)
     with pytest.raises(ModelError, match=f"has positions for {limit}"):

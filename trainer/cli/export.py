@@ -71,9 +71,9 @@ def export(folder: Path, options: ExportOptions) -> None:
         tokenizer = load_tokenizer(args)
     except ModelError:
         tokenizer = None  # weights alone can be exported too
-    model = load_model(args, tokenizer, seed=0)
+    prepared = load_model(args, tokenizer, seed=0, is_packed=False)
     dtype = getattr(torch, options.save_dtype) if options.save_dtype else None
-    export_model(model, tokenizer, options.target, dtype, options.max_shard_size)
+    export_model(prepared, tokenizer, options.target, dtype, options.max_shard_size)
 
 
 def export_checkpoint(folder: Path, options: ExportOptions) -> None:
@@ -91,9 +91,9 @@ def export_checkpoint(folder: Path, options: ExportOptions) -> None:
     if faults := find_damage(folder):
         raise CheckpointError(f"{folder} is not a whole checkpoint: {faults[0]}")
     stored = StoredTensors(folder)
-    model = build_saved_model(folder, stored, torch.device("cpu"))
+    prepared = build_saved_model(folder, stored, torch.device("cpu"), is_packed=False)
     has_tokenizer = (folder / MODEL_FILES / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(folder / MODEL_FILES) if has_tokenizer else None
     dtype = getattr(torch, options.save_dtype) if options.save_dtype else None
-    with averaged_weights(build_saved_optimizer(folder, stored, model)):
-        export_model(model, tokenizer, options.target, dtype, options.max_shard_size)
+    with averaged_weights(build_saved_optimizer(folder, stored, prepared.model)):
+        export_model(prepared, tokenizer, options.target, dtype, options.max_shard_size)

@@ -49,7 +49,8 @@ def run_evaluation_loop(
     keeps_rows = description == "Prediction" or not args.batch_eval_metrics
     outcome = EvaluationOutcome(trainer, names=ROWS if keeps_rows else ())
     trainer.callback_handler.eval_dataloader = loader
-    with averaged_weights(trainer.optimizer), inference(trainer.model), cast_weights(trainer.model, full):
+    in_use = task.prepared.in_use()
+    with in_use, averaged_weights(trainer.optimizer), inference(trainer.model), cast_weights(trainer.model, full):
         batches = iter(task.eval_batches(loader))
         batch = next(batches, None)
         while batch is not None:

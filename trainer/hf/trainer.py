@@ -38,7 +38,6 @@ from trainer.hf.prediction import alone, predictions_of, run_evaluation_loop
 from trainer.hf.search import Objective, Search
 from trainer.hf.unsupported import UNSUPPORTED, check_overrides
 from trainer.model.freezing import operations_per_input
-from trainer.model.precision import compute_context
 from trainer.model.traits import LossFunction, count_labels
 from trainer.optim.groups import MATRIX_DIMENSIONS
 from trainer.optim.optimizers import optimizer_class
@@ -288,7 +287,7 @@ class Trainer(CoreTrainer):
 
     def compute_loss_context_manager(self) -> AbstractContextManager[Any]:
         """Return the context in which losses are computed, in the dtype that the options say."""
-        return compute_context(self.model)
+        return self.task.prepared.compute_context()
 
     @property
     def _model_task(self) -> ModelTask:

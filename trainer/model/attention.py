@@ -15,6 +15,8 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -22,10 +24,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from trainer.errors import MissingPackageError, ModelError
+from trainer.model.borrowing import Borrowing, Setting
 from trainer.model.precision import accumulation_dtype, autocast_dtype
 
 PACKED_SDPA = "packed_sdpa"
@@ -35,6 +38,16 @@ FLASH_PACKAGES = {"flash_attention_2": ("flash_attn", "flash-attn"), "flash_atte
 ALLOWED = ("auto", *OWN_IMPLEMENTATIONS, *FLASH_PACKAGES, "sdpa", "eager")
 VARLEN_MAX_HEAD_SIZE = 256
 HEAD_SIZE_UNIT = 8
+_IMPLEMENTATION = "_attn_implementation_internal"  # what the property `_attn_implementation` of a config reads
+_READS_PACKS: ContextVar[bool] = ContextVar("reads_packs", default=False)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The name under which an attention function is registered with transformers, and why it was chosen."""
+
+    name: str
+    reason: str
 
 
 def packed_inputs(model: nn.Module, micro_batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,31 +70,41 @@ def packed_inputs(model: nn.Module, micro_batch: Mapping[str, Any]) -> dict[str,
         "seq_idx": seq_idx[None],
         "use_cache": False,
     }
+    if _READS_PACKS.get() and _reads_borders(model):
+        # Spares transformers its search for the borders of a pack, whose answer the host would wait for.
+        inputs["attention_mask"] = torch.ones_like(micro_batch["input_ids"], dtype=torch.bool)
     parameters = inspect.signature(model.forward).parameters
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return inputs
     return {name: value for name, value in inputs.items() if name in parameters}
 
 
+def _reads_borders(model: Any) -> bool:
+    """Whether all layers of a model get the borders of a pack from our attention functions, and none from a mask."""
+    config = getattr(model, "config", None)
+    if getattr(config, "_attn_implementation", None) not in OWN_IMPLEMENTATIONS:
+        return False
+    layer_types = getattr(config.get_text_config(), "layer_types", None) or ()
+    return all(kind.endswith("attention") and not kind.startswith("linear") for kind in layer_types)
+
+
 @contextmanager
-def borders_given(model: PreTrainedModel) -> Iterator[None]:
-    """Spare transformers its search for the borders of a pack, whose answer it waits for; our functions are told."""
-    search = masking_utils.find_packed_sequence_indices
-    if model.config._attn_implementation in OWN_IMPLEMENTATIONS:
-        masking_utils.find_packed_sequence_indices = lambda position_ids: None
+def packed_forward() -> Iterator[None]:
+    """Inside, this thread's models read packs, and our attention functions need no mask (see `packed_mask`)."""
+    token = _READS_PACKS.set(True)
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = search
+        _READS_PACKS.reset(token)
 
 
-def use_packed_attention(
+def choose_attention(
     model: PreTrainedModel,
     implementation: str = "auto",
     device: torch.device | str = "cpu",
     compute_dtype: torch.dtype | None = None,
-) -> str:
-    """Set the attention implementation of a model and of all its parts, and return its name.
+) -> Attention:
+    """Choose how a model attends over packs; `attention_settings` put it in place.
 
     Args:
         model: Any transformers model; weights are not needed yet.
@@ -93,19 +116,28 @@ def use_packed_attention(
         ModelError: The name is unknown, or this model or device cannot run it.
         MissingPackageError: Its package is not installed.
     """
-    device, dtype = torch.device(device), compute_dtype or model.dtype
-    name = _choose(model, device, dtype) if implementation == "auto" else implementation
-    if name not in ALLOWED:
-        raise ModelError(f"attn_implementation: {name!r} is unknown; allowed: {', '.join(ALLOWED)}")
-    if name == VARLEN and (obstacle := _varlen_obstacle(model, device, dtype)):
-        raise ModelError(f"attn_implementation: 'varlen' cannot run here: {obstacle}; use 'auto' or 'packed_sdpa'")
+    if implementation not in ALLOWED:
+        raise ModelError(f"attn_implementation: {implementation!r} is unknown; allowed: {', '.join(ALLOWED)}")
+    name, reason = implementation, "asked for"
+    if implementation in ("auto", VARLEN):
+        obstacle = _varlen_obstacle(model, torch.device(device), compute_dtype or model.dtype)
+        if obstacle and implementation == VARLEN:
+            raise ModelError(f"attn_implementation: 'varlen' cannot run here: {obstacle}; use 'auto' or 'packed_sdpa'")
+        if implementation == "auto":
+            name, reason = (PACKED_SDPA, f"not varlen: {obstacle}") if obstacle else (VARLEN, "the fastest here")
     if name == VARLEN:
         importlib.import_module("trainer.model.varlen")  # registers it; half a second that a CPU need not wait
-    if name in OWN_IMPLEMENTATIONS:
-        _assign(model, name)
-    else:
-        _assign_foreign(model, name)
-    return name
+    if name not in OWN_IMPLEMENTATIONS:
+        _check_foreign(model, name)
+    return Attention(name, reason)
+
+
+def attention_settings(model: PreTrainedModel, attention: Attention) -> list[Setting]:
+    """What makes a model and all of its parts attend so.
+
+    Not `set_attn_implementation`: models without sdpa of their own refuse any custom function there.
+    """
+    return [Setting(config, _IMPLEMENTATION, attention.name) for config in _configurations(model)]
 
 
 def packed_sdpa(
@@ -166,7 +198,8 @@ def _attend_apart(
 
 def packed_mask(batch_size: int, q_length: int, kv_length: int, *args: Any, **kwargs: Any) -> Tensor | None:
     """No mask where the attention function can tell from borders and windows alone; else transformers' own."""
-    is_plain = kwargs.get("attention_mask") is None and not kwargs.get("use_vmap", False)
+    is_plain = kwargs.get("attention_mask") is None or _READS_PACKS.get()
+    is_plain = is_plain and not kwargs.get("use_vmap", False)
     if is_plain and q_length == kv_length:
         return None
     return sdpa_mask(batch_size, q_length, kv_length, *args, **kwargs)
@@ -263,10 +296,6 @@ def _window_mask(num_queries: int, num_keys: int, window: int, device: torch.dev
     return ones.tril(offset).triu(offset - window + 1)
 
 
-def _choose(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str:
-    return PACKED_SDPA if _varlen_obstacle(model, device, dtype) else VARLEN
-
-
 def _varlen_obstacle(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernel cannot run this model here, or None."""
     if device.type != "cuda":
@@ -293,28 +322,28 @@ def _head_size_obstacle(config: Any) -> str | None:
     return None
 
 
-def _configurations(model: PreTrainedModel) -> Iterator[Any]:
-    seen: set[int] = set()
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "_attn_implementation") and id(config) not in seen:
-            seen.add(id(config))
-            yield config
+def _configurations(model: PreTrainedModel) -> list[Any]:
+    """The configurations of a model and of all its parts, each once."""
+    found: dict[int, Any] = {}
+    waiting = [config for module in model.modules() if (config := getattr(module, "config", None)) is not None]
+    while waiting:
+        config = waiting.pop()
+        if id(config) in found or not hasattr(config, "_attn_implementation"):
+            continue
+        found[id(config)] = config
+        waiting += [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
+    return list(found.values())
 
 
-def _assign(model: PreTrainedModel, name: str) -> None:
-    # Not set_attn_implementation: models without sdpa of their own refuse any custom function there.
-    for config in _configurations(model):
-        config._attn_implementation = name
-
-
-def _assign_foreign(model: PreTrainedModel, name: str) -> None:
+def _check_foreign(model: PreTrainedModel, name: str) -> None:
+    """Raise where transformers would not let a model use one of its implementations."""
     module, package = FLASH_PACKAGES.get(name, ("torch", ""))
     if importlib.util.find_spec(module) is None:
         remedy = f"pip install {package}" if package else "see its project page"
         raise MissingPackageError(f"attn_implementation: {name!r} needs the package {module}; {remedy}, or use 'auto'")
-    set_implementation: Callable[[str], None] = model.set_attn_implementation
-    try:
-        set_implementation(name)
-    except (ValueError, ImportError) as error:
-        raise ModelError(f"attn_implementation: {model.config.model_type} cannot use {name!r}: {error}") from error
+    present = [Setting(config, _IMPLEMENTATION, config._attn_implementation) for config in _configurations(model)]
+    with Borrowing(present).held():
+        try:
+            model.set_attn_implementation(name)
+        except (ValueError, ImportError) as error:
+            raise ModelError(f"attn_implementation: {model.config.model_type} cannot use {name!r}: {error}") from error

@@ -1,15 +1,18 @@
-"""A model from a folder, a hub name or a config, ready to train: aligned, packed, frozen, sharded, filled with weights.
+"""Makes a model ready to train on this rank, and returns what a run knows of it (`Prepared`).
 
-`load_model` is the order of small public steps; who must change modules (orthogonal or low-rank layers) hands it a step
-of their own, run between `build_on_meta` and `prepare_model`. Invariants: no rank holds more than its shards and one
-tensor of the whole model; the weights are those of a plain load, bit for bit; nothing is unpickled.
+`load_model` builds a transformers model from a folder, a hub name or a config; `prepare_model` makes it, or any module
+that is given, ready: device, attention, kernels, freezing, recomputation, compilation, sharding, precision.
+Invariants: no rank holds more than its shards and one tensor of the whole model; the weights are those of a plain load,
+bit for bit; nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +21,29 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.initialization import no_init_weights
 
 from trainer.config.groups import ModelArguments
 from trainer.errors import ModelError, UsageError, named_error
-from trainer.model.attention import use_packed_attention
+from trainer.model.attention import attention_settings, choose_attention
+from trainer.model.borrowing import Borrowing, settings_made_by
+from trainer.model.cross_entropy import linear_cross_entropy_sum
 from trainer.model.freezing import freeze
-from trainer.model.fsdp import checkpoint_activations, compile_blocks, local_part, shard_model
+from trainer.model.fsdp import checkpoint_activations, compile_blocks, local_part, shard_for_training
 from trainer.model.isolation import check_isolation
-from trainer.model.liger import apply_liger_kernels
-from trainer.model.osft.layers import is_osft_parameter, unread_parameters
-from trainer.model.precision import use_compute_dtype
-from trainer.model.tokenizer import align_special_ids, fit_vocabulary, train_padding_rows
+from trainer.model.liger import apply_liger_kernels, liger_cross_entropy_sum
+from trainer.model.loss import measure_head
+from trainer.model.osft.layers import Osft, is_osft_parameter, unread_parameters
+from trainer.model.prepared import Prepared
+from trainer.model.tokenizer import align_special_ids, fit_vocabulary, padding_row_settings
+from trainer.model.traits import check_module, read_traits
 from trainer.model.weights import FileWeights, SeededWeights, Weights
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-Adapt = Callable[[PreTrainedModel], None]
+Adapt = Callable[[PreTrainedModel], Osft | None]
+_ON_META: ContextVar[bool] = ContextVar("parameters_on_meta", default=False)
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.py", "*.model", "*.txt", "*.jinja"]
 
 
@@ -47,8 +55,9 @@ def load_model(
     *,
     seed: int,
     adapt: Adapt | None = None,
-) -> PreTrainedModel:
-    """Load or create the model that the options describe, ready for `token_loss_sum`; every rank of the mesh calls.
+    is_packed: bool = True,
+) -> Prepared:
+    """Load or create the model that the options describe, ready to train; every rank of the mesh calls.
 
     Args:
         args: Where the model is and how it trains.
@@ -57,6 +66,7 @@ def load_model(
         device: This rank's device.
         seed: Seed of weights that are not loaded; they do not depend on the number of ranks.
         adapt: Changes the model's modules before it is sharded and filled, such as `apply_osft`.
+        is_packed: Whether it will read packs.
 
     Raises:
         ModelError: The model cannot be found, built, or trained as asked.
@@ -70,12 +80,7 @@ def load_model(
     weights = open_weights(model, args, folder, seed)
     if tokenizer is not None:
         align_special_ids(model, tokenizer)
-    if adapt is not None:
-        adapt(model)
-    prepare_model(model, args, mesh, device)
-    materialise(model, weights, device, zeros=set(filter(is_osft_parameter, model.state_dict())))
-    check_isolation(model)
-    return model
+    return prepare_model(model, args, mesh, device, is_packed=is_packed, weights=weights, adapt=adapt)
 
 
 def find_model(args: ModelArguments) -> Path:
@@ -119,11 +124,10 @@ def build_on_meta(config: Any, *, trust_remote_code: bool = False) -> PreTrained
     """
     stored_dtype = config.dtype
     try:
-        with _parameters_on_meta(), no_init_weights():
+        with _parameters_on_meta(), torch.random.fork_rng(devices=[]):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=trust_remote_code
             )
-        model.tie_weights()  # which `no_init_weights` leaves out too
     except Exception as error:  # noqa: BLE001  a config may say anything
         reason = str(error).partition("Model type should be one of")[0]  # a list of hundreds follows
         raise ModelError(
@@ -177,24 +181,81 @@ def _read_generation_config(folder: Path) -> GenerationConfig:
 
 
 def prepare_model(
-    model: PreTrainedModel, args: ModelArguments, mesh: DeviceMesh | None, device: torch.device | str
-) -> None:
-    """Everything between building and filling: attention, kernels, freezing, recomputation, compilation, sharding."""
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    model: nn.Module,
+    args: ModelArguments,
+    mesh: DeviceMesh | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    is_packed: bool,
+    label_names: Sequence[str] | None = None,
+    weights: Weights | None = None,
+    is_record: bool = False,
+    adapt: Adapt | None = None,
+) -> Prepared:
+    """Make a model ready to train on this rank, in place; every rank of the mesh calls.
+
+    Args:
+        model: Any module with its weights, or one from `build_on_meta` with `weights`.
+        args: How it trains.
+        mesh: Ranks to shard over; None for one process.
+        device: This rank's device.
+        is_packed: It will read packs of token data: a transformers model whose samples must not see each other.
+        label_names: Names of its labels, where its class does not tell.
+        weights: Fills a model on the meta device.
+        is_record: `weights` are of a run, with all that `adapt` adds, and are not judged.
+        adapt: Changes the model's modules before it is sharded and filled, such as `apply_osft`.
+
+    Raises:
+        ModelError: It cannot be trained as asked.
+        IsolationError: Packed samples would see each other.
+    """
+    device = torch.device(device)
+    check_module(model, is_packed=is_packed)
+    traits = read_traits(model, label_names)
+    stored_dtype = model.config.dtype or torch.float32 if isinstance(model, PreTrainedModel) else None
+    if is_packed and model.dtype in (torch.bfloat16, torch.float16):
+        stored_dtype, model = model.dtype, model.float()  # master weights are float32
+    osft = adapt(model) if adapt is not None else None
+    if weights is None:
+        model.to(device)
+    compute_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    settings, attention, linear_cross_entropy = [], None, linear_cross_entropy_sum
     if args.use_liger_kernels:
         apply_liger_kernels(model, device)
-    use_packed_attention(model, args.attn_implementation, device, dtype)
-    train_padding_rows(model)
+        linear_cross_entropy = liger_cross_entropy_sum
+    if is_packed:
+        attention = choose_attention(model, args.attn_implementation, device, compute_dtype or torch.float32)
+        settings += attention_settings(model, attention) + padding_row_settings(model)
     freeze(model, args.freeze_patterns)
     if args.gradient_checkpointing:
-        checkpoint_activations(model, args)
+        settings += settings_made_by(lambda: checkpoint_activations(model, args), model)
     if args.torch_compile:
-        compile_blocks(model)
+        compiler = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+        given = {name: value for name, value in compiler.items() if value is not None}
+        settings += settings_made_by(lambda: compile_blocks(model, **given), model)
     if mesh is not None:
-        shard_model(model, mesh, dtype, unread=unread_parameters(model))
-    elif args.bf16:
-        use_compute_dtype(model, dtype, by_autocast=True)
+        shard_for_training(model, mesh, compute_dtype, unread=unread_parameters(model), casts_inputs=is_packed)
     model.train()
+    if weights is not None:
+        fresh = set() if is_record else set(filter(is_osft_parameter, model.state_dict()))
+        materialise(model, weights, device, zeros=fresh)
+    prepared = Prepared(
+        model,
+        device,
+        mesh,
+        compute_dtype or next(model.parameters()).dtype,
+        uses_autocast=compute_dtype is not None and (mesh is None or not is_packed),
+        traits=traits,
+        stored_dtype=stored_dtype,
+        attention=attention,
+        linear_cross_entropy=linear_cross_entropy,
+        osft=osft if osft is not None and osft.layers else None,
+        recomputes=args.gradient_checkpointing,
+        borrowing=Borrowing(settings),
+    )
+    if is_packed and not is_record:
+        check_isolation(prepared)
+    return replace(prepared, head=measure_head(prepared)) if is_packed else prepared
 
 
 def materialise(
@@ -237,17 +298,21 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Parameters registered inside the context lie on the meta device; buffers and other tensors are real."""
-    register = nn.Module.register_parameter
+    """Parameters that this thread registers inside lie on the meta device; buffers and other tensors are real.
 
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        if parameter is not None and not parameter.is_meta:
-            moved = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-            module._parameters[name] = moved
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment,method-assign]
+    What draws their values then does nothing.
+    """
+    token = _ON_META.set(True)
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        _ON_META.reset(token)
+
+
+def _move_to_meta(_: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    if not _ON_META.get() or parameter is None or parameter.is_meta:
+        return None
+    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+
+register_module_parameter_registration_hook(_move_to_meta)

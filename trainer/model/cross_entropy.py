@@ -8,6 +8,7 @@ N trained positions, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,9 @@ class HeadOutput:
         """Gradients for a head's output, from those for the logits made of it; in the memory of the latter."""
         scaled = gradients if self.scale == 1.0 else gradients.mul_(self.scale)
         return scaled if self.softcap is None else scaled.mul_(1 - (logits / self.softcap) ** 2)
+
+
+LinearCrossEntropy = Callable[[Tensor, nn.Linear, Tensor, HeadOutput, float], Tensor]
 
 
 @dataclass(frozen=True)

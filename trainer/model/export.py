@@ -26,6 +26,7 @@ from trainer.atomic import is_untouched, read_listing, sync, write_listing
 from trainer.errors import CheckpointError
 from trainer.model.fsdp import any_rank, is_lead, whole
 from trainer.model.osft.layers import is_osft_parameter, merged_weight, osft_layers
+from trainer.model.prepared import Prepared
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"  # an export holds one of t
 
 
 def export_model(
-    model: nn.Module,
+    prepared: Prepared,
     tokenizer: PreTrainedTokenizerBase | None,
     directory: str | os.PathLike[str],
     save_dtype: torch.dtype | None = None,
@@ -45,7 +46,7 @@ def export_model(
     """Write a model for others to use; an older export in `directory` is replaced.
 
     Args:
-        model: Plain or sharded.
+        prepared: The model, plain or sharded.
         tokenizer: Saved beside the model, if given.
         directory: The folder to make.
         save_dtype: Format of the weights; None for the one in which the model was stored before training.
@@ -55,11 +56,10 @@ def export_model(
     Raises:
         CheckpointError: The lead rank could not write, or `directory` holds something else than an export.
     """
-    target = Path(directory)
-    stored = model.config.dtype or torch.float32 if isinstance(model, PreTrainedModel) else None
-    tensors = _gather(model, save_dtype or stored)
+    target, model, mesh = Path(directory), prepared.model, prepared.mesh
+    tensors = _gather(model, save_dtype or prepared.stored_dtype, is_lead(mesh))
     error: Exception | None = None
-    if is_lead(model):
+    if is_lead(mesh):
         try:
             _check_range(tensors)
             hidden = _stage(model, tokenizer, tensors, target, max_shard_size)
@@ -67,15 +67,15 @@ def export_model(
         except (OSError, ValueError, RuntimeError, SafetensorError) as caught:
             error = caught
     if error is not None:
-        any_rank(True, model)
+        any_rank(True, mesh)
         raise CheckpointError(f"could not export to {target}: {error}") from error
-    if any_rank(False, model):
+    if any_rank(False, mesh):
         raise CheckpointError(f"could not export to {target}: the lead rank failed; see its message")
 
 
-def _gather(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _gather(model: nn.Module, dtype: torch.dtype | None, lead: bool) -> dict[str, Tensor]:
     """Every stored tensor, whole, on the CPU of the lead rank; floating-point ones in `dtype`, if one is given."""
-    lead, tied = is_lead(model), set(getattr(model, "all_tied_weights_keys", ()))
+    tied = set(getattr(model, "all_tied_weights_keys", ()))
     split = {f"{name}.weight": layer for name, layer in osft_layers(model).items()}
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():

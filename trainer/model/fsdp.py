@@ -31,9 +31,7 @@ from transformers import PreTrainedModel
 
 from trainer.config.groups import ModelArguments
 from trainer.errors import ModelError
-from trainer.model.loss import FORWARD_METHOD, forward_loss
-from trainer.model.modes import evaluating
-from trainer.model.precision import use_compute_dtype
+from trainer.model.precision import evaluating
 
 Region = tuple[slice, ...]
 _ATTENTION = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
@@ -41,7 +39,6 @@ PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "_grou
     "torch_attn::_varlen_attn",
     *(f"aten::_scaled_dot_product_{name}" for name in _ATTENTION),
 }
-_MESH = "_trainer_mesh"  # of a model that was sharded here; all of its parameters may be scalars, which are whole
 
 
 def decoder_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -93,30 +90,41 @@ def compile_blocks(model: nn.Module, **settings: Any) -> None:
         model.compile(**settings)
 
 
-def shard_model(
-    model: PreTrainedModel,
+def shard_for_training(
+    model: nn.Module,
     mesh: DeviceMesh,
-    compute_dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype | None = None,
     unread: Collection[str] = (),
+    *,
+    casts_inputs: bool = True,
 ) -> None:
-    """Spread a language model over the ranks of a mesh with FSDP2, in place, for `token_loss_sum`.
+    """Spread a model over the ranks of a mesh with FSDP2, in place, unless an earlier trainer has done so.
 
     Args:
-        model: With its weights, or on the meta device (see `load.materialise`).
+        model: With its weights, or on the meta device.
         mesh: One axis over the ranks that share the weights; or two, of replicas and of ranks that share a replica.
-        compute_dtype: Format of gathered weights and activations; gradients are reduced in float32 at least.
+        compute_dtype: Format of gathered weights; gradients are reduced in float32 at least. None: as they are.
         unread: Names of parameters that no forward pass reads: sharded alike, but never gathered.
+        casts_inputs: Whether what a part of the model is given is cast to that format, too.
+
+    Raises:
+        ModelError: It is sharded already, to compute in another format.
     """
     policy = MixedPrecisionPolicy()
-    if compute_dtype.itemsize < torch.float32.itemsize:
-        policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-        use_compute_dtype(model, compute_dtype, by_autocast=False)
-    shard_modules(model, mesh, policy, unread)
-    setattr(model, FORWARD_METHOD, functools.partial(forward_loss, model))
-    register_fsdp_forward_method(model, FORWARD_METHOD)
+    if compute_dtype is not None:
+        policy = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=casts_inputs)
+    if not isinstance(model, FSDPModule):
+        shard_model(model, mesh, policy, unread)
+        return
+    former = model._get_fsdp_state()._mp_policy
+    if former != policy:
+        raise ModelError(
+            f"an earlier trainer has sharded this model to gather weights in {former.param_dtype or 'their format'}, "
+            f"this one asks for {compute_dtype or 'their format'}: give the same options, or load the model anew"
+        )
 
 
-def shard_modules(
+def shard_model(
     model: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy | None = None, unread: Collection[str] = ()
 ) -> None:
     """Spread any module over the ranks of a mesh, in place: one group for each block, one for the rest.
@@ -133,7 +141,6 @@ def shard_modules(
     _gather_ahead(blocks)
     if hasattr(model, "generate"):
         register_fsdp_forward_method(model, "generate")  # it runs an encoder by itself, beside the root's own forward
-    setattr(model, _MESH, mesh)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # A factor alone asks for PREMUL_SUM, which gloo lacks.
@@ -196,11 +203,6 @@ def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor, gathered from the ranks that hold it (all of them call)."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether a model is spread over ranks already, by an earlier Trainer for one."""
-    return isinstance(model, FSDPModule)
 
 
 def sum_over_shards(values: Tensor, like: Tensor) -> Tensor:
@@ -273,19 +275,17 @@ class _Seat:
 
 
 def model_mesh(model: nn.Module) -> DeviceMesh | None:
-    """The mesh over which a model is sharded, or None."""
-    mesh: DeviceMesh | None = getattr(model, _MESH, None)
-    return mesh or next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
+    """The mesh over which the parameters of a model are sharded, or None."""
+    return next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
 
 
-def any_rank(flag: bool, model: nn.Module) -> bool:
-    """Whether the flag is set on any rank that shares the model (all of them call)."""
-    return largest_of_ranks(float(flag), model) > 0
+def any_rank(flag: bool, mesh: DeviceMesh | None) -> bool:
+    """Whether the flag is set on any rank of a mesh (all of them call)."""
+    return largest_of_ranks(float(flag), mesh) > 0
 
 
-def largest_of_ranks(value: float, model: nn.Module) -> float:
-    """The largest of the values of all ranks that share the model (all of them call)."""
-    mesh = model_mesh(model)
+def largest_of_ranks(value: float, mesh: DeviceMesh | None) -> float:
+    """The largest of the values of all ranks of a mesh (all of them call); the value itself on one process."""
     if mesh is None:
         return value
     values = torch.tensor(value, dtype=torch.float64, device=mesh.device_type)
@@ -294,7 +294,6 @@ def largest_of_ranks(value: float, model: nn.Module) -> float:
     return values.item()
 
 
-def is_lead(model: nn.Module) -> bool:
-    """Whether this rank acts for all that share the model."""
-    mesh = model_mesh(model)
+def is_lead(mesh: DeviceMesh | None) -> bool:
+    """Whether this rank acts for all ranks of a mesh."""
     return mesh is None or not any(mesh.get_coordinate() or ())

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from trainer.distributed.blame import is_loss_of_peer
 from trainer.errors import IsolationError, ModelError
-from trainer.model.attention import packed_inputs
+from trainer.model.attention import packed_forward, packed_inputs
 from trainer.model.fsdp import inference
-from trainer.model.modes import uncompiled
-from trainer.model.precision import compute_context, compute_dtype
+from trainer.model.precision import uncompiled
+from trainer.model.prepared import Prepared
 
 PACK_WIDE_ROPE = ("dynamic", "longrope")  # their scaling follows the largest position of the whole input
 PROBE_LENGTHS = (8, 5, 6)
@@ -27,25 +27,27 @@ EXCHANGED_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 ALONE_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 
 
-def check_isolation(model: PreTrainedModel) -> None:
+def check_isolation(prepared: Prepared) -> None:
     """Run a short sample between two others, between two other ones, and alone; compare its logits.
 
     Raises:
         IsolationError: The logits differ, or the model cannot run packs at all; names model type and implementation.
         ModelError: The logits are not finite.
     """
+    model = prepared.model
     (before, sample, after), (other, _, another) = _probe_samples(model, seed=0), _probe_samples(model, seed=1)
     try:
-        with inference(model), uncompiled(), compute_context(model):
+        with prepared.in_use(), inference(model), uncompiled(), prepared.compute_context(), packed_forward():
             packed = _logits(model, [before, sample, after])[1]
             exchanged = _logits(model, [other, sample, another])[1]
             alone = _logits(model, [sample])[0]
     except (ValueError, NotImplementedError, TypeError, RuntimeError) as error:
         if is_loss_of_peer(error):
             raise
-        raise IsolationError(f"{_named(model)} cannot run packed samples: {error}") from error
-    _compare(model, packed, exchanged, EXCHANGED_LIMIT, "what it is packed with")
-    _compare(model, packed, alone, ALONE_LIMIT, "being packed at all")
+        raise IsolationError(f"{_named(prepared)} cannot run packed samples: {error}") from error
+    precision = torch.bfloat16 if prepared.compute_dtype.itemsize < torch.float32.itemsize else torch.float32
+    _compare(prepared, packed, exchanged, EXCHANGED_LIMIT[precision], "what it is packed with")
+    _compare(prepared, packed, alone, ALONE_LIMIT[precision], "being packed at all")
 
 
 def check_positions(model: PreTrainedModel, longest: int) -> None:
@@ -70,8 +72,9 @@ def check_positions(model: PreTrainedModel, longest: int) -> None:
     original = rope.get("original_max_position_embeddings") or limit
     if rope.get("rope_type") in PACK_WIDE_ROPE and original is not None and longest > original:
         raise IsolationError(
-            f"{_named(model)} scales rotary positions ({rope['rope_type']}) by the longest sample of a pack once that "
-            f"passes {original} tokens; the longest here has {longest}, so what samples are packed with would matter: "
+            f"model type {model.config.model_type!r} scales rotary positions ({rope['rope_type']}) by the longest "
+            f"sample of a pack once that passes {original} tokens; the longest here has {longest}, so what samples are "
+            "packed with would matter: "
             f"set max_length to {original}"
         )
 
@@ -96,20 +99,21 @@ def _logits(model: PreTrainedModel, samples: list[Tensor]) -> list[Tensor]:
     return list(logits.float().split(lengths.tolist()))
 
 
-def _compare(
-    model: PreTrainedModel, packed: Tensor, other: Tensor, limits: dict[torch.dtype, float], what: str
-) -> None:
-    limit = limits[torch.bfloat16 if compute_dtype(model).itemsize < torch.float32.itemsize else torch.float32]
+def _compare(prepared: Prepared, packed: Tensor, other: Tensor, limit: float, what: str) -> None:
+    named = _named(prepared)
     if not bool(torch.isfinite(packed).all() and torch.isfinite(other).all()):
-        raise ModelError(f"{_named(model)} gives logits that are not finite; check its weights")
+        raise ModelError(f"{named} gives logits that are not finite; check its weights")
     smallest = torch.finfo(packed.dtype).tiny
     change = ((packed - other).norm() / (other - other.mean()).norm().clamp_min(smallest)).item()
     if change > limit:
         raise IsolationError(
-            f"{_named(model)} leaks between packed samples: logits of a sample change by {change:.2g} (relative; "
+            f"{named} leaks between packed samples: logits of a sample change by {change:.2g} (relative; "
             f"allowed {limit:g}) with {what}; choose another attn_implementation, or a model that can be packed"
         )
 
 
-def _named(model: PreTrainedModel) -> str:
-    return f"model type {model.config.model_type!r} with attn_implementation {model.config._attn_implementation!r}"
+def _named(prepared: Prepared) -> str:
+    model_type = prepared.model.config.model_type
+    if prepared.attention is None:
+        return f"model type {model_type!r}"
+    return f"model type {model_type!r} with attn_implementation {prepared.attention.name!r}"

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from trainer.errors import MissingPackageError, ModelError
 from trainer.model.cross_entropy import HeadOutput
-from trainer.model.loss import IGNORED_LABEL, KERNEL_ATTRIBUTE
 from trainer.model.precision import autocast_dtype
 
 PACKAGE = "liger_kernel"
@@ -40,7 +39,6 @@ def apply_liger_kernels(model: PreTrainedModel, device: torch.device | str | Non
             f"use_liger_kernels: Liger knows no model type {model_type!r}; known: {', '.join(sorted(known))}"
         )
     patches._apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=False, cross_entropy=False)
-    setattr(model, KERNEL_ATTRIBUTE, liger_cross_entropy_sum)
 
 
 def liger_cross_entropy_sum(
@@ -56,7 +54,7 @@ def liger_cross_entropy_sum(
         hidden = hidden * head_output.scale
     losses = importlib.import_module(f"{PACKAGE}.transformers.fused_linear_cross_entropy")
     compute = losses.LigerFusedLinearCrossEntropyLoss(
-        ignore_index=IGNORED_LABEL,
+        ignore_index=-100,
         label_smoothing=label_smoothing,
         reduction="sum",
         softcap=head_output.softcap,

@@ -1,39 +1,38 @@
 """Which number format a model computes in: float32 master weights always, bfloat16 compute where asked.
 
 A sharded model gets its compute format from FSDP2's policy (`fsdp.py`); a model on one process from autocast, entered
-through `compute_context` by everyone who runs a forward pass. Invariant: parameters and their gradients stay float32.
+through `Prepared.compute_context` by everyone who runs a forward pass. Invariant: parameters and their gradients stay
+float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from trainer.errors import UsageError
 
-_DTYPE, _AUTOCAST = "_trainer_compute_dtype", "_trainer_autocast"
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) inside the context, the former mode of every part after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:  # parents before children, which they set too
+            module.train(mode)
 
 
-def use_compute_dtype(model: nn.Module, dtype: torch.dtype, *, by_autocast: bool) -> None:
-    """Record that a model computes in `dtype`, and whether `compute_context` must see to it."""
-    setattr(model, _DTYPE, dtype)
-    setattr(model, _AUTOCAST, by_autocast)
-
-
-def compute_dtype(model: nn.Module) -> torch.dtype:
-    """The format in which a model computes."""
-    dtype: torch.dtype = getattr(model, _DTYPE, None) or next(model.parameters()).dtype
-    return dtype
-
-
-def compute_context(model: nn.Module) -> AbstractContextManager[object]:
-    """Context in which to call a model, so that it computes in its format."""
-    if not getattr(model, _AUTOCAST, False):
-        return nullcontext()
-    return torch.autocast(next(model.parameters()).device.type, dtype=compute_dtype(model))
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Compiled parts run as they were written: a probe does not wait for a graph that no training step uses."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager

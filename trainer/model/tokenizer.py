@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.config.groups import ModelArguments
 from trainer.errors import ModelError, UsageError, named_error
+from trainer.model.borrowing import Setting
 
 VOCABULARY_UNIT = 8
 SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -65,15 +66,13 @@ def align_special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         generation.pad_token_id = tokenizer.eos_token_id
 
 
-def train_padding_rows(model: nn.Module) -> None:
-    """Let every row of the embeddings get its gradient.
+def padding_row_settings(model: nn.Module) -> list[Setting]:
+    """What lets every row of the embeddings get its gradient.
 
     Torch drops the gradient of the row `padding_idx`. Packs hold no padding, so the only effect would be an end token
     that is never trained where the tokenizer pads with it.
     """
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            module.padding_idx = None
+    return [Setting(module, "padding_idx", None) for module in model.modules() if isinstance(module, nn.Embedding)]
 
 
 def _with_former(value: int, former: int | list[int] | None) -> int | list[int]:

@@ -1,4 +1,4 @@
-"""Any module as a model: what its forward takes, how it is made ready to train, and how its loss is found.
+"""Any module as a model: what its forward takes, and how its loss is found.
 
 The model computes its loss itself, or a function is given that does, or labels are smoothed. Knows nothing of loops.
 Invariant: the inputs that are given are never changed.
@@ -11,21 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import can_return_loss, find_labels
 
-from trainer.config.groups import ModelArguments
 from trainer.errors import ModelError
-from trainer.model.freezing import freeze
-from trainer.model.fsdp import checkpoint_activations, compile_blocks, is_sharded, shard_modules
-from trainer.model.liger import apply_liger_kernels
-from trainer.model.precision import accumulation_dtype, use_compute_dtype
+from trainer.model.precision import accumulation_dtype
 
 IGNORED_LABEL = -100
 LossFunction = Callable[..., Tensor]  # (outputs, labels, num_items_in_batch=) -> loss
@@ -54,10 +48,12 @@ class LossRule:
     label_smoothing: float
 
 
-def check_module(model: Any) -> None:
-    """Raise ModelError where something is no module, or one that cannot be trained."""
+def check_module(model: Any, *, is_packed: bool = False) -> None:
+    """Raise ModelError where something is no module, or one that cannot be trained, or not on packs if it shall."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"model is a {type(model).__name__}: give a torch.nn.Module")
+    if is_packed and (not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None):
+        raise ModelError(f"model is a {type(model).__name__}: give a transformers causal language model, not wrapped")
     if getattr(model, "is_quantized", False):
         raise ModelError("quantised weights cannot be trained; start from the original model")
 
@@ -94,30 +90,6 @@ def _divides_by_items(kind: type[nn.Module]) -> bool:
         return True
     codes = [inspect.unwrap(vars(base)["forward"]).__code__ for base in kind.__mro__ if "forward" in vars(base)]
     return any({"loss_function", "num_items_in_batch"} & {*code.co_names, *code.co_consts} for code in codes)
-
-
-def prepare_ordinary_model(
-    model: nn.Module, args: ModelArguments, mesh: DeviceMesh | None, device: torch.device
-) -> None:
-    """Make any module ready to train, in place: device, freezing, recomputation, compilation, sharding, precision.
-
-    Raises:
-        ModelError: It cannot be trained as asked.
-    """
-    model.to(device)
-    if args.use_liger_kernels:
-        apply_liger_kernels(model, device)
-    freeze(model, args.freeze_patterns)
-    if args.gradient_checkpointing:
-        checkpoint_activations(model, args)
-    if args.torch_compile:
-        given = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
-        compile_blocks(model, **{name: value for name, value in given.items() if value is not None})
-    if mesh is not None and not is_sharded(model):
-        shard_modules(model, mesh)
-    if args.bf16 or args.fp16:
-        use_compute_dtype(model, torch.bfloat16 if args.bf16 else torch.float16, by_autocast=True)
-    model.train()
 
 
 def find_loss(

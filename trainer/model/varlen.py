@@ -1,6 +1,6 @@
 """Torch's variable-length attention kernel (CUDA) as an attention function of transformers, registered on import.
 
-A module of its own because importing the kernel takes its time; `attention.use_packed_attention` does so where it is
+A module of its own because importing the kernel takes its time; `attention.choose_attention` does so where it is
 chosen. Knows tensors only. Invariant: nothing here reads a value back from the device, or breaks a compiled graph.
 """
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,9 +15,10 @@ from trainer.data.packing import TOKENS
 from trainer.data.prepare import Progress, load_data
 from trainer.data.store import TokenStore
 from trainer.distributed.group import Group
-from trainer.errors import DataError, ModelError, UsageError
+from trainer.errors import DataError, UsageError
 from trainer.model.build import Adapt, load_model, prepare_model
-from trainer.model.isolation import check_isolation, check_positions
+from trainer.model.isolation import check_positions
+from trainer.model.prepared import Prepared
 from trainer.optim.optimizers import find_class
 from trainer.optim.schedules import checked_settings
 
@@ -109,25 +109,14 @@ def build_model(
     tokenizer: PreTrainedTokenizerBase | None,
     group: Group,
     adapt: Adapt | None = None,
-) -> PreTrainedModel:
+) -> Prepared:
     """Give a model that is ready to train on this rank: the one given, or the one that the options name.
 
     `adapt` changes its modules before it is sharded.
     """
     if model is None:
         return load_model(args, tokenizer, group.mesh, group.device, seed=args.seed, adapt=adapt)
-    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
-        raise ModelError(f"model is a {type(model).__name__}: give a transformers causal language model, not wrapped")
-    if getattr(model, "is_quantized", False):
-        raise ModelError("quantised weights cannot be trained; start from the original model")
-    if model.dtype in (torch.bfloat16, torch.float16):
-        stored, model = model.dtype, model.float()  # master weights are float32; exports go back to what was stored
-        model.config.dtype = stored
-    if adapt is not None:
-        adapt(model)
-    prepare_model(model.to(group.device), args, group.mesh, group.device)
-    check_isolation(model)
-    return model
+    return prepare_model(model, args, group.mesh, group.device, is_packed=True, adapt=adapt)
 
 
 def build_cost(args: TrainingArguments, model: PreTrainedModel) -> CostModel:

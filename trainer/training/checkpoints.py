@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,9 @@ from trainer.config.arguments import TrainingArguments
 from trainer.data.length import RunLength
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError, TrainerError, UsageError, named_error
-from trainer.model.build import build_on_meta, materialise, prepare_model, read_config
-from trainer.model.osft.targets import apply_osft, split_importance
+from trainer.model.build import build_on_meta, prepare_model, read_config
+from trainer.model.osft.targets import apply_osft
+from trainer.model.prepared import Prepared
 from trainer.optim.averaging import is_averaging
 from trainer.optim.optimizers import build_optimizer
 from trainer.optim.registry import OPTIMIZERS
@@ -194,7 +196,8 @@ class Checkpoints:
             record = RunRecord.from_dict(read_json(folder / STATE), str(folder / STATE))
             changes = self._changes(folder, record)
             check_changes(changes, self.args.allow_change, str(folder))
-            if read_importance(folder) != split_importance(self.engine.model):
+            osft = self.engine.osft
+            if read_importance(folder) != (None if osft is None else osft.importance):
                 raise UsageError(
                     f"{folder} records another importance of the blocks than was measured now (osft_adaptive_samples): "
                     "name it in the option resume_from_checkpoint, so that it is known when the model is built"
@@ -285,8 +288,9 @@ class Checkpoints:
                 generation = getattr(self.engine.model, "generation_config", None)
                 if generation is not None:
                     generation.to_json_file(Path(folder, "generation_config.json"))
-            if (importance := split_importance(self.engine.model)) is not None:
-                write_json(Path(folder, IMPORTANCE), importance)
+            osft = self.engine.osft
+            if osft is not None and osft.importance is not None:
+                write_json(Path(folder, IMPORTANCE), osft.importance)
             if hasattr(handler.processing_class, "save_pretrained"):
                 handler.processing_class.save_pretrained(folder)
             paths = [path for path in Path(folder).rglob("*") if path.is_file()]
@@ -374,7 +378,7 @@ def read_importance(folder: Path) -> dict[str, float] | None:
     return dict(read_json(path)) if path.is_file() else None
 
 
-def build_saved_model(folder: Path, stored: StoredTensors, device: torch.device) -> PreTrainedModel:
+def build_saved_model(folder: Path, stored: StoredTensors, device: torch.device, *, is_packed: bool) -> Prepared:
     """Build the language model that a checkpoint or the record of a step holds, with its weights.
 
     Raises:
@@ -389,11 +393,8 @@ def build_saved_model(folder: Path, stored: StoredTensors, device: torch.device)
     model = build_on_meta(read_config(args, folder / MODEL_FILES), trust_remote_code=args.trust_remote_code)
     if (folder / MODEL_FILES / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder / MODEL_FILES)
-    if args.osft:
-        apply_osft(model, args, read_importance(folder))
-    prepare_model(model, args, None, device)
-    materialise(model, stored, device)
-    return model
+    adapt = partial(apply_osft, args=args, importance=read_importance(folder)) if args.osft else None
+    return prepare_model(model, args, None, device, is_packed=is_packed, weights=stored, is_record=True, adapt=adapt)
 
 
 def build_saved_optimizer(folder: Path, stored: StoredTensors, model: PreTrainedModel) -> Optimizer | None:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers.trainer_pt_utils import nested_numpify
 
@@ -25,6 +25,7 @@ from trainer.distributed.group import Group
 from trainer.errors import NonFiniteError, UsageError
 from trainer.model.fsdp import inference
 from trainer.model.loss import token_loss_sum
+from trainer.model.prepared import Prepared
 from trainer.training.metrics import BatchMetrics
 from trainer.training.process import to_device
 
@@ -33,7 +34,7 @@ MEASURED = ("loss", "num_loss_tokens", "num_samples", "runtime", "samples_per_se
 
 
 def evaluation_loss(
-    model: nn.Module, loader: Iterable[list[MicroBatch]], group: Group, label_smoothing: float = 0.0
+    prepared: Prepared, loader: Iterable[list[MicroBatch]], group: Group, label_smoothing: float = 0.0
 ) -> dict[str, float]:
     """Return `loss` (mean over all loss tokens), `num_loss_tokens` and `num_samples` of token data, over all ranks.
 
@@ -41,13 +42,13 @@ def evaluation_loss(
     """
     metrics = BatchMetrics()
     num_loss_tokens = num_samples = 0
-    with inference(model):
+    with prepared.in_use(), inference(prepared.model):
         for batch in loader:
             num_loss_tokens += batch[0]["batch_num_loss_counted_tokens"]
             num_samples += batch[0]["batch_num_samples"]
             for micro_batch in batch:
                 micro_batch = to_device(micro_batch, group.device)
-                metrics.accumulate(loss=token_loss_sum(model, micro_batch, label_smoothing))
+                metrics.accumulate(loss=token_loss_sum(prepared, micro_batch, label_smoothing))
     loss_sum = metrics.reduce(group)["loss"]
     return {"loss": loss_sum / num_loss_tokens, "num_loss_tokens": num_loss_tokens, "num_samples": num_samples}
 

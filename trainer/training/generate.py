@@ -15,7 +15,7 @@ from trainer.data.store import TokenStore
 from trainer.distributed.group import Group
 from trainer.errors import DataError, UsageError
 from trainer.model.fsdp import inference
-from trainer.model.precision import compute_context
+from trainer.model.prepared import Prepared
 
 _BATCH_SIZE = 64  # chats generated at a time on one rank
 
@@ -83,7 +83,7 @@ def check_room(model: PreTrainedModel, questions: Sequence[Question], max_new_to
 
 
 def answer_questions(
-    model: PreTrainedModel,
+    prepared: Prepared,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     group: Group,
@@ -92,7 +92,8 @@ def answer_questions(
 ) -> list[Answer]:
     """Answer every question greedily, up to one of the tokens `ends`; all ranks call it together, all get answers."""
     tokens = torch.zeros(len(questions), max_new_tokens, dtype=torch.long, device=group.device)
-    with inference(model), compute_context(model):
+    model = prepared.model
+    with prepared.in_use(), inference(model), prepared.compute_context():
         for together in _by_length(questions, _BATCH_SIZE * group.world_size):
             own = together[group.rank :: group.world_size]
             asked = own or together[:1]  # a rank without a question still takes part in the others' collectives

@@ -36,6 +36,7 @@ from trainer.data.loader import is_token_data
 from trainer.data.order import EpochSampler, LengthGroupedSampler, OrderedSampler
 from trainer.distributed.group import Group
 from trainer.errors import UsageError
+from trainer.model.build import prepare_model
 from trainer.model.freezing import operations_per_input
 from trainer.model.osft.layers import Osft
 from trainer.model.traits import (
@@ -46,8 +47,6 @@ from trainer.model.traits import (
     count_labels,
     count_tokens,
     find_loss,
-    prepare_ordinary_model,
-    read_traits,
 )
 from trainer.training.batches import GlobalModelBatch, InputCounts, ModelBatches
 from trainer.training.build import check_evaluations
@@ -152,10 +151,16 @@ class ModelTask:
             raise UsageError(
                 "label_smoothing_factor spreads one target over classes, and a multi-label model has many: leave it out"
             )
-        self.traits = read_traits(model, self.args.label_names)
+        self.prepared = prepare_model(
+            model,
+            self.args,
+            self.group.mesh,
+            self.group.device,
+            is_packed=False,
+            label_names=self.args.label_names,
+        )
+        self.model, self.traits = model, self.prepared.traits
         self.accepts_loss_kwargs = self.traits.accepts_loss_kwargs
-        prepare_ordinary_model(model, self.args, self.group.mesh, self.group.device)
-        self.model = model
         self._operations_per_input = operations_per_input(model)
 
     def use_collator(self, collate: Collate) -> None:

@@ -22,6 +22,7 @@ from trainer.model.osft.factors import start_osft
 from trainer.model.osft.importance import block_importance
 from trainer.model.osft.layers import Osft
 from trainer.model.osft.targets import apply_osft
+from trainer.model.prepared import Prepared
 from trainer.training.build import build_model
 from trainer.training.callbacks import Events
 from trainer.training.checkpoints import read_importance
@@ -35,7 +36,7 @@ def build_split_model(
     tokenizer: PreTrainedTokenizerBase | None,
     group: Group,
     store: TokenStore,
-) -> PreTrainedModel:
+) -> Prepared:
     """Give a model that is ready to train on this rank, its matrices split if the options say so."""
     if not args.osft:
         return build_model(model, args, tokenizer, group)

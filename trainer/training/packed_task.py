@@ -23,7 +23,7 @@ from trainer.distributed.group import Group
 from trainer.errors import UsageError
 from trainer.model.freezing import operations_per_input
 from trainer.model.loss import token_loss_sum
-from trainer.model.osft.layers import Osft
+from trainer.model.prepared import Prepared
 from trainer.model.tokenizer import load_tokenizer
 from trainer.training.build import (
     build_cost,
@@ -91,9 +91,9 @@ class PackedTask:
         if tokenizer is None and (model is None or train_dataset is None):
             self.processing_class = load_tokenizer(args)
         self._load(train_dataset, eval_dataset)
-        self.model: PreTrainedModel = build_split_model(model, args, self.processing_class, group, self.train_dataset)
-        osft = Osft(self.model, args)
-        self.osft = osft if osft.layers else None
+        self.prepared = build_split_model(model, args, self.processing_class, group, self.train_dataset)
+        self.model: PreTrainedModel = self.prepared.model
+        self.osft = self.prepared.osft
         check_fit(self.model, self.train_dataset, "train_dataset")
         if self.eval_dataset is not None:
             check_fit(self.model, self.eval_dataset, "eval_dataset")
@@ -173,7 +173,7 @@ class PackedTask:
 
     def backward(self, batch: list[MicroBatch], i: int) -> dict[str, Tensor]:
         """Add the gradient of a pack; return its share of the mean loss."""
-        loss = pack_loss(self.model, to_device(batch[i], self.group.device), self.args.label_smoothing_factor)
+        loss = pack_loss(self.prepared, to_device(batch[i], self.group.device), self.args.label_smoothing_factor)
         loss.backward()
         return {"loss": loss.detach()}
 
@@ -184,7 +184,7 @@ class PackedTask:
         store = token_store(dataset)
         check_samples(store, "eval_dataset")
         check_fit(self.model, store, "eval_dataset")
-        metrics = evaluation_loss(self.model, loader, self.group, self.args.label_smoothing_factor)
+        metrics = evaluation_loss(self.prepared, loader, self.group, self.args.label_smoothing_factor)
         metrics |= self._answer(store, step)
         return {f"{prefix}_{name}": value for name, value in metrics.items()}, int(metrics["num_samples"])
 
@@ -229,7 +229,7 @@ class PackedTask:
         assert self.processing_class is not None
         ends = end_ids(self.model, self.processing_class, self.args.chat_template)
         answers = answer_questions(
-            self.model, self.processing_class, questions, self.group, self.args.generation_max_new_tokens, ends
+            self.prepared, self.processing_class, questions, self.group, self.args.generation_max_new_tokens, ends
         )
         self.answers[step] = answers
         if not self.args.eval_exact_match:
@@ -237,9 +237,9 @@ class PackedTask:
         return {"exact_match": sum(answer.is_exact for answer in answers) / len(answers)}
 
 
-def pack_loss(model: PreTrainedModel, micro_batch: MicroBatch, label_smoothing: float) -> Tensor:
+def pack_loss(prepared: Prepared, micro_batch: MicroBatch, label_smoothing: float) -> Tensor:
     """Compute a pack's share of the mean loss over the loss tokens of its global batch, a float32 scalar."""
-    return token_loss_sum(model, micro_batch, label_smoothing) / micro_batch["batch_num_loss_counted_tokens"]
+    return token_loss_sum(prepared, micro_batch, label_smoothing) / micro_batch["batch_num_loss_counted_tokens"]
 
 
 def token_store(dataset: Any) -> TokenStore:

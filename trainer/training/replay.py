@@ -25,6 +25,7 @@ from trainer.checkpoint.verify import find_damage
 from trainer.config.arguments import TrainingArguments
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError
+from trainer.model.prepared import Prepared
 from trainer.training.checkpoints import build_saved_model
 from trainer.training.packed_task import pack_loss
 from trainer.training.process import to_device
@@ -47,13 +48,14 @@ def replay(folder: Path, group: Group) -> Finding | None:
     """
     if faults := find_damage(folder):
         raise CheckpointError(f"{folder} is not a whole record of a step: {faults[0]}")
-    model = build_saved_model(folder, StoredTensors(folder), group.device)
+    prepared = build_saved_model(folder, StoredTensors(folder), group.device, is_packed=True)
     args = options_of(folder)
-    if (name := _first_bad_weight(model)) is not None:
+    if (name := _first_bad_weight(prepared.model)) is not None:
         return Finding(0, 0, f"weight {name}, before the step")
     world_size = manifest.read_manifest(folder).world_size
     for rank in range(world_size):
-        finding = _replay_rank(model, args, _read_own(folder, rank, world_size), rank, group)
+        with prepared.in_use():
+            finding = _replay_rank(prepared, args, _read_own(folder, rank, world_size), rank, group)
         if finding is not None:
             return finding
     return None
@@ -66,13 +68,13 @@ def _read_own(folder: Path, rank: int, world_size: int) -> Any:
     return unpack(body["step"], lambda name: stored.read(name, ()))
 
 
-def _replay_rank(model: nn.Module, args: TrainingArguments, own: Any, rank: int, group: Group) -> Finding | None:
+def _replay_rank(prepared: Prepared, args: TrainingArguments, own: Any, rank: int, group: Group) -> Finding | None:
     set_generator_states(own["random"], group.device)
     for number, micro_batch in enumerate(own["batch"]):
-        with _watching(model) as seen:
-            loss = pack_loss(model, to_device(micro_batch, group.device), args.label_smoothing_factor)
+        with _watching(prepared.model) as seen:
+            loss = pack_loss(prepared, to_device(micro_batch, group.device), args.label_smoothing_factor)
             loss.backward()
-        bad = [name for name, p in model.named_parameters() if p.grad is not None and not _is_finite(p.grad)]
+        bad = [name for name, p in prepared.model.named_parameters() if p.grad is not None and not _is_finite(p.grad)]
         seen += [] if _is_finite(loss) else ["the loss, of finite outputs"]
         seen += [f"gradient of {name}" for name in bad[:1]]
         if seen:

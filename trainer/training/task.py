@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from trainer.data.length import RunLength
 from trainer.model.osft.layers import Osft
+from trainer.model.prepared import Prepared
 from trainer.training.generate import Answer
 from trainer.training.metrics import BatchCounts
 
@@ -39,6 +40,7 @@ class Task(Protocol):
     """What is trained."""
 
     model: Any
+    prepared: Prepared
     osft: Osft | None
     train_dataset: Any
     eval_dataset: Any

@@ -25,7 +25,6 @@ from trainer.distributed.group import Group
 from trainer.errors import UsageError
 from trainer.model.export import export_model
 from trainer.model.noise import embedding_noise
-from trainer.model.precision import compute_dtype
 from trainer.optim.averaging import averaged_weights
 from trainer.optim.groups import parameter_groups
 from trainer.optim.optimizers import build_optimizer
@@ -174,7 +173,7 @@ class CoreTrainer:
                     self._open(run, asked)
                 self._run_started, self.is_in_train, self._has_trained = now(), True, True
                 try:
-                    with embedding_noise(self.model, self.args.neftune_noise_alpha):
+                    with self.task.prepared.in_use(), embedding_noise(self.model, self.args.neftune_noise_alpha):
                         train(run)
                     break
                 except RuntimeError as error:
@@ -268,8 +267,8 @@ class CoreTrainer:
 
     def _describe(self, run: Run, source: Path | None) -> list[str]:
         """Return the lines that a run opens with."""
-        config = getattr(self.model, "config", None)
-        attention = getattr(config, "_attn_implementation", None)
+        prepared = self.task.prepared
+        attention = prepared.attention
         device, topology = self.group.device, self.group.topology
         name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
         num_steps, steps_per_epoch = run.length.num_steps, run.length.steps_per_epoch
@@ -277,8 +276,8 @@ class CoreTrainer:
         optimizer = type(run.engine.optimizer).__name__
         lines = [
             describe_model(self.model),
-            f"computes in {compute_dtype(self.model)}"
-            + ("" if attention is None else f", attention: {attention}")
+            f"computes in {prepared.compute_dtype}"
+            + ("" if attention is None else f", attention: {attention.name} ({attention.reason})")
             + (", blocks compiled" if self.args.torch_compile else ""),
             f"device: {device.type}{name}, {topology.world_size} rank(s), {topology.local_world_size} on this node, "
             f"{torch.get_num_threads()} threads",
@@ -417,6 +416,6 @@ class CoreTrainer:
             if tokenizer is None:
                 tokenizer = getattr(self.task.collate, "tokenizer", None)
             with averaged_weights(self.optimizer):
-                export_model(self.model, tokenizer, directory, save_dtype, is_shared=is_shared)
+                export_model(self.task.prepared, tokenizer, directory, save_dtype, is_shared=is_shared)
             self._exports[directory] = self.state.global_step
         return directory

@@ -93,7 +93,7 @@ def reconstruction_error(osft: Osft) -> float:
             )
             if weight is not None and free is not None and protected is not None:
                 errors.append(_distance_from_parts(layer, weight, free, protected))
-    return largest_of_ranks(max(errors), osft.model)
+    return largest_of_ranks(max(errors), model_mesh(osft.model))
 
 
 def _distance_from_parts(layer: OsftLinear, weight: Tensor, free: Tensor, protected: Tensor) -> float:

@@ -12,6 +12,8 @@ N outputs, M inputs, R = min(N, M), r free directions, k = R - r protected ones.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -104,12 +106,17 @@ class Osft:
     the gradient norm, `project_updates` behind the optimizer's step; `report` tells of the step between them.
     """
 
-    def __init__(self, model: nn.Module, args: OsftArguments) -> None:
+    def __init__(self, model: nn.Module, args: OsftArguments, importance: Mapping[str, float] | None = None) -> None:
         self.model, self.args = model, args
-        self.layers = [layer for layer in osft_layers(model).values() if layer.osft_update.requires_grad]
+        self.importance = importance  # of each block, by which the model was split; None: one ratio for all
         self.reconstruction_error = math.nan  # not measured yet
         self._removed: list[Tensor] = []  # squared norms: removed from the gradients, left of them
         self._leaked: list[Tensor] = []  # squared norms, layer by layer: leaked, of the whole update
+
+    @cached_property
+    def layers(self) -> list[OsftLinear]:
+        """The split matrices that train: read when the model has been frozen as asked."""
+        return [layer for layer in osft_layers(self.model).values() if layer.osft_update.requires_grad]
 
     @torch.no_grad()
     def project_gradients(self) -> None:

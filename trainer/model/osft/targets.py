@@ -17,15 +17,14 @@ from trainer.config.groups import OsftArguments
 from trainer.errors import ModelError
 from trainer.model.freezing import matching_names
 from trainer.model.fsdp import decoder_blocks
-from trainer.model.osft.layers import OsftLinear
+from trainer.model.osft.layers import Osft, OsftLinear
 
 SPLITTABLE = (nn.Linear, Conv1D)
-_IMPORTANCE = "_trainer_osft_importance"  # of a model that was split by it
 ROUNDING = 1e-9  # of a ratio times a rank: 0.7 of 10 directions are 7, not 8
 
 
-def apply_osft(model: PreTrainedModel, args: OsftArguments, importance: Mapping[str, float] | None = None) -> None:
-    """Replace the target matrices of a model by split ones, and freeze what shall not train.
+def apply_osft(model: PreTrainedModel, args: OsftArguments, importance: Mapping[str, float] | None = None) -> Osft:
+    """Replace the target matrices of a model by split ones, freeze what shall not train, and return what keeps them.
 
     Args:
         model: Whole, on any device.
@@ -46,15 +45,9 @@ def apply_osft(model: PreTrainedModel, args: OsftArguments, importance: Mapping[
             layer.weight.requires_grad_(True)
         elif num_free:
             model.set_submodule(name, OsftLinear(layer, num_free))
-    setattr(model, _IMPORTANCE, importance)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ModelError("osft: every ratio is 0 and osft_train_patterns is empty, so nothing trains; raise a ratio")
-
-
-def split_importance(model: nn.Module) -> Mapping[str, float] | None:
-    """The importance of each block by which a model was split; None where all blocks share one ratio."""
-    importance: Mapping[str, float] | None = getattr(model, _IMPORTANCE, None)
-    return importance
+    return Osft(model, args, importance)
 
 
 def num_free_directions(rank: int, ratio: float) -> int:

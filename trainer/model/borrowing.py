@@ -1,0 +1,69 @@
+"""Settings of a user's model that hold while a trainer runs it, and are taken back after that.
+
+This is the one place that assigns to attributes of a model. Invariant: after the outermost `held`, each attribute is
+what it was, or absent again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value that an attribute of a part of the model has while a trainer runs the model."""
+
+    owner: Any
+    name: str
+    value: Any
+
+
+def settings_made_by(change: Callable[[], object], model: nn.Module) -> list[Setting]:
+    """Call what sets attributes of the parts of a model; take that back, and return it as settings."""
+    former = [(module, dict(vars(module))) for module in model.modules()]
+    change()
+    settings = []
+    for module, before in former:
+        for name, value in list(vars(module).items()):
+            if value is not before.get(name, _ABSENT):
+                settings.append(Setting(module, name, value))
+                _put_back(module, name, before.get(name, _ABSENT))
+    return settings
+
+
+@dataclass
+class Borrowing:
+    """Puts settings in place while a model is in use, and what was there before back after it. May be nested."""
+
+    settings: Sequence[Setting] = ()
+    depth: int = 0
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The settings are in place inside."""
+        self.depth += 1
+        former: list[tuple[Setting, Any]] = []
+        try:
+            if self.depth == 1:
+                for each in self.settings:
+                    former.append((each, vars(each.owner).get(each.name, _ABSENT)))
+                    setattr(each.owner, each.name, each.value)
+            yield
+        finally:
+            self.depth -= 1
+            for each, value in reversed(former):
+                _put_back(each.owner, each.name, value)
+
+
+def _put_back(owner: Any, name: str, value: Any) -> None:
+    if value is _ABSENT:
+        delattr(owner, name)
+    else:
+        setattr(owner, name, value)
