@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "TrainingArguments": "trainer.config.arguments",
+    "prepare": "trainer.data.prepare",
     "JsonlDataset": "trainer.data.loader",
     "InfiniteSampler": "trainer.data.order",
     "EpochSampler": "trainer.data.order",

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from trainer.cli.stores import open_training_data
+from trainer.cli.stores import open_training_data, read_config
 from trainer.config.arguments import TrainingArguments
 from trainer.data.costs import CostModel, cost_model_from_config
 from trainer.data.length import EpochForecast, Layout, forecast, run_length
@@ -77,12 +74,11 @@ def planned_cost(args: TrainingArguments) -> CostModel:
     """Give what packing will balance: by the model's shape where its config lies on this machine, else tokens alone."""
     if args.packing_cost == "tokens":
         return TOKENS
-    place = Path(args.model_config or args.model_name_or_path or "")
-    file = place if place.suffix == ".json" else place / "config.json"
-    if not file.is_file():
+    config = read_config(args)
+    if config is None:
         console.print("no config.json on this machine: packing is planned by tokens alone", soft_wrap=True)
         return TOKENS
-    return cost_model_from_config(json.loads(file.read_text(encoding="utf-8")))
+    return cost_model_from_config(config)
 
 
 def epoch_table(args: TrainingArguments, epochs: dict[int, EpochForecast]) -> Table:

@@ -6,10 +6,11 @@ sample is shown whole, every target in it marked, and nothing in it is read as m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,12 @@ class PreviewArguments:
     """Which samples to show."""
 
     num_samples: int = option(3, "Samples to show; fewer where the data set ends.", minimum=1)
-    start: int = option(0, "Number of the first, counted from 0.", minimum=0)
+    start: int = option(0, "Number of the first among those that are chosen, counted from 0.", minimum=0)
+    grep: str | None = option(None, "Only samples whose text matches this regular expression.")
+    source: str | None = option(None, "Only samples of the source of this name.")
+    longest: bool = option(False, "The longest samples first.")
+    shortest: bool = option(False, "The shortest samples first.")
+    broken: bool = option(False, "Show rows that cannot be used instead, and why.")
 
 
 def run(words: Sequence[str]) -> int:
@@ -46,15 +52,68 @@ def run(words: Sequence[str]) -> int:
     check_files(args)
     from trainer.cli.stores import load_tokenizer_if_named, open_store
 
+    if wanted.longest and wanted.shortest:
+        raise UsageError("longest and shortest exclude each other: give one")
+    if wanted.broken:
+        return show_broken(Console(), args, data, wanted.num_samples)
     store, tokenizer = open_store(data, args), load_tokenizer_if_named(args)
     name = store.metadata["source"]
-    if wanted.start >= len(store):
-        raise UsageError(f"start = {wanted.start}: {name} holds {len(store)} samples, 0 to {len(store) - 1}")
     if tokenizer is not None and store.largest_id >= len(tokenizer):
         raise UsageError(f"{name} holds token id {store.largest_id}, the tokenizer only {len(tokenizer)} ids")
-    shown = range(len(store))[wanted.start : wanted.start + wanted.num_samples]
-    show_samples(Console(), store, shown, build_decoder(tokenizer))
+    decode = build_decoder(tokenizer)
+    show_samples(Console(), store, choose_samples(store, wanted, decode), decode)
     return 0
+
+
+def choose_samples(store: Any, wanted: PreviewArguments, decode: Callable[[list[int]], str]) -> list[int]:
+    """Return the numbers of the samples to show.
+
+    Raises:
+        UsageError: there is no such source, the pattern is none, or fewer samples than `start` are chosen.
+    """
+    rows = np.arange(len(store))
+    if wanted.source is not None:
+        if wanted.source not in store.source_names:
+            raise UsageError(f"source = {wanted.source!r}: the sources are {', '.join(store.source_names)}")
+        rows = rows[store.sources == store.source_names.index(wanted.source)]
+    if wanted.longest:
+        rows = rows[np.argsort(-store.lengths[rows], kind="stable")]
+    if wanted.shortest:
+        rows = rows[np.argsort(store.lengths[rows], kind="stable")]
+    end = wanted.start + wanted.num_samples
+    chosen = rows[:end].tolist()
+    if wanted.grep is not None:
+        try:
+            pattern = re.compile(wanted.grep)
+        except re.error as error:
+            raise UsageError(f"grep = {wanted.grep!r} is not a regular expression ({error})") from None
+        matching = (int(i) for i in rows if pattern.search(decode(store.sample(int(i)).input_ids.tolist())))
+        chosen = list(islice(matching, end))
+    if wanted.start >= len(chosen):
+        name = store.metadata["source"]
+        if len(rows) == len(store) and wanted.grep is None:
+            raise UsageError(f"start = {wanted.start}: {name} holds {len(store)} samples, 0 to {len(store) - 1}")
+        raise UsageError(f"start = {wanted.start}: only {len(chosen)} samples of {name} are chosen")
+    return chosen[wanted.start :]
+
+
+def show_broken(console: Console, args: Any, data: Any, most: int) -> int:
+    """Print rows that cannot be used, with the reason of each; give the exit code, 1 where there are some."""
+    from trainer.cli.stores import load_tokenizer_if_named
+    from trainer.data.prepare import find_broken
+    from trainer.data.sources import raw_rows
+
+    total = shown = 0
+    for broken, source in find_broken(data, load_tokenizer_if_named(args), args, args.longest_sample):
+        total += broken.total
+        errors = broken.errors[: max(most - shown, 0)]
+        rows = raw_rows(source, {error.line for error in errors if error.line is not None})
+        for error in errors:
+            console.print(Text(f"\n{error}", "bold"), soft_wrap=True)
+            console.print(render([(rows.get(error.line or 0, ""), False)], has_colour=False), soft_wrap=True)
+        shown += len(errors)
+    console.print(f"\n{total:,} rows cannot be used, {shown:,} shown", soft_wrap=True)
+    return 1 if total else 0
 
 
 def build_decoder(tokenizer: Any) -> Callable[[list[int]], str]:
@@ -71,14 +130,26 @@ def show_samples(console: Console, store: Any, numbers: Sequence[int], decode: C
     console.print(render(legend, has_colour), soft_wrap=True)
     for i in numbers:
         sample = store.sample(i)
-        is_target = sample.labels != IGNORE_INDEX
-        is_target[:1] = False  # nothing comes before the first token that could foretell it
-        tokens = np.where(is_target, sample.labels, sample.input_ids)
+        tokens, is_target = shown_tokens(store, i)
         counts = f"{len(tokens):,} tokens, {store.num_loss_tokens[i]:,} trained"
         others = int((tokens != sample.input_ids).sum())
         differing = f" ({others:,} on another token than stands there: shown is the label)" if others else ""
-        console.print(Text(f"\nsample {i}, line {store.documents[i]}: {counts}{differing}", "bold"), soft_wrap=True)
+        console.print(Text(f"\nsample {i}, {where(store, i)}: {counts}{differing}", "bold"), soft_wrap=True)
         console.print(render(cut(decode, tokens.tolist(), is_target), has_colour), soft_wrap=True)
+
+
+def where(store: Any, i: int) -> str:
+    """Say which line, and of several files which file, a sample comes from."""
+    file, row = store.place(i)
+    return f"{file}:{row}" if len(store.metadata.get("files", ())) > 1 else f"line {row}"
+
+
+def shown_tokens(store: Any, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Return the tokens of a sample as they are shown, the label where one is trained, and which are trained."""
+    sample = store.sample(i)
+    is_target = sample.labels != IGNORE_INDEX
+    is_target[:1] = False  # nothing comes before the first token that could predict it
+    return np.where(is_target, sample.labels, sample.input_ids), is_target
 
 
 def cut(decode: Callable[[list[int]], str], tokens: list[int], is_target: NDArray[np.bool_]) -> list[tuple[str, bool]]:

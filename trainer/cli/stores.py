@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,6 +61,31 @@ def show_store(path: str, store: TokenStore) -> None:
     console.print(histogram("tokens of a sample", store.lengths, _length_bounds(store.lengths), "{:,}"))
     shares = store.num_loss_tokens / np.maximum(store.lengths - 1, 1)
     console.print(histogram("trained share of a sample", shares, np.linspace(0, 1, 11), "{:.0%}"))
+
+
+def longer_than_positions(args: TrainingArguments, store: TokenStore) -> str:
+    """Say how many samples are longer than the model's positions, where its config lies on this machine."""
+    config = read_config(args)
+    positions = None if config is None else config.get("max_position_embeddings")
+    if not isinstance(positions, int):
+        return ""
+    count = int((store.lengths > positions).sum())
+    if not count:
+        return ""
+    return (
+        f"{count:,} of {len(store):,} samples are longer than the model's {positions:,} positions "
+        "(max_position_embeddings): give max_length and overlong, or a model with more"
+    )
+
+
+def read_config(args: TrainingArguments) -> dict[str, Any] | None:
+    """Read the model's config.json if it lies on this machine."""
+    place = Path(args.model_config or args.model_name_or_path or "")
+    file = place if place.suffix == ".json" else place / "config.json"
+    if not file.is_file():
+        return None
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return config
 
 
 def histogram(title: str, values: NDArray[Any], bounds: NDArray[Any], form: str) -> Table:

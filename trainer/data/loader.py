@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol, SupportsIndex, TypedDict, TypeVar
+from typing import Any, NotRequired, Protocol, SupportsIndex, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -55,6 +55,8 @@ class MicroBatch(TypedDict):
     batch_num_samples: int
     batch_num_tokens: int
     batch_num_loss_counted_tokens: int
+    source_ids: NotRequired[torch.Tensor]  # (S,) int64, number of each sample's source; of data of several sources
+    batch_source_loss_tokens: NotRequired[list[int]]  # loss tokens of each source
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,23 @@ class Samples(Protocol):
     def num_loss_tokens(self) -> NDArray[np.integer]:
         """Trained tokens of each sample, after the causal shift."""
 
+    @property
+    def sources(self) -> NDArray[np.integer] | None:
+        """Number of each sample's source; None of data of one source."""
+
+    @property
+    def num_sources(self) -> int:
+        """How many sources the data has."""
+
     def read(self, indices: Sequence[int]) -> Arrays:
         """Tokens and labels of the samples with these numbers, end to end."""
 
 
 class LoadedSamples:
     """Samples already in memory, as mappings with `input_ids` and `labels`; any counts they carry are made anew."""
+
+    sources = None
+    num_sources = 1
 
     def __init__(self, samples: Sequence[Mapping[str, Any]]) -> None:
         self._arrays = [_arrays(sample) for sample in samples]
@@ -149,6 +162,10 @@ class MaxTokensPerRankCollator:
             micro_batch = collate_pack(self._dummy, np.array([len(self._dummy[0])]), totals)
             micro_batch["num_tokens"] = 0
         micro_batch["num_samples"] = len(pack)
+        if batch.sources is not None:
+            counts = np.bincount(batch.sources, batch.num_loss_tokens, batch.num_sources)
+            micro_batch["source_ids"] = torch.from_numpy(batch.sources[filled].astype(np.int64))
+            micro_batch["batch_source_loss_tokens"] = counts.astype(np.int64).tolist()
         return micro_batch
 
 
@@ -269,6 +286,8 @@ class StoredSamples(Sequence[dict[str, Any]]):
     def __init__(self, dataset: JsonlDataset, indices: NDArray[np.int64]) -> None:
         self._dataset = dataset
         self._indices = indices
+        self.num_sources = len(dataset.store.source_names)
+        self.sources = dataset.store.sources_of(indices) if self.num_sources > 1 else None
         self.lengths = dataset.store.lengths[indices]
         self.num_loss_tokens = dataset.store.num_loss_tokens[indices]
 

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -220,6 +220,18 @@ def find_sources(
         given = "split" if split is not None else "revision"
         raise UsageError(f"{given} has no effect on {path}: only data sets on the hub or saved by datasets have one")
     return [Source.scan_parts(file, part_bytes) for file in find_files(place)]
+
+
+def raw_rows(source: Source, numbers: Collection[int]) -> dict[int, str]:
+    """Return some rows of a source as text, as they stand in it."""
+    found: dict[int, str] = {}
+    for chunk in source.read_chunks():
+        if chunk.is_table:
+            rows = [json.dumps(row, ensure_ascii=False, default=str) for row in chunk.table().to_pylist()]
+        else:
+            rows = [line.decode("utf-8", "backslashreplace") for line in chunk.lines(source.path)]
+        found |= {n: row for n, row in enumerate(rows, chunk.first_line) if n in numbers}
+    return found
 
 
 def find_files(place: Path) -> list[Path]:

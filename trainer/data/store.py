@@ -182,6 +182,11 @@ class TokenStore:
         of_files = np.array(self.metadata.get("source_of_files", [0]), np.int32)
         return np.asarray(of_files[self.documents >> DOCUMENT_BITS], np.int32)
 
+    def sources_of(self, rows: Int64s) -> Int32s:
+        """Return the numbers of the sources of some samples."""
+        of_files = np.array(self.metadata.get("source_of_files", [0]), np.int32)
+        return np.asarray(of_files[self.documents[rows] >> DOCUMENT_BITS], np.int32)
+
     def place(self, i: int) -> tuple[str, int]:
         """Return file and row of the document that sample i comes from."""
         files = self.metadata.get("files", [str(self.metadata.get("source", ""))])
