@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +15,14 @@ from tests.fixtures.corpora import write_chats, write_malformed, write_tokens
 from tests.fixtures.models import save_model
 from tests.fixtures.runs import as_words, chat_job
 from tests.fixtures.tokenizers import build_tokenizer
+from trainer.cli.init import RECIPES
 from trainer.cli.logs import level_in, logs_on_stderr
 from trainer.cli.main import COMMANDS, main, report_errors
 from trainer.cli.parse import HELP_WIDTH, parse
 from trainer.cli.train import LaunchArguments
-from trainer.config.arguments import TrainingArguments
+from trainer.config.arguments import Seq2SeqTrainingArguments, TrainingArguments
 from trainer.config.groups import GROUPS, IN_ORDER_OF_USE
+from trainer.config.rules import check_data_kind
 from trainer.errors import PeerError, UsageError
 from trainer.mini_trainer import run as run_mini_trainer
 
@@ -355,3 +358,32 @@ def test_what_takes_long_says_how_far_it_is(capsys: pytest.CaptureFixture[str]) 
     display.on_decompose(args, state, 1, 4, 3.0)
     display.on_decompose(args, state, 4, 4, 12.0)
     assert capsys.readouterr().out == "decomposed the matrices in 12.0 s\n"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_init_writes_a_file_that_is_accepted_as_it_stands_and_with_each_line_switched_on(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = Path(f"{recipe}.yaml")
+    assert main(["init", recipe]) == 0
+    assert f"wrote {file}" in capsys.readouterr().out
+    text = file.read_text()
+
+    def parsed() -> TrainingArguments:
+        if recipe == "seq2seq":
+            return Seq2SeqTrainingArguments.from_yaml(file)
+        return parse("train", [str(file)], GROUPS, LaunchArguments, "")[0]
+
+    args = parsed()
+    assert {name: getattr(args, name) for name in RECIPES[recipe].options} == RECIPES[recipe].options
+    check_data_kind(args, "custom data set" if recipe == "seq2seq" else "token data")
+    lines = text.splitlines()
+    offered = [line for line in lines if re.match(r"#\w+: ", line)]
+    assert len(offered) == len(RECIPES[recipe].offered)
+    for line in offered:
+        file.write_text(text.replace(f"\n{line}\n", f"\n{line[1:]}\n"))
+        assert parsed() == args
+    assert all(len(line) <= 100 for line in lines)
+    assert main(["init", recipe]) == 2
+    assert f"{file} is there already" in capsys.readouterr().err

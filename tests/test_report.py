@@ -190,7 +190,11 @@ def test_what_cannot_be_drawn_is_named(
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["no-such-run"], "no-such-run is no folder"), ([], "0 folders"), (["x"] * 11, "11 folders given: .* 1 to 10")],
+    [
+        (["no-such-run"], "no-such-run is no folder"),
+        ([], "FOLDERS is missing"),
+        (["x"] * 11, "11 folders given: .* 1 to 10"),
+    ],
     ids=["typo", "none", "many"],
 )
 def test_folders_are_named(capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:

@@ -16,6 +16,7 @@ from trainer.config.suggest import nearest
 from trainer.errors import PeerError, TrainerError, UsageError
 
 COMMANDS = {
+    "init": "write a commented YAML file to start from",
     "train": "prepare the data, train, evaluate, save",
     "prepare": "tokenize a data set and report what is in it",
     "preview": "show samples, and what of them is trained",

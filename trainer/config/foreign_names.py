@@ -96,10 +96,8 @@ ALIASES = {
 WITH_VALUE = ("eval_strategy", "save_strategy", "logging_strategy", "lr_scheduler_type", "optim", "hub_strategy")
 """Options that are enums in transformers: scripts ask them for `.value`."""
 
-LEFT_TO_SCRIPTS = (  # what scripts load by themselves, and declare in dataclasses of their own beside ours
+LEFT_TO_SCRIPTS = (  # beside all of the group DataArguments
     *("model_name_or_path", "model_config", "tokenizer_name_or_path", "trust_remote_code", "attn_implementation"),
-    *("data_path", "validation_data_path", "validation_split", "train_on", "chat_template", "max_length"),
-    *("overlong", "on_untrainable", "block_size", "dataset_num_proc", "data_cache_dir"),
 )
 """Options that HfArgumentParser does not see in TrainingArguments, so that they do not conflict with a script's own."""
 
