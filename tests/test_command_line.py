@@ -360,6 +360,12 @@ def test_what_takes_long_says_how_far_it_is(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == "decomposed the matrices in 12.0 s\n"
 
 
+def test_pairs_of_names_and_values_are_as_good_as_json() -> None:
+    for given in ("min_lr=1e-6,num_cycles=2", '{"min_lr": 1e-6, "num_cycles": 2}'):
+        args, _ = parse("train", ["--lr-scheduler-kwargs", given], GROUPS, LaunchArguments, "")
+        assert args.lr_scheduler_kwargs == {"min_lr": 1e-6, "num_cycles": 2}
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_init_writes_a_file_that_is_accepted_as_it_stands_and_with_each_line_switched_on(
     recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

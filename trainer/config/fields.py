@@ -194,13 +194,14 @@ def _core_value(text: str) -> Any:
 
 
 def parse_json(text: str) -> dict[str, Any]:
-    """Read a JSON object given as one word, or pairs of names and text as name=value,name=value.
+    """Read a JSON object given as one word, or pairs of names and values as name=value,name=value.
 
     Raises:
         UsageError: it is neither.
     """
     if re.fullmatch(r"\w+=[^,={}]+(,\w+=[^,={}]+)*", text):
-        return dict(pair.split("=") for pair in text.split(","))
+        pairs = [pair.split("=") for pair in text.split(",")]
+        return {name: _core_value(value) for name, value in pairs}
     try:
         value = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
