@@ -24,6 +24,7 @@ COMMANDS = {
     "export": "write Hugging Face weights in another type",
     "verify": "check that checkpoints are whole",
     "report": "draw what a run did, or several over each other",
+    "doctor": "look at this machine: versions, speed, disk, what is wrong",
     "replay": "run a step again whose loss or gradient was not finite",
 }
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130

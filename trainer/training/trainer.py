@@ -30,6 +30,7 @@ from trainer.optim.groups import parameter_groups
 from trainer.optim.optimizers import build_optimizer
 from trainer.optim.scaling import LossScale
 from trainer.optim.schedules import build_schedule, feed_metric
+from trainer.training import environment
 from trainer.training.build import check_names, check_optimizer
 from trainer.training.callbacks import (
     DefaultFlowCallback,
@@ -260,6 +261,7 @@ class CoreTrainer:
         else:
             run.length = run.checkpoints.restore(source, run.length)
         if self.group.is_lead:
+            environment.write_record(Path(self.args.output_dir), self.args.seed)
             for line in self._describe(run, source):
                 logger.info("%s", line)
         if self.task.osft is not None:
