@@ -1,0 +1,40 @@
+"""Each declared bug can be applied to the code as it is, and names a test that exists."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.mutants.bugs import BUGS, Bug
+from tests.mutants.run import mutate
+from tests.shape.source import ROOT, of_each
+
+MIN_BUGS = 30
+
+
+@of_each(BUGS)
+def test_a_bug_changes_the_code_that_it_names(bug: Bug) -> None:
+    assert ast.dump(ast.parse(mutate(bug, ROOT))) != ast.dump(ast.parse((ROOT / bug.file).read_text(encoding="utf-8")))
+
+
+@of_each(BUGS)
+def test_a_bug_names_a_test_that_exists(bug: Bug) -> None:
+    file, *names = bug.test.split("::")
+    nodes: list[ast.AST] = [ast.parse((ROOT / file).read_text(encoding="utf-8"))]
+    for name in names:
+        nodes = [node for owner in nodes for node in ast.iter_child_nodes(owner) if getattr(node, "name", "") == name]
+        assert nodes, f"{file} has no {name}"
+
+
+def test_there_are_enough_bugs_and_each_is_told_apart() -> None:
+    assert len(BUGS) >= MIN_BUGS
+    assert len({bug.what for bug in BUGS}) == len(BUGS)
+
+
+def test_an_edit_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "module.py").write_text("def f():\n    return 1\n\n\ndef g():\n    return 1\n")
+    fits = Bug("w", "L1", "module.py", "f", "return 1", "return 2", "t")
+    assert mutate(fits, tmp_path) == "def f():\n    return 2\n\n\ndef g():\n    return 1\n"
+    for function, old in (("f", "return 3"), ("h", "return 1")):
+        with pytest.raises(ValueError, match="exactly once"):
+            mutate(Bug("w", "L1", "module.py", function, old, "return 2", "t"), tmp_path)
