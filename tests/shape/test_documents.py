@@ -1,39 +1,48 @@
-"""The documents speak of what is there: names in docs/dataflow.md exist, commands of the README are understood."""
+"""The documents speak of what is there: names in docs/architecture.md exist, commands of the README are understood."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from tests.shape.source import ROOT, modules, tree
+from tests.shape.source import PACKAGE, ROOT, tree
+from tests.shape.test_imports import FLOORS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("decisions/*.md")])
 
 
-def names_in_the_package() -> set[str]:
-    import ast
-
-    found: set[str] = set()
-    for module in modules():
-        found |= {module.name, str(module), str(module.parent)}
-        for node in ast.walk(tree(module)):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                found.add(node.name)
-            elif isinstance(node, ast.arg):
-                found.add(node.arg)
-            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                found.add(node.target.id)
-    return found
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 
-def test_every_name_in_the_data_flow_exists() -> None:
-    text = (ROOT / "docs" / "dataflow.md").read_text(encoding="utf-8")
-    known = names_in_the_package() | {"metrics.jsonl", "trainer plan"}
-    for quoted in re.findall(r"`([^`]+)`", text):
-        for part in re.split(r"\.(?!py)", quoted.partition("(")[0]):
-            assert quoted in known or part in known, quoted
+def definitions(module: Path) -> set[str]:
+    """Names of the classes and functions of a module, methods included."""
+    kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return {node.name for node in ast.walk(tree(module)) if isinstance(node, kinds)}
+
+
+def test_names_in_the_architecture_are_where_it_says() -> None:
+    named = re.findall(r"`([A-Za-z_]+)`\s+\(`([a-z_/]+\.py)`\)", ARCHITECTURE)
+    assert len(named) > 30
+    wrong = []
+    for name, file in named:
+        module = Path("trainer", file)
+        if not (ROOT / module).exists() or name not in definitions(module):
+            wrong.append(f"{name} ({file})")
+    assert wrong == []
+
+
+def test_files_in_the_architecture_exist() -> None:
+    files = re.findall(r"`([a-z_/]+\.py)`", ARCHITECTURE)
+    assert [file for file in files if not (PACKAGE / file).exists()] == []
+
+
+def test_the_architecture_has_every_room_in_the_order_of_imports() -> None:
+    rooms = re.findall(r"^\| `([a-z]+)/` \|", ARCHITECTURE, flags=re.M)
+    assert set(rooms) == {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert [FLOORS[room] for room in rooms] == sorted(FLOORS[room] for room in rooms)
 
 
 def commands() -> list[str]:
