@@ -262,6 +262,11 @@ class EvaluationArguments:
     )
     greater_is_better: bool | None = option(None, "Whether more of that metric is better; by default not for a loss.")
     eval_exact_match: bool = option(False, "Answer held-out chats greedily and count exact answers at each evaluation.")
+    score_answers: list[str] = option(
+        [],
+        "Scores of generated answers to held-out chats at each evaluation: exact_match, contains, regex, numeric, "
+        "json_equal, rouge_l, or module:function of your own.",
+    )
     num_generation_samples: int = option(0, "Held-out chats whose answers are shown before and after.", minimum=0)
     generation_max_new_tokens: int = option(128, "Longest generated answer, in tokens.", above=0)
 

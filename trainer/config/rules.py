@@ -257,6 +257,7 @@ _WHEN = "set eval_strategy, min_samples_per_evaluation, eval_on_start or eval_at
 COMMAND_RULES: tuple[Rule, ...] = (  # from Python one may still call `evaluate` or `generate`, a command does not
     no_effect(
         "eval_exact_match",
+        "score_answers",
         unless=lambda args: args.does_evaluate,
         why=f"without evaluations: {_WHEN}",
     ),
@@ -294,6 +295,7 @@ NO_EFFECT_ON: dict[DataKind, dict[str, str]] = {
         "osft": "only the matrices of a language model on token data are split",
         "attn_implementation": "choose it when you build the model",
         "eval_exact_match": _ANSWERS,
+        "score_answers": _ANSWERS,
         "num_generation_samples": _ANSWERS,
         "generation_max_new_tokens": _ANSWERS,
         **dict.fromkeys(("train_on", "chat_template", "max_length", "overlong", "on_untrainable"), _FROM_FILE),

@@ -46,8 +46,8 @@ from trainer.training.evaluate import PADDING
 from trainer.training.metrics import now
 from trainer.training.model_task import ModelTask
 from trainer.training.out_of_memory import memory_tracker
-from trainer.training.packed_task import PackedTask
 from trainer.training.process import to_device
+from trainer.training.scores import ScoreAnswers
 from trainer.training.task import Task
 from trainer.training.trainer import Callbacks, CoreTrainer
 
@@ -76,7 +76,7 @@ class Trainer(CoreTrainer):
         compute_loss_func: from (outputs, labels, num_items_in_batch=) to the loss.
         compute_metrics, preprocess_logits_for_metrics: see transformers' Trainer.
         callbacks: transformers callbacks, called after the trainer's own.
-        optimizers, optimizer_cls_and_kwargs: see `CoreTrainer`.
+        optimizers, optimizer_cls_and_kwargs, score_answers: see `CoreTrainer`.
 
     Raises:
         UsageError, ModelError, DataError: see the messages.
@@ -117,6 +117,7 @@ class Trainer(CoreTrainer):
         optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
         optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[..., Any] | None = None,
+        score_answers: ScoreAnswers | None = None,
     ) -> None:
         check_overrides(type(self), vars(self))
         self.model_init, self.compute_loss_func, self.compute_metrics = model_init, compute_loss_func, compute_metrics
@@ -133,6 +134,7 @@ class Trainer(CoreTrainer):
             callbacks or (),
             optimizers,
             optimizer_cls_and_kwargs,
+            score_answers,
         )
         self.accelerator = AcceleratorShim(self)
         if self.args.push_to_hub:
@@ -158,7 +160,9 @@ class Trainer(CoreTrainer):
                 raise UsageError(
                     f"{', '.join(names)} have no effect on token data: leave them out, or give another data set"
                 )
-            return PackedTask(self.args, self.group, model, self.processing_class, train_dataset, eval_dataset)
+            return super().build_task(model, train_dataset, eval_dataset)
+        if self.score_answers is not None:
+            raise UsageError("score_answers scores chats that are token data: give compute_metrics")
         if (model is None) == (self.model_init is None):
             raise UsageError("give either model or model_init")
         if self.model_init is not None and self.optimizer is not None:

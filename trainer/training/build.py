@@ -21,14 +21,18 @@ from trainer.model.isolation import check_positions
 from trainer.model.prepared import Prepared
 from trainer.optim.optimizers import find_class
 from trainer.optim.schedules import checked_settings
+from trainer.training.scores import SCORERS, find_function
 
 _log = logging.getLogger(__name__)
 
 
 def check_names(args: TrainingArguments) -> None:
-    """Raise where the options name an optimizer or a schedule that is not there: long before either is built."""
+    """Raise where the options name an optimizer, schedule or scorer that is not there: long before it is used."""
     find_class(args)
     checked_settings(args)
+    for name in args.score_answers:
+        if name not in SCORERS:
+            find_function(name)
 
 
 def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:

@@ -53,9 +53,18 @@ def evaluation_loss(
     return {"loss": loss_sum / num_loss_tokens, "num_loss_tokens": num_loss_tokens, "num_samples": num_samples}
 
 
-def check_metric(args: EvaluationArguments) -> None:
-    """Raise UsageError where no evaluation will measure `metric_for_best_model`."""
-    measured = [*MEASURED, *(["exact_match"] if args.eval_exact_match else [])]
+def check_metric(args: EvaluationArguments, scores: Sequence[str] | None) -> None:
+    """Raise UsageError where no evaluation will measure `metric_for_best_model`.
+
+    Args:
+        args: the options.
+        scores: what `score_answers` measures; None where only a user's function knows.
+    """
+    if scores is None:
+        return  # the first evaluation shows the names
+    measured = [*MEASURED, *scores]
+    if args.eval_exact_match:
+        measured.append("exact_match")
     if args.metric_for_best_model.removeprefix("eval_") not in measured:
         raise UsageError(f"metric_for_best_model = {args.metric_for_best_model!r}: measured are {', '.join(measured)}")
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trainer.atomic import hidden_path, write_file
 from trainer.data.chat import ChatFormat, generation_prompt
 from trainer.data.jsonl import Document, read_documents
 from trainer.data.store import TokenStore
 from trainer.distributed.group import Group
-from trainer.errors import DataError, UsageError
+from trainer.errors import DataError, OutputError, UsageError
 from trainer.model.fsdp import inference
 from trainer.model.prepared import Prepared
 
+ANSWERS = "answers.jsonl"
 _BATCH_SIZE = 64  # chats generated at a time on one rank
 
 
@@ -29,13 +33,14 @@ class Question:
     reference: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class Answer:
     """What the model said to a question."""
 
     asked: str
     reference: str
     answer: str
+    scores: dict[str, float] = field(default_factory=dict)  # of the built-in scorers that were asked for
 
     @property
     def is_exact(self) -> bool:
@@ -55,12 +60,36 @@ def questions_of(
     if source is None or kind != "messages":
         raise UsageError(
             f"answers can be generated for data of kind 'messages' prepared in this run, not for {kind!r} data: "
-            "leave eval_exact_match and num_generation_samples off"
+            "leave eval_exact_match, score_answers and num_generation_samples off"
         )
     wanted = set(np.unique(store.documents)[:count].tolist())
     return [
         _question(document, tokenizer, chat_template) for document in read_documents(source) if document.line in wanted
     ]
+
+
+def write_answers(folder: Path, step: int, answers: Sequence[Answer]) -> None:
+    """Write the answers of an evaluation to answers.jsonl, behind those of earlier steps.
+
+    Lines of this step or later ones are replaced: a resumed run answers again.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    path = folder / ANSWERS
+    lines: list[str] = []
+    try:
+        if path.is_file():
+            former = path.read_text(encoding="utf-8").splitlines()
+            lines = [line for line in former if json.loads(line)["step"] < step]
+        for number, each in enumerate(answers):
+            line = {"step": step, "sample": number, "question": each.asked, "reference": each.reference}
+            lines.append(json.dumps({**line, "answer": each.answer, **each.scores}, ensure_ascii=False))
+        hidden = hidden_path(path)
+        write_file(hidden, [(line + "\n").encode() for line in lines])
+        hidden.replace(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise OutputError(f"{path} cannot be written after step {step}: {error}") from error
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> list[int]:

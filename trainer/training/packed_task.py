@@ -38,6 +38,7 @@ from trainer.training.generate import Answer, Question, answer_questions, check_
 from trainer.training.metrics import BatchCounts
 from trainer.training.osft import build_split_model
 from trainer.training.process import to_device
+from trainer.training.scores import ScoreAnswers, measured_names, score
 
 
 class PackedBatches:
@@ -85,9 +86,13 @@ class PackedTask:
         tokenizer: PreTrainedTokenizerBase | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
+        score_answers: ScoreAnswers | None = None,
     ) -> None:
         check_data_kind(args, "token data")
         self.args, self.group, self.processing_class = args, group, tokenizer
+        self.scorers: list[str | ScoreAnswers] = [*args.score_answers]
+        if score_answers is not None:
+            self.scorers.append(score_answers)
         if tokenizer is None and (model is None or train_dataset is None):
             self.processing_class = load_tokenizer(args)
         self._load(train_dataset, eval_dataset)
@@ -114,7 +119,7 @@ class PackedTask:
         check_samples(self.train_dataset, "train_dataset")
         check_evaluations(self.args, self.eval_dataset)
         if self.args.does_evaluate:
-            check_metric(self.args)
+            check_metric(self.args, measured_names(self.scorers))
 
     def train_loader(self, dataset: TokenData) -> DataLoader[list[MicroBatch]]:
         """Build the loader of this rank's share of every global batch; its sampler is an EpochSampler."""
@@ -210,11 +215,13 @@ class PackedTask:
 
     def _questions(self, store: TokenStore) -> list[Question]:
         """Read the held-out chats to answer, if answers are asked for; the file may change or go while training."""
-        count = None if self.args.eval_exact_match else self.args.num_generation_samples
+        count = None if self.args.eval_exact_match or self.scorers else self.args.num_generation_samples
         if count == 0:
             return []
         if self.processing_class is None:
-            raise UsageError("eval_exact_match and num_generation_samples need a tokenizer: give processing_class")
+            raise UsageError(
+                "eval_exact_match, score_answers and num_generation_samples need a tokenizer: give processing_class"
+            )
         if self._questions_of is None or self._questions_of[0] is not store:
             questions = questions_of(store, self.processing_class, count, self.args.chat_template)
             check_room(self.model, questions, self.args.generation_max_new_tokens)
@@ -222,7 +229,7 @@ class PackedTask:
         return self._questions_of[1]
 
     def _answer(self, store: TokenStore, step: int) -> dict[str, float]:
-        """Answer held-out chats where asked for; return `exact_match` if all of them were answered."""
+        """Answer held-out chats where asked for; return their scores if all of them were answered."""
         questions = self._questions(store)
         if not questions:
             return {}
@@ -232,9 +239,10 @@ class PackedTask:
             self.prepared, self.processing_class, questions, self.group, self.args.generation_max_new_tokens, ends
         )
         self.answers[step] = answers
-        if not self.args.eval_exact_match:
-            return {}
-        return {"exact_match": sum(answer.is_exact for answer in answers) / len(answers)}
+        scores = score(answers, self.scorers)
+        if self.args.eval_exact_match:
+            scores["exact_match"] = sum(answer.is_exact for answer in answers) / len(answers)
+        return scores
 
 
 def pack_loss(prepared: Prepared, micro_batch: MicroBatch, label_smoothing: float) -> Tensor:

@@ -104,31 +104,28 @@ def measured_names(scorers: Sequence[str | ScoreAnswers]) -> list[str] | None:
     return [str(each) for each in scorers]
 
 
-def score(
-    answers: list[Answer], scorers: Sequence[str | ScoreAnswers]
-) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """Score answers.
+def score(answers: list[Answer], scorers: Sequence[str | ScoreAnswers]) -> dict[str, float]:
+    """Score answers, and keep the scores of the built-in scorers with each of them.
 
     Args:
         answers: all of them.
         scorers: names of SCORERS, `module:function`, or functions from all answers to numbers by name.
 
     Returns:
-        The numbers to log, and for each answer the numbers of the built-in scorers.
+        The numbers to log.
 
     Raises:
         UsageError: a user's function returned something else than numbers by name.
     """
     totals: dict[str, float] = {}
-    of_each: list[dict[str, float]] = [{} for _ in answers]
     for scorer in scorers:
         if isinstance(scorer, str) and scorer in SCORERS:
-            for scores, answer in zip(of_each, answers, strict=True):
-                scores[scorer] = SCORERS[scorer](answer.answer, answer.reference)
-            totals[scorer] = sum(scores[scorer] for scores in of_each) / len(answers)
+            for answer in answers:
+                answer.scores[scorer] = SCORERS[scorer](answer.answer, answer.reference)
+            totals[scorer] = sum(answer.scores[scorer] for answer in answers) / len(answers)
         else:
             totals |= _call(find_function(scorer) if isinstance(scorer, str) else scorer, answers)
-    return totals, of_each
+    return totals
 
 
 def _call(function: ScoreAnswers, answers: list[Answer]) -> dict[str, float]:

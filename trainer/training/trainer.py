@@ -42,7 +42,7 @@ from trainer.training.callbacks import (
 )
 from trainer.training.checkpoints import Checkpoints, load_best_weights
 from trainer.training.evaluate import best_metric, check_best_of_several, improves, more_is_better
-from trainer.training.generate import Answer
+from trainer.training.generate import Answer, write_answers
 from trainer.training.loop import Run, train
 from trainer.training.metrics import now
 from trainer.training.nonfinite import CrashRecorder
@@ -51,6 +51,7 @@ from trainer.training.out_of_memory import Snapshot, free_cached_memory, is_out_
 from trainer.training.packed_task import PackedTask
 from trainer.training.process import set_up_process
 from trainer.training.run_dir import open_output_dir, sole_run
+from trainer.training.scores import ScoreAnswers
 from trainer.training.step import Engine
 from trainer.training.task import Task, describe_model
 
@@ -74,6 +75,7 @@ class CoreTrainer:
         optimizers: optimizer and learning-rate schedule to use instead of those that the options name.
         optimizer_cls_and_kwargs: class and settings of the optimizer; or, for the class, one whose objects make an
             optimizer of a model and the settings.
+        score_answers: from all answers to held-out chats to numbers by name, which evaluations log.
 
     Raises:
         UsageError, ModelError, DataError: see the messages.
@@ -89,6 +91,7 @@ class CoreTrainer:
         callbacks: Callbacks = (),
         optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
         optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
+        score_answers: ScoreAnswers | None = None,
     ) -> None:
         self.args = args if args is not None else TrainingArguments()
         if not isinstance(self.args, TrainingArguments):
@@ -101,6 +104,7 @@ class CoreTrainer:
         self.processing_class = processing_class
         self.optimizer, self.lr_scheduler = optimizers
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
+        self.score_answers = score_answers
         self._made_schedule = False  # by us, not given
         with self.group.naming_faults(lambda: "before the first step"):
             self.task = self.build_task(model, train_dataset, eval_dataset)
@@ -127,7 +131,9 @@ class CoreTrainer:
 
     def build_task(self, model: nn.Module | None, train_dataset: Any, eval_dataset: Any) -> Task:
         """Build what is trained."""
-        return PackedTask(self.args, self.group, model, self.processing_class, train_dataset, eval_dataset)
+        return PackedTask(
+            self.args, self.group, model, self.processing_class, train_dataset, eval_dataset, self.score_answers
+        )
 
     def display(self) -> list[TrainerCallback]:
         """Return callbacks that show progress; the command line brings its own."""
@@ -346,6 +352,9 @@ class CoreTrainer:
     def _evaluate_and_compare(self) -> dict[str, float]:
         """Evaluate during a run, and remember the best."""
         metrics = self.evaluate(ignore_keys=self._ignored_outputs)
+        answers = self.answers.get(self.state.global_step)
+        if answers and self.group.is_lead:
+            write_answers(Path(self.args.output_dir), self.state.global_step, answers)
         value = best_metric(self.args, metrics)
         state, control = self.state, self.events.control
         if value is not None and improves(self.args, value, state.best_metric):
