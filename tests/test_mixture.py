@@ -9,19 +9,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fixtures.corpora import chat, random_chats, write_jsonl
+from tests.fixtures.models import tiny_llama
+from tests.fixtures.runs import build_arguments, read_metrics
 from tests.fixtures.tokenizers import build_tokenizer
 from trainer.cli.main import main
 from trainer.config.groups import DataArguments
 from trainer.data.loader import get_data_loader
 from trainer.data.mixture import temperature_weights
-from trainer.data.order import EpochSampler
+from trainer.data.order import EpochSampler, epoch_order
 from trainer.data.prepare import load_data
 from trainer.data.store import TokenStore
 from trainer.errors import UsageError
+from trainer.hf.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +115,48 @@ def test_a_run_resumed_at_any_step_goes_on_with_the_rest(mixture: tuple[TokenSto
     for step in range(len(whole)):
         assert batches_from(4 * step, 1) == whole[step:]
         assert batches_from(4 * step, 3) == whole[step:]  # elastic: on other ranks
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_losses_by_source_are_those_of_the_samples_alone(
+    mixture: tuple[TokenStore, Counter[tuple[int, ...]]], tmp_path: Path, smoothing: float
+) -> None:
+    store, _ = mixture
+    args = build_arguments(
+        tmp_path,
+        max_steps=3,
+        batch_size=7,
+        max_tokens_per_rank=16,
+        learning_rate=0.0,
+        eval_strategy="steps",
+        eval_steps=3,
+    )
+    args.label_smoothing_factor = smoothing
+    trainer = Trainer(model=tiny_llama(), args=args, train_dataset=store, eval_dataset=store)
+    trainer.train()
+    model = tiny_llama()
+    expected: dict[str, list[float]] = {}  # of a model that stands still, each sample alone
+    whole: dict[str, list[float]] = {}
+    order = epoch_order(len(store), args.order_seed, 0)
+    for place, i in enumerate(order.tolist()):
+        ids = torch.from_numpy(store.sample(i).input_ids.astype(np.int64))
+        logits = model(ids[None]).logits[0, :-1].double()
+        losses = torch.nn.functional.cross_entropy(
+            logits, ids[1:], reduction="none", label_smoothing=smoothing
+        ).tolist()
+        name = f"loss/{store.source_names[store.sources[i]]}"
+        whole.setdefault(name, []).extend(losses)
+        if place < 7:
+            expected.setdefault(name, []).extend(losses)
+    step = read_metrics(tmp_path)[0]
+    found = {name: value for name, value in step.items() if name.startswith("loss/")}
+    assert found == pytest.approx({name: np.mean(losses) for name, losses in expected.items()}, rel=1e-5)
+    evaluated = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
+    found = {name.removeprefix("eval_"): value for name, value in evaluated.items() if name.startswith("eval_loss/")}
+    assert found == pytest.approx({name: np.mean(losses) for name, losses in whole.items()}, rel=1e-5)
+    counts = {name: len(losses) for name, losses in expected.items()}
+    mean = sum(step[name] * count for name, count in counts.items()) / sum(counts.values())
+    assert step["loss"] == pytest.approx(mean, rel=1e-6)  # the parts make the whole
 
 
 def test_temperature_evens_weights_out() -> None:

@@ -28,7 +28,7 @@ from trainer.config.groups import ModelArguments
 from trainer.errors import ModelError, UsageError, named_error
 from trainer.model.attention import attention_settings, choose_attention
 from trainer.model.borrowing import Borrowing, settings_made_by
-from trainer.model.cross_entropy import linear_cross_entropy_sum
+from trainer.model.cross_entropy import LinearCrossEntropy, linear_cross_entropy_sum
 from trainer.model.freezing import freeze
 from trainer.model.fsdp import checkpoint_activations, compile_blocks, local_part, shard_for_training
 from trainer.model.isolation import check_isolation
@@ -219,7 +219,8 @@ def prepare_model(
     if weights is None:
         model.to(device)
     compute_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    settings, attention, linear_cross_entropy = [], None, linear_cross_entropy_sum
+    settings, attention = [], None
+    linear_cross_entropy: LinearCrossEntropy = linear_cross_entropy_sum
     if args.use_liger_kernels:
         apply_liger_kernels(model, device)
         linear_cross_entropy = liger_cross_entropy_sum

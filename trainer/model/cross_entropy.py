@@ -41,7 +41,22 @@ class HeadOutput:
         return scaled if self.softcap is None else scaled.mul_(1 - (logits / self.softcap) ** 2)
 
 
-LinearCrossEntropy = Callable[[Tensor, nn.Linear, Tensor, HeadOutput, float], Tensor]
+LinearCrossEntropy = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class GroupSums:
+    """Sums of the loss by group of positions, measured beside the total: `groups` (N,), `sums` (G,) in float64."""
+
+    groups: Tensor
+    sums: Tensor
+
+    def add(self, losses: Tensor, start: int = 0) -> None:
+        """Add the losses of the positions from `start` on."""
+        groups = self.groups[start : start + len(losses)]
+        losses = losses.detach().double()
+        # Whole sums in a fixed order: adding by index adds in another order in every run on a GPU.
+        self.sums.add_(torch.stack([(losses * (groups == k)).sum() for k in range(len(self.sums))]))
 
 
 @dataclass(frozen=True)
@@ -50,19 +65,29 @@ class _Settings:
     label_smoothing: float
     dtype: torch.dtype
     needs_gradients: bool
+    by_group: GroupSums | None = None
 
 
-def cross_entropy_sum(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def cross_entropy_sum(
+    logits: Tensor, targets: Tensor, label_smoothing: float = 0.0, by_group: GroupSums | None = None
+) -> Tensor:
     """Sum over positions of the cross-entropy of logits (N,V) with targets (N,), in float32 or more."""
     logits = logits.to(accumulation_dtype(logits.dtype))
+    if by_group is not None:
+        by_group.add(F.cross_entropy(logits.detach(), targets, reduction="none", label_smoothing=label_smoothing))
     return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
 
 
 def linear_cross_entropy_sum(
-    hidden: Tensor, head: nn.Linear, targets: Tensor, head_output: HeadOutput, label_smoothing: float = 0.0
+    hidden: Tensor,
+    head: nn.Linear,
+    targets: Tensor,
+    head_output: HeadOutput,
+    label_smoothing: float = 0.0,
+    by_group: GroupSums | None = None,
 ) -> Tensor:
     """The same, from the head's input (N,D); float32 or more. Backward may run once."""
-    settings = _Settings(head_output, label_smoothing, autocast_dtype(hidden), torch.is_grad_enabled())
+    settings = _Settings(head_output, label_smoothing, autocast_dtype(hidden), torch.is_grad_enabled(), by_group)
     return _LinearCrossEntropySum.apply(hidden, head.weight, head.bias, targets, settings)
 
 
@@ -112,7 +137,10 @@ def _loss_and_gradients(
         output = F.linear(piece, matrix, None if bias is None else bias.to(settings.dtype)).to(accumulation)
         logits = settings.head_output.apply(output)
         log_probabilities = logits.log_softmax(dim=1)
-        total += _piece_loss(log_probabilities, targets[start : start + rows], settings.label_smoothing)
+        losses = _piece_losses(log_probabilities, targets[start : start + rows], settings.label_smoothing)
+        total += losses.sum()
+        if settings.by_group is not None:
+            settings.by_group.add(losses, start)
         if is_training:
             errors = _errors(log_probabilities, targets[start : start + rows], settings.label_smoothing)
             slope = settings.head_output.backward(errors, logits).to(settings.dtype)
@@ -120,12 +148,12 @@ def _loss_and_gradients(
     return total, gradients
 
 
-def _piece_loss(log_probabilities: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
-    """Sum of negative log-probabilities of the smoothed targets."""
+def _piece_losses(log_probabilities: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    """Negative log-probabilities of the smoothed targets."""
     expected = log_probabilities.gather(1, targets[:, None])[:, 0]
     if label_smoothing:
         expected = (1 - label_smoothing) * expected + label_smoothing * log_probabilities.mean(dim=1)
-    return -expected.sum()
+    return -expected
 
 
 def _errors(log_probabilities: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trainer.errors import MissingPackageError, ModelError
+from trainer.labels import IGNORE_INDEX
 from trainer.model.cross_entropy import HeadOutput
 from trainer.model.precision import autocast_dtype
 
@@ -54,7 +55,7 @@ def liger_cross_entropy_sum(
         hidden = hidden * head_output.scale
     losses = importlib.import_module(f"{PACKAGE}.transformers.fused_linear_cross_entropy")
     compute = losses.LigerFusedLinearCrossEntropyLoss(
-        ignore_index=-100,
+        ignore_index=IGNORE_INDEX,
         label_smoothing=label_smoothing,
         reduction="sum",
         softcap=head_output.softcap,

@@ -19,20 +19,25 @@ import torch
 from torch import Tensor, nn
 
 from trainer.errors import ModelError
+from trainer.labels import IGNORE_INDEX
 from trainer.model.attention import packed_forward, packed_inputs
-from trainer.model.cross_entropy import HeadOutput, cross_entropy_sum
+from trainer.model.cross_entropy import GroupSums, HeadOutput, cross_entropy_sum
 from trainer.model.fsdp import inference
 from trainer.model.precision import accumulation_dtype, uncompiled
 from trainer.model.prepared import Prepared
 
-IGNORED_LABEL = -100
 PROBE_LENGTH = 4
 PROBE_EXPONENTS = (-4.0, 6.0)
 PROBE_TOLERANCE = 1e-5
 ROUTER_COEFFICIENT = "router_aux_loss_coef"
 
 
-def token_loss_sum(prepared: Prepared, micro_batch: Mapping[str, Any], label_smoothing: float = 0.0) -> Tensor:
+def token_loss_sum(
+    prepared: Prepared,
+    micro_batch: Mapping[str, Any],
+    label_smoothing: float = 0.0,
+    source_sums: Tensor | None = None,
+) -> Tensor:
     """Sum of cross-entropies over the trained tokens of one pack, a float32 scalar; works for FSDP2 models too.
 
     A model that returns a router loss gets it added: its coefficient times this pack's share of the mean over all
@@ -42,15 +47,17 @@ def token_loss_sum(prepared: Prepared, micro_batch: Mapping[str, Any], label_smo
         prepared: A transformers model with a language-modelling head, prepared for packs.
         micro_batch: One `MicroBatch`, on the model's device.
         label_smoothing: Share of the target spread evenly over the vocabulary.
+        source_sums: (S,) float64; the loss of the tokens of each of S sources, without the router loss, is added to it.
     """
     assert prepared.is_in_use or not prepared.recomputes, "enter Prepared.in_use around forward and backward"
     positions, targets = trained_positions(micro_batch)
+    by_source = None if source_sums is None else GroupSums(sources_at(micro_batch, positions), source_sums)
     with prepared.in_use(), prepared.compute_context(), packed_forward():
         inputs = packed_inputs(prepared.model, micro_batch)
         if prepared.head is None:
-            outputs, loss = _loss_from_logits(prepared.model, inputs, positions, targets, label_smoothing)
+            outputs, loss = _loss_from_logits(prepared.model, inputs, (positions, targets), label_smoothing, by_source)
         else:
-            outputs, loss = _loss_in_head(prepared, inputs, positions, targets, label_smoothing)
+            outputs, loss = _loss_in_head(prepared, inputs, (positions, targets), label_smoothing, by_source)
     share = micro_batch["num_tokens"] / micro_batch["batch_num_tokens"]
     return loss + router_loss(prepared, outputs, share, micro_batch["batch_num_loss_counted_tokens"])
 
@@ -59,8 +66,15 @@ def trained_positions(micro_batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Positions (N,) whose next token is trained, and those tokens (N,)."""
     following = micro_batch["labels"][0, 1:]
     # The count is known from the plan, so a GPU need not be asked for it.
-    positions = torch.nonzero_static(following != IGNORED_LABEL, size=int(micro_batch["num_loss_counted_tokens"]))
+    positions = torch.nonzero_static(following != IGNORE_INDEX, size=int(micro_batch["num_loss_counted_tokens"]))
     return positions[:, 0], following[positions[:, 0]]
+
+
+def sources_at(micro_batch: Mapping[str, Any], positions: Tensor) -> Tensor:
+    """Number of the source of the sample in which each position lies, (N,)."""
+    samples = torch.searchsorted(micro_batch["cu_seq_lens"][1:], positions, right=True)
+    sources: Tensor = micro_batch["source_ids"][samples]
+    return sources
 
 
 def measure_head(prepared: Prepared) -> HeadOutput | None:
@@ -149,7 +163,11 @@ def _in_place_of(head: nn.Linear, function: Callable[[Tensor], Tensor]) -> Itera
 
 
 def _loss_in_head(
-    prepared: Prepared, inputs: dict[str, Any], positions: Tensor, targets: Tensor, label_smoothing: float
+    prepared: Prepared,
+    inputs: dict[str, Any],
+    trained: tuple[Tensor, Tensor],
+    label_smoothing: float,
+    by_source: GroupSums | None,
 ) -> tuple[Any, Tensor]:
     """The model's forward pass with the loss in place of its head.
 
@@ -157,10 +175,12 @@ def _loss_in_head(
     """
     head, head_output, losses = prepared.model.get_output_embeddings(), prepared.head, []
     assert head_output is not None
+    positions, targets = trained
+    more = {} if by_source is None else {"by_group": by_source}
 
     def replacement(hidden: Tensor) -> Tensor:
-        trained = hidden[0].index_select(0, positions)
-        losses.append(prepared.linear_cross_entropy(trained, head, targets, head_output, label_smoothing))
+        kept = hidden[0].index_select(0, positions)
+        losses.append(prepared.linear_cross_entropy(kept, head, targets, head_output, label_smoothing, **more))
         return hidden.new_zeros(1, 1, 1)
 
     def with_loss(_: nn.Module, inputs: Any, outputs: Any) -> Any:
@@ -177,14 +197,19 @@ def _loss_in_head(
 
 
 def _loss_from_logits(
-    model: Any, inputs: dict[str, Any], positions: Tensor, targets: Tensor, label_smoothing: float
+    model: Any,
+    inputs: dict[str, Any],
+    trained: tuple[Tensor, Tensor],
+    label_smoothing: float,
+    by_source: GroupSums | None,
 ) -> tuple[Any, Tensor]:
     """The model's own logits at the trained positions, or at all of them where it cannot choose."""
+    positions, targets = trained
     can_choose = "logits_to_keep" in inspect.signature(model.forward).parameters
     chosen = {"logits_to_keep": positions} if can_choose else {}
     output = model(**inputs, **chosen)
     logits = output.logits[0] if can_choose else output.logits[0, positions]
-    return output, cross_entropy_sum(logits, targets, label_smoothing)
+    return output, cross_entropy_sum(logits, targets, label_smoothing, by_source)
 
 
 def router_loss(prepared: Prepared, outputs: Any, share: float, unit: float = 1) -> Tensor | float:

@@ -34,23 +34,40 @@ MEASURED = ("loss", "num_loss_tokens", "num_samples", "runtime", "samples_per_se
 
 
 def evaluation_loss(
-    prepared: Prepared, loader: Iterable[list[MicroBatch]], group: Group, label_smoothing: float = 0.0
+    prepared: Prepared,
+    loader: Iterable[list[MicroBatch]],
+    group: Group,
+    label_smoothing: float = 0.0,
+    source_names: Sequence[str] = (),
 ) -> dict[str, float]:
     """Return `loss` (mean over all loss tokens), `num_loss_tokens` and `num_samples` of token data, over all ranks.
 
-    The loss is the one that is trained, smoothed labels included, as transformers' Trainer evaluates it.
+    The loss is the one that is trained, smoothed labels included, as transformers' Trainer evaluates it. Of data of
+    several sources, whose names are given, `loss/NAME` is the mean over the loss tokens of each.
     """
     metrics = BatchMetrics()
     num_loss_tokens = num_samples = 0
+    source_tokens = [0] * len(source_names)
     with prepared.in_use(), inference(prepared.model):
         for batch in loader:
             num_loss_tokens += batch[0]["batch_num_loss_counted_tokens"]
             num_samples += batch[0]["batch_num_samples"]
+            if source_names:
+                source_tokens = [
+                    a + b for a, b in zip(source_tokens, batch[0]["batch_source_loss_tokens"], strict=True)
+                ]
             for micro_batch in batch:
                 micro_batch = to_device(micro_batch, group.device)
-                metrics.accumulate(loss=token_loss_sum(prepared, micro_batch, label_smoothing))
-    loss_sum = metrics.reduce(group)["loss"]
-    return {"loss": loss_sum / num_loss_tokens, "num_loss_tokens": num_loss_tokens, "num_samples": num_samples}
+                sums = torch.zeros(len(source_names), dtype=torch.float64, device=group.device)
+                loss = token_loss_sum(prepared, micro_batch, label_smoothing, sums if source_names else None)
+                named = {f"loss/{name}": total for name, total in zip(source_names, sums, strict=True)}
+                metrics.accumulate(loss=loss, **named)
+    totals = metrics.reduce(group)
+    means = {"loss": totals["loss"] / num_loss_tokens}
+    for name, count in zip(source_names, source_tokens, strict=True):
+        if count:
+            means[f"loss/{name}"] = totals[f"loss/{name}"] / count
+    return {**means, "num_loss_tokens": num_loss_tokens, "num_samples": num_samples}
 
 
 def check_metric(args: EvaluationArguments, scores: Sequence[str] | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +22,7 @@ from trainer.data.order import EpochSampler
 from trainer.data.store import TokenStore
 from trainer.distributed.group import Group
 from trainer.errors import UsageError
+from trainer.model.cross_entropy import linear_cross_entropy_sum
 from trainer.model.freezing import operations_per_input
 from trainer.model.loss import token_loss_sum
 from trainer.model.prepared import Prepared
@@ -103,6 +105,8 @@ class PackedTask:
         if self.eval_dataset is not None:
             check_fit(self.model, self.eval_dataset, "eval_dataset")
         self.train_batch_size = args.batch_size
+        self._source_names = measured_sources(self.prepared, self.train_dataset)
+        self.more_metrics = [f"loss/{name}" for name in self._source_names]
         self.answers: dict[int, list[Answer]] = {}
         self._operations_per_token = operations_per_input(self.model)
         self._questions_of: tuple[TokenStore, list[Question]] | None = None  # questions of a data set, read once
@@ -178,9 +182,18 @@ class PackedTask:
 
     def backward(self, batch: list[MicroBatch], i: int) -> dict[str, Tensor]:
         """Add the gradient of a pack; return its share of the mean loss."""
-        loss = pack_loss(self.prepared, to_device(batch[i], self.group.device), self.args.label_smoothing_factor)
+        micro_batch = to_device(batch[i], self.group.device)
+        sums = torch.zeros(len(self._source_names), dtype=torch.float64, device=self.group.device)
+        loss = pack_loss(
+            self.prepared, micro_batch, self.args.label_smoothing_factor, sums if self._source_names else None
+        )
         loss.backward()
-        return {"loss": loss.detach()}
+        measured = {"loss": loss.detach()}
+        if self._source_names:
+            # A source without a loss token in this global batch has no loss; every rank knows which from the plan.
+            named = zip(self._source_names, batch[i]["batch_source_loss_tokens"], sums, strict=True)
+            measured |= {f"loss/{name}": total / count for name, count, total in named if count}
+        return measured
 
     def evaluate(
         self, dataset: TokenData, loader: Any, step: int, prefix: str, ignore_keys: list[str] | None
@@ -189,7 +202,8 @@ class PackedTask:
         store = token_store(dataset)
         check_samples(store, "eval_dataset")
         check_fit(self.model, store, "eval_dataset")
-        metrics = evaluation_loss(self.prepared, loader, self.group, self.args.label_smoothing_factor)
+        names = measured_sources(self.prepared, store)
+        metrics = evaluation_loss(self.prepared, loader, self.group, self.args.label_smoothing_factor, names)
         metrics |= self._answer(store, step)
         return {f"{prefix}_{name}": value for name, value in metrics.items()}, int(metrics["num_samples"])
 
@@ -245,9 +259,18 @@ class PackedTask:
         return scores
 
 
-def pack_loss(prepared: Prepared, micro_batch: MicroBatch, label_smoothing: float) -> Tensor:
+def pack_loss(
+    prepared: Prepared, micro_batch: MicroBatch, label_smoothing: float, source_sums: Tensor | None = None
+) -> Tensor:
     """Compute a pack's share of the mean loss over the loss tokens of its global batch, a float32 scalar."""
-    return token_loss_sum(prepared, micro_batch, label_smoothing) / micro_batch["batch_num_loss_counted_tokens"]
+    total = token_loss_sum(prepared, micro_batch, label_smoothing, source_sums)
+    return total / micro_batch["batch_num_loss_counted_tokens"]
+
+
+def measured_sources(prepared: Prepared, store: TokenStore) -> list[str]:
+    """Return the names of the sources whose losses are measured: of data of several, and not by Liger's kernel."""
+    several = len(store.source_names) > 1 and prepared.linear_cross_entropy is linear_cross_entropy_sum
+    return store.source_names if several else []
 
 
 def token_store(dataset: Any) -> TokenStore:
