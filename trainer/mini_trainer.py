@@ -14,10 +14,6 @@ from trainer.config.arguments import TrainingArguments
 from trainer.config.fields import option, parse_json
 from trainer.errors import MissingPackageError, UsageError
 
-NOT_HERE = {
-    "serialized_callbacks": "pickled callbacks are never executed; give Trainer(callbacks=[...]) from Python",
-}
-
 
 @dataclass
 class MiniTrainerFlags:
@@ -162,7 +158,6 @@ def run(words: Sequence[str]) -> int:
     from trainer.cli.train import train
 
     with said_once():
-        refuse(words)
         flags = parse_alone("trainer.train", words, MiniTrainerFlags, "Train one run, with the flags of mini_trainer.")
         args = flags.to_arguments()
         check_before_start(args)
@@ -196,11 +191,3 @@ def _open_mlflow(mlflow: Any, flags: MiniTrainerFlags) -> None:
         mlflow.set_tracking_uri(flags.mlflow_tracking_uri)
     if flags.mlflow_experiment_name is not None:
         mlflow.set_experiment(flags.mlflow_experiment_name)
-
-
-def refuse(words: Sequence[str]) -> None:
-    """Raise UsageError for a flag of mini_trainer's that is left out on purpose, saying what to do instead."""
-    for word in words:
-        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
-        if word.startswith("--") and name in NOT_HERE:
-            raise UsageError(f"--{name} is not supported: {NOT_HERE[name]}")

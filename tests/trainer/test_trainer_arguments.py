@@ -18,6 +18,7 @@ from tests.fixtures.datasets import RegressionDataset
 from tests.fixtures.regression import RegressionModel
 from trainer import Trainer
 from trainer.config.arguments import Seq2SeqTrainingArguments, TrainingArguments
+from trainer.config.foreign_names import WITH_VALUE
 from trainer.errors import PeerError, UsageError
 
 
@@ -59,6 +60,20 @@ class TestReading:
     def test_options_read_as_in_transformers(self, given: dict[str, Any], expected: dict[str, Any]) -> None:
         args = TrainingArguments(**given)
         assert {name: getattr(args, name) for name in expected} == expected
+
+    def test_enums_of_transformers_have_a_value(self) -> None:
+        for args in (TrainingArguments(), TrainingArguments(**TrainingArguments().to_dict())):
+            read = {name: getattr(args, name).value for name in WITH_VALUE}
+            assert read == {
+                "eval_strategy": "no",
+                "save_strategy": "steps",
+                "logging_strategy": "steps",
+                "lr_scheduler_type": "linear",
+                "optim": "adamw_torch_fused",
+                "hub_strategy": "every_save",
+            }
+        args.eval_strategy = "epoch"
+        assert (args.eval_strategy.value, f"{args.eval_strategy}", args.to_dict()["eval_strategy"]) == ("epoch",) * 3
 
     def test_options_of_scripts_may_be_dtypes(self) -> None:
         own = dataclasses.make_dataclass("Own", [("dtype", Any, torch.float16)], bases=(TrainingArguments,))

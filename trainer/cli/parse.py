@@ -107,7 +107,8 @@ def parse_alone(command: str, words: Sequence[str], kind: type[Kind], descriptio
     ]
     if missing:
         flags = [_flag(name) if name.upper() not in places else name.upper() for name in missing]
-        raise UsageError(f"{', '.join(flags)} is missing: `{command} --help` says what it is")
+        verb = "is" if len(flags) == 1 else "are"
+        raise UsageError(f"{', '.join(flags)} {verb} missing: `{command} --help` describes each")
     options = kind(**given)
     check_options(options)
     return options

@@ -53,7 +53,7 @@ from trainer.config.transformers_api import (
     FieldViews,
     NamesOfTransformers,
     OptionSetters,
-    ProcessWords,
+    ProcessProperties,
     option_fields,
 )
 from trainer.errors import UsageError
@@ -129,7 +129,7 @@ def _known_options(cls: Any, options: Mapping[str, Any]) -> tuple[dict[str, Any]
 @dataclasses.dataclass
 class TrainingArguments(  # the last base's options come first
     OptionSetters,
-    ProcessWords,
+    ProcessProperties,
     ScriptArguments,
     MachineArguments,
     HubArguments,

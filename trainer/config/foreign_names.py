@@ -126,6 +126,9 @@ _LORA = "LoRA is not an option yet; wrap the model with peft's get_peft_model an
 _FOUR_BITS = "quantised weights cannot be trained here; bf16 halves the memory of activations"
 _ATTENTION = "attn_implementation, which is chosen by itself"
 _PACKED = "samples are always packed, each seeing only itself"
+OF_MINI_TRAINER = {  # flags of mini_trainer that are not supported -> what to do instead
+    "serialized_callbacks": "pickled callbacks are never executed; give Trainer(callbacks=[...]) from Python",
+}
 OTHER_TOOLS = {  # names that other trainers give an option -> ours, or what to do
     "lr": "learning_rate",
     "lr_scheduler": "lr_scheduler_type",
@@ -185,6 +188,7 @@ OTHER_TOOLS = {  # names that other trainers give an option -> ours, or what to 
     "verbose": "log_level",
     "load_in_4bit": _FOUR_BITS,
     "load_in_8bit": _FOUR_BITS,
+    **OF_MINI_TRAINER,
     **dict.fromkeys(("use_peft", "use_lora", "lora", "lora_r", "lora_rank", "lora_alpha", "lora_dropout"), _LORA),
     **dict.fromkeys(("lora_target_modules", "lora_target", "adapter", "peft_config", "finetuning_type"), _LORA),
 }

@@ -54,7 +54,9 @@ class ModelArguments:
     attn_implementation: str = option("auto", "auto, packed_sdpa, varlen, flash_attention_2 or sdpa.")
     bf16: bool = option(False, "Compute in bfloat16; master weights, gradients summed and optimizer stay in float32.")
     fp16: bool = option(False, "Compute in float16 with a scaled loss, where the GPU has no bfloat16.")
-    tf32: bool | None = option(None, "Let float32 products on the GPU keep 10 bits of mantissa; None: as torch has it.")
+    tf32: bool | None = option(
+        None, "Let float32 products on the GPU keep 10 bits of mantissa; by default torch's way."
+    )
     gradient_checkpointing: bool = option(False, "Recompute activations in backward to save memory.", at_resume="free")
     gradient_checkpointing_keeps: Literal["nothing", "products"] = option(
         "nothing",

@@ -90,7 +90,7 @@ def _foreign_field(name: str, instead: str) -> dataclasses.Field[Any]:
     return field
 
 
-class ProcessWords(MachineArguments, LoaderArguments):
+class ProcessProperties(MachineArguments, LoaderArguments):
     """This process among all, under transformers' names."""
 
     place_model_on_device = True
