@@ -200,6 +200,17 @@ def test_a_subclass_understands_as_much() -> None:
         OwnArguments(flavor="sour")
 
 
+def test_a_subclass_without_options_of_its_own_is_as_good() -> None:
+    class Plain(TrainingArguments):
+        """Adds a method."""
+
+        def doubled(self) -> int:
+            return 2 * self.batch_size
+
+    args = Plain("out", data_path="d", batch_size=3)
+    assert (args.data_path, args.doubled(), dataclasses.replace(args, batch_size=4).doubled()) == ("d", 6, 8)
+
+
 def test_scripts_may_ask_for_options_that_are_not_here() -> None:
     args = TrainingArguments(do_train=True)
     assert (args.do_train, args.push_to_hub, args.local_rank, args.log_level) == (True, False, -1, "passive")

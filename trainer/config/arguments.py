@@ -55,6 +55,7 @@ from trainer.config.transformers_api import (
     OptionSetters,
     ProcessProperties,
     option_fields,
+    views_of,
 )
 from trainer.errors import UsageError
 
@@ -90,10 +91,11 @@ class _OptionsMeta(type):
 
     def __call__(cls, *args: Any, **options: Any) -> Any:
         known, foreign = _known_options(cls, options)
-        views: FieldViews = cls.__dict__["__dataclass_fields__"]
         kind: Any = cls
         made: Any = object.__new__(kind)
-        vars(made)["_apart"] = {name: known.pop(name) for name in [*known] if not views.of_class[name].init}
+        # A constructor takes only the fields that its class listed when it was made.
+        taken = views_of(cls).of_class
+        vars(made)["_apart"] = {name: known.pop(name) for name in [*known] if not taken[name].init}
         made.__init__(*args, **known)
         vars(made).update(vars(made).pop("_apart", {}))  # where a subclass does not call __post_init__ of ours
         vars(made)["_foreign"] = foreign

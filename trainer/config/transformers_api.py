@@ -66,10 +66,18 @@ class FieldViews:
         return self.of_class if instance is None else self.of_instance
 
 
+def views_of(options: type) -> FieldViews:
+    """Return what a class of options, or the nearest base of it that is a dataclass, lists as its fields."""
+    for kind in options.__mro__:
+        if "__dataclass_fields__" in vars(kind):
+            views: FieldViews = vars(kind)["__dataclass_fields__"]
+            return views
+    raise AssertionError(f"{options} has no options")
+
+
 def option_fields(options: type) -> tuple[dataclasses.Field[Any], ...]:
     """Return the fields of every option of a class of options."""
-    views: FieldViews = vars(options)["__dataclass_fields__"]
-    return tuple(views.of_instance.values())
+    return tuple(views_of(options).of_instance.values())
 
 
 def _with_init(field: dataclasses.Field[Any], init: bool) -> dataclasses.Field[Any]:
