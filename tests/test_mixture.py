@@ -17,6 +17,7 @@ from tests.fixtures.corpora import chat, random_chats, write_jsonl
 from tests.fixtures.models import tiny_llama
 from tests.fixtures.runs import build_arguments, read_metrics
 from tests.fixtures.tokenizers import build_tokenizer
+from tests.fixtures.tolerances import CLOSED_FORM_FLOAT64, EVEN_WEIGHTS
 from trainer.cli.main import main
 from trainer.config.groups import DataArguments
 from trainer.data.loader import get_data_loader
@@ -28,10 +29,8 @@ from trainer.errors import UsageError
 from trainer.hf.trainer import Trainer
 
 
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenStore, Counter[tuple[int, ...]]]:
+def build_mixture(folder: Path) -> tuple[TokenStore, Counter[tuple[int, ...]]]:
     """Three sources in three formats, used twice, once and half a time; and what an oracle says of an epoch."""
-    folder = tmp_path_factory.mktemp("mixture")
     rows = [
         [{"input_ids": [k, n, *range(2 + (n * 7 + k) % 5)]} for n in range(size)] for k, size in enumerate((5, 9, 8))
     ]
@@ -48,6 +47,11 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenStore, Count
     for row in rows[0] + rows[0] + rows[1]:
         expected[tuple(row["input_ids"])] += 1
     return store, expected
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenStore, Counter[tuple[int, ...]]]:
+    return build_mixture(tmp_path_factory.mktemp("mixture"))
 
 
 def samples_of(batches: list[list[Any]]) -> list[tuple[int, ...]]:
@@ -160,9 +164,9 @@ def test_losses_by_source_are_those_of_the_samples_alone(
 
 
 def test_temperature_evens_weights_out() -> None:
-    assert temperature_weights([100, 300], 1) == pytest.approx([0.25, 0.75])
-    assert temperature_weights([100, 400], 2) == pytest.approx([1 / 3, 2 / 3])
-    assert temperature_weights([1, 10**6], 10**6) == pytest.approx([0.5, 0.5], abs=1e-4)
+    assert temperature_weights([100, 300], 1) == pytest.approx([0.25, 0.75], rel=CLOSED_FORM_FLOAT64)
+    assert temperature_weights([100, 400], 2) == pytest.approx([1 / 3, 2 / 3], rel=CLOSED_FORM_FLOAT64)
+    assert temperature_weights([1, 10**6], 10**6) == pytest.approx([0.5, 0.5], abs=EVEN_WEIGHTS)
     with pytest.raises(UsageError, match="must be a number above 0"):
         temperature_weights([1], 0)
 

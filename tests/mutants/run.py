@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib
+import os
 import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
+from typing import NoReturn
+
+import pytest
 
 from tests.mutants.bugs import BUGS, Bug
 
@@ -56,18 +62,56 @@ def copy_tree(target: Path) -> None:
 
 
 def run_test(bug: Bug, root: Path) -> tuple[str, str]:
-    """Return the verdict on a bug, and the line in which the failing test says what is wrong."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "--no-header", "-p", "no:cacheprovider", bug.test]
-    try:
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return "too slow", ""
-    said = re.findall(r"^E\s+(\S.*)", done.stdout, flags=re.M)
-    if done.returncode == 1:
+    """Return the verdict on a bug, and the line in which the failing test says what is wrong.
+
+    The test runs in a fork, which finds torch and transformers imported.
+    """
+    imported = ["-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]  # plugins of our libraries
+    words = [*imported, "-x", "-q", "-n0", "--no-header", "-p", "no:cacheprovider", f"--rootdir={root}", bug.test]
+    shown = root / "shown.txt"
+    child = os.fork()
+    if child == 0:
+        _become_pytest(words, root, shown)
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        if time.monotonic() > deadline:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return "too slow", ""
+        time.sleep(0.05)
+    text = shown.read_text(encoding="utf-8")
+    code = text.rsplit("exit code ", 1)[-1]
+    said = re.findall(r"^E\s+(\S.*)", text, flags=re.M)
+    if code == "1":
         return "caught", said[0] if said else ""
-    if done.returncode == 0:
-        return "SURVIVED", ""
-    return "DID NOT RUN", (done.stdout + done.stderr)[-300:]
+    return ("SURVIVED", "") if code == "0" else ("DID NOT RUN", text[-1500:])
+
+
+def _become_pytest(words: list[str], root: Path, shown: Path) -> NoReturn:
+    """Run pytest in this forked process on the copy: whatever was imported of the repository itself is forgotten."""
+    os.setpgid(0, 0)
+    os.chdir(root)
+    for name in list(sys.modules):
+        if name.split(".")[0] in ("tests", "trainer"):
+            del sys.modules[name]
+    sys.path[:] = [str(root), *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
+    target = os.open(shown, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    code = -1
+    try:
+        code = int(pytest.main(words))
+    except BaseException:  # noqa: BLE001  a fork must not go on in the code of its parent
+        traceback.print_exc(file=sys.stdout)
+    finally:
+        print(f"exit code {code}", end="", flush=True)
+        os._exit(0)
+
+
+def import_heavy_libraries() -> None:
+    """Import once what takes seconds in every test process."""
+    for name in ("torch.distributed.fsdp", "transformers.models.llama.modeling_llama", "pyarrow"):
+        importlib.import_module(name)
 
 
 def main() -> None:
@@ -81,6 +125,7 @@ def main() -> None:
         print("\n".join(f"{bug.law:30} {bug.what}" for bug in chosen))
         return
     num_missed = 0
+    import_heavy_libraries()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         copy_tree(root)
@@ -93,7 +138,7 @@ def main() -> None:
             path.write_text(healthy, encoding="utf-8")
             num_missed += verdict != "caught"
             print(
-                f"{verdict:11} {time.monotonic() - started:5.1f} s  {bug.law:24} {bug.what}: {said[:100]}", flush=True
+                f"{verdict:11} {time.monotonic() - started:5.1f} s  {bug.law:24} {bug.what}: {said[-1500:]}", flush=True
             )
     print(f"{len(chosen) - num_missed} of {len(chosen)} bugs caught")
     raise SystemExit(num_missed > 0)

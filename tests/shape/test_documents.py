@@ -45,6 +45,19 @@ def test_the_architecture_has_every_room_in_the_order_of_imports() -> None:
     assert [FLOORS[room] for room in rooms] == sorted(FLOORS[room] for room in rooms)
 
 
+def test_files_and_environments_in_contributing_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:trainer|tests|benchmarks|docs|decisions|\.ci)/[\w./-]*)`", text)
+    assert len(paths) > 20
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    listed = set(re.findall(r"`([\w-]+)`", " ".join(re.findall(r"^\| (`.*?`) \|", text, flags=re.M))))
+    tox = (ROOT / "tox.ini").read_text(encoding="utf-8")
+    declared: set[str] = set()
+    for names in re.findall(r"^\[testenv:\{?([\w,-]+)\}?\]", tox, flags=re.M):
+        declared |= set(names.split(","))
+    assert listed - {"test"} == declared
+
+
 def commands() -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
     return [line for block in blocks for line in block.splitlines() if line.startswith("trainer ")]
