@@ -16,10 +16,11 @@ from tests.fixtures.corpora import NON_ASCII, assistant, chat, system, user
 from tests.fixtures.tokenizers import BOS, END, TEMPLATES, build_tokenizer
 from trainer.config.groups import DataArguments
 from trainer.data import chat as chat_module
-from trainer.data.chat import ChatFormat, TemplateError, generation_prompt
+from trainer.data.chat import ChatFormat, TemplateError
 from trainer.data.encode import Encoder
 from trainer.data.jsonl import Document, FileKind
-from trainer.data.limits import limited_time
+from trainer.data.limits import limited_work
+from trainer.data.spans import SpanFinder, generation_prompt
 from trainer.data.tokenize import DocumentTokenizer, Recipe
 from trainer.errors import DataError, UsageError
 
@@ -57,18 +58,12 @@ def test_every_assistant_turn_and_its_end_are_trained(template: str) -> None:
     begins=st.booleans(),
 )
 def test_a_turn_that_looks_otherwise_at_the_end_is_trained_whole(contents: list[str], begins: bool) -> None:
-    """An assistant's turn is what stands between its header and its end, whatever texts say, or it is refused."""
+    """An assistant's turn is what stands between its header and its end as it is generated, whatever texts say."""
     messages = [(assistant if (i % 2 == 0) == begins else user)(content) for i, content in enumerate(contents)]
-    turns = [(i, m["content"]) for i, m in enumerate(messages) if m["role"] == "assistant"]
-    try:
-        chat_format = ChatFormat.from_tokenizer(build_tokenizer("shows_no_reasoning"))
-        rendered = chat_format.render_trained(messages)
-    except TemplateError:
-        assert any(content != content.strip() or "<" in content for content in contents)
-        return
-    last = len(messages) - 1
-    expected = [("<think>\n\n</think>\n\n" if i == last else "") + content + END for i, content in turns]
-    assert [rendered.text[start:stop] for start, stop in rendered.spans] == expected
+    turns = [m["content"] for m in messages if m["role"] == "assistant"]
+    samples = SpanFinder(ChatFormat.from_tokenizer(build_tokenizer("shows_no_reasoning"))).samples(messages)
+    trained = [sample.text[start:stop] for sample in samples for start, stop in sample.spans]
+    assert trained == ["<think>\n\n</think>\n\n" + content + END for content in turns]
 
 
 def test_tool_calls_of_a_turn_that_looks_otherwise_at_the_end_are_trained() -> None:
@@ -76,10 +71,11 @@ def test_tool_calls_of_a_turn_that_looks_otherwise_at_the_end_are_trained() -> N
     messages = [user("1+1"), assistant(None, tool_calls=[call]), {"role": "tool", "content": "2"}, assistant("two")]
     said = '[call {"name": "add", "arguments": {"a": 1}}]'
     tokenizer = build_tokenizer("shows_no_reasoning")
-    assert trained_text(tokenizer, {"messages": messages}) == [said + END, "<think>\n\n</think>\n\ntwo" + END]
+    thought = "<think>\n\n</think>\n\n"
+    assert trained_text(tokenizer, {"messages": messages}) == [thought + said + END, thought + "two" + END]
     call["function"]["arguments"]["a"] = END  # type: ignore[index]
-    with pytest.raises(DataError, match="turn alone otherwise"):
-        trained_text(tokenizer, {"messages": messages})
+    said = said.replace("1", f'"{END}"')
+    assert trained_text(tokenizer, {"messages": messages}) == [thought + said + END, thought + "two" + END]
 
 
 @pytest.mark.parametrize("template", ["plain", "marks", "marks_without_end", "strips_reasoning"])
@@ -185,8 +181,9 @@ def test_tool_calls_and_tools_reach_the_template() -> None:
 def test_a_turn_that_says_so_is_not_trained(template: str, flag: dict[str, Any]) -> None:
     tokenizer = build_tokenizer(template)
     messages = [user("a"), assistant("bad", **flag), user("b"), assistant("good", weight=1), user("c", weight=None)]
-    assert trained_text(tokenizer, {"messages": messages}) == ["good" + END]
-    assert trained_text(tokenizer, {"messages": messages[:4][::-1]}, train_on="last") == ["good" + END]
+    good = ("<think>\n\n</think>\n\n" if template == "shows_no_reasoning" else "") + "good" + END
+    assert trained_text(tokenizer, {"messages": messages}) == [good]
+    assert trained_text(tokenizer, {"messages": messages[:4][::-1]}, train_on="last") == [good]
     with pytest.raises(DataError, match="a message says that it is not trained"):
         tokenize(tokenizer, {"messages": messages}, train_on="all")
 
@@ -205,7 +202,7 @@ def test_arguments_in_json_are_not_written_as_a_string_in_json(template: str) ->
 @pytest.mark.parametrize(
     "message",
     [
-        assistant("a", reasoning_content="because"),
+        assistant("a", train=False, reasoning_content="because"),
         assistant("a", function_call={"name": "add", "arguments": "{}"}),
         {"role": "developer", "content": "be brief"},
         user([{"type": "image_url", "image_url": "x"}]),
@@ -272,12 +269,7 @@ def test_only_the_completion_of_a_conversational_prompt_is_trained() -> None:
 @pytest.mark.parametrize(
     ("template", "messages", "reason"),
     [
-        (
-            "strips_reasoning",
-            [user("a"), assistant("<think>x</think>b"), user("c"), assistant("d")],
-            "turn alone other",
-        ),
-        ("opens_reasoning", TALK, "generation prompt alone otherwise"),
+        ("plain", [user("a"), assistant("b", reasoning_content="c")], "leaves out the reasoning"),
         ("never_ends", TALK, "no end-of-turn token"),
         ("never_ends_but_begins", TALK, "no end-of-turn token"),
         ("gemma", [system("s"), *TALK], "System role not supported"),
@@ -298,7 +290,7 @@ def test_a_template_that_marks_fewer_spans_than_turns_cannot_train_some_of_them(
         "{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}x<|im_end|>{% endgeneration %}"
     )
     for train_on in ("last", "assistant"):
-        with pytest.raises(DataError, match="marks 1 spans for 2 assistant turns"):
+        with pytest.raises(DataError, match="does not mark what an assistant turn says"):
             tokenize(tokenizer, {"messages": TALK}, train_on=train_on)
 
 
@@ -306,11 +298,11 @@ def test_turns_without_an_end_are_counted() -> None:
     tokenizer = build_tokenizer("plain")
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
-        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% if loop.last %}<|im_end|>{% endif %}\n{% endfor %}"
+        "{% endgeneration %} over{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
     )
     recipe = Recipe.build(FileKind("messages", 1), tokenizer, DataArguments(), None)
     _, report = DocumentTokenizer(recipe).tokenize([Document("p", 1, {"messages": TALK})])
-    assert report["turns_without_end_of_turn"] == 1
+    assert report["turns_without_end_of_turn"] == 2
 
 
 def test_bos_stands_once() -> None:
@@ -390,20 +382,22 @@ def test_a_template_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch
 
 
 def test_each_piece_of_work_has_its_own_time() -> None:
-    with limited_time(0.4):
+    with limited_work(0.4):
         for _ in range(4):
-            with limited_time(0.4):
+            with limited_work(0.4):
                 time.sleep(0.15)
-    with pytest.raises(TimeoutError), limited_time(0.1), limited_time(0.1):
+    with pytest.raises(TimeoutError), limited_work(0.1), limited_work(0.1):
         time.sleep(5)
 
 
 @pytest.mark.parametrize("template", ["marks", "plain"])
-def test_parts_that_the_template_would_write_as_code_are_refused(template: str) -> None:
-    parts = [{"type": "text", "text": "four"}]
+def test_text_parts_become_strings_where_the_template_would_write_them_as_code(template: str) -> None:
+    parts = [{"type": "text", "text": "fo"}, {"type": "text", "text": "ur"}]
     for messages in ([user("2+2"), assistant(parts)], [user(parts), assistant("four")]):
-        with pytest.raises(DataError, match="writes the list itself into the text; make each content a string"):
-            tokenize(build_tokenizer(template), {"messages": messages})
+        assert trained_text(build_tokenizer(template), {"messages": messages}) == ["four" + END]
+    picture = [{"type": "image", "url": "x"}]
+    with pytest.raises(DataError, match="writes the list itself into the text; make each content a string"):
+        tokenize(build_tokenizer(template), {"messages": [user(picture), assistant("four")]})
 
 
 def test_parts_that_the_template_writes_are_trained() -> None:

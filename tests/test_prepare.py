@@ -106,7 +106,10 @@ def test_a_sample_without_a_trained_token_is_an_error_or_counted(tmp_path: Path,
     with pytest.raises(DataError, match=r"c.jsonl:2: found no token to train \(roles: user; train_on='assistant'\)"):
         prepare(path, TOKENIZER, options())
     store = prepare(path, TOKENIZER, options(on_untrainable="drop"))
-    assert (len(store), _said(store)) == (1, {"untrainable_dropped": 1})
+    said = _said(store)
+    roles = said.pop("roles")
+    assert roles["assistant"] == {"messages": 1, "trained_turns": 1, "trained_tokens": int(store.num_loss_tokens.sum())}
+    assert (len(store), said, roles["user"]) == (1, {"untrainable_dropped": 1}, {"messages": 2})
     first = write_jsonl(tmp_path / "e.jsonl", [{"input_ids": [1, 2], "labels": [1, -100]}])
     with pytest.raises(DataError, match=r"e.jsonl:1: found no token to train"):
         prepare(first, None, options())

@@ -51,6 +51,11 @@ def show_store(path: str, store: TokenStore) -> None:
     table = Table(show_header=False)
     table.add_row("kind", str(store.metadata.get("kind")))
     for name, count in store.metadata.get("report", {}).items():
+        if name == "roles":
+            for role, counts in count.items():
+                numbers = ", ".join(f"{number:,} {what.replace('_', ' ')}" for what, number in counts.items())
+                table.add_row(f"role {role}", numbers)
+            continue
         table.add_row(name.replace("_", " "), f"{count:,}" if isinstance(count, int) else _listed(count))
     table.add_row("longest sample, in tokens", f"{store.lengths.max():,}")
     if len(store.source_names) > 1:

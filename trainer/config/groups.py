@@ -142,6 +142,15 @@ class DataArguments:
     chat_template: str | None = option(
         None, "A Jinja file to use instead of the tokenizer's own chat template.", at_resume="free"
     )
+    chat_template_kwargs: dict[str, Any] = option(
+        {}, 'Variables of the chat template, as JSON: {"enable_thinking": false}, for instance.'
+    )
+    split_chats: bool = option(
+        True, "Make several samples of a chat whose turns the template writes otherwise once it goes on."
+    )
+    on_open_turn: Literal["close", "error"] = option(
+        "close", "What to do where the template writes no end token after the last turn: append it, or refuse."
+    )
     max_length: int | None = option(
         None, "Longest sample allowed, in tokens; by default the token budget.", above=0, maximum=INT32
     )

@@ -299,6 +299,7 @@ NO_EFFECT_ON: dict[DataKind, dict[str, str]] = {
         "num_generation_samples": _ANSWERS,
         "generation_max_new_tokens": _ANSWERS,
         **dict.fromkeys(("train_on", "chat_template", "max_length", "overlong", "on_untrainable"), _FROM_FILE),
+        **dict.fromkeys(("chat_template_kwargs", "split_chats", "on_open_turn"), _FROM_FILE),
         **dict.fromkeys(("block_size", "dataset_num_proc", "data_cache_dir"), _FROM_FILE),
         **dict.fromkeys(("data_mixture", "mixture_unit", "mixture_stop", "on_overlap"), _FROM_FILE),
         **dict.fromkeys(("data_format", "columns", "dataset_split", "dataset_revision", "on_broken"), _FROM_FILE),

@@ -50,6 +50,11 @@ class Encoder:
         """Whether some of this text would become a control token, as if the template had written it."""
         return self._control is not None and self._control.search(text) is not None
 
+    def token_ids(self, tokens: Sequence[str]) -> list[int]:
+        """Return the ids of tokens, without those that the vocabulary lacks."""
+        ids = [self._backend.token_to_id(token) for token in tokens]
+        return [i for i in ids if i is not None]
+
     def encode(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[Encoded]:
         """Encode texts as they stand, with the tokens of the character spans of each marked as trained.
 

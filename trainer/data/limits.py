@@ -1,6 +1,6 @@
-"""A limit for work that might never end, such as a chat template with a loop.
+"""Limits on work that might never end or take all memory, such as rendering a chat template.
 
-Must not know what the work is. Invariant: afterwards the process has the alarm and the handler it had before.
+Afterwards the process has the alarm, the signal handler and the memory limit that it had before.
 """
 
 from __future__ import annotations
@@ -9,16 +9,18 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 _is_running = False
 
 
 @contextmanager
-def limited_time(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in what is still at work after so long; only in a main thread, where Python hears signals.
+def limited_work(seconds: float, num_bytes: int | None = None) -> Iterator[None]:
+    """Raise TimeoutError in work that lasts longer, MemoryError in work that allocates more.
 
-    Within another limit only its clock is set back: one for many pieces of work is much cheaper than one for each.
+    Only in the main thread, the only one in which Python handles signals. Within another limit only the clock is set
+    back: one limit for many pieces of work is much cheaper than one for each.
     """
     global _is_running
     if threading.current_thread() is not threading.main_thread():
@@ -35,8 +37,33 @@ def limited_time(seconds: float) -> Iterator[None]:
         timer = signal.setitimer(signal.ITIMER_REAL, seconds)
         _is_running = True
         try:
-            yield
+            with _limited_memory(num_bytes):
+                yield
         finally:
             _is_running = False
             signal.setitimer(signal.ITIMER_REAL, *timer)
             signal.signal(signal.SIGALRM, handler)
+
+
+@contextmanager
+def _limited_memory(num_bytes: int | None) -> Iterator[None]:
+    """Let the address space grow by at most so much, on Linux.
+
+    A single operation that runs in C, such as "x" * 2_000_000_000, cannot be interrupted by the alarm, but it fails at
+    once when it cannot allocate.
+    """
+    size_file = Path("/proc/self/statm")
+    if num_bytes is None or not size_file.exists():
+        yield
+        return
+    import resource
+
+    allowed = int(size_file.read_text().split()[0]) * resource.getpagesize() + num_bytes
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        allowed = min(allowed, soft)
+    resource.setrlimit(resource.RLIMIT_AS, (allowed, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

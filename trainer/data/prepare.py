@@ -25,6 +25,7 @@ from trainer.data.blocks import BlockCutter, end_with_eos
 from trainer.data.cache import fingerprint, open_or_build
 from trainer.data.formats import Reading
 from trainer.data.jsonl import detect_file_kind
+from trainer.data.messages import KNOWN_ROLES
 from trainer.data.mixture import SourceSpec, are_held_out, find_overlap, mix, source_specs, split_validation
 from trainer.data.sources import Source, find_sources, is_dataset
 from trainer.data.store import StoreWriter, TokenBatch, TokenStore
@@ -58,15 +59,27 @@ _COUNTS = (
     "untrainable_dropped",
     "untrainable_pieces_dropped",
     "untrainable_blocks_dropped",
+    "chats_split",
+    "samples_of_split_chats",
+    "open_turns_closed",
     "turns_without_end_of_turn",
+    "marks_that_cover_a_header",
+    "messages_after_trained_turns_left_out",
     "control_tokens_in_text",
     "messages_not_written_whole",
     "stated_loss_tokens_differ",
 )
 """What the report always says, 0 included."""
 
+ROLE_COUNTS = ("messages", "trained_turns", "trained_tokens")
+"""What the report counts of each role."""
+
+SHOWN_ROLES = KNOWN_ROLES | {"all", "text"}
+"""Roles that a report names without a warning; 'all' and 'text' are what is trained whole."""
+
 _DECIDED_BY_PREPARING = (
-    *("train_on", "chat_template", "overlong", "on_untrainable", "block_size"),
+    *("train_on", "chat_template", "chat_template_kwargs", "split_chats", "on_open_turn"),
+    *("overlong", "on_untrainable", "block_size"),
     *("data_format", "columns", "dataset_split", "dataset_revision"),
 )
 
@@ -160,11 +173,22 @@ def load_data(
     return mix(train, args.mixture_unit, args.mixture_stop, seed), held_out, notes
 
 
+def roles_line(store: TokenStore) -> str:
+    """Say how many messages, trained turns and trained tokens each role has; empty for data that is no chat."""
+    said = []
+    for role, counts in store.metadata.get("report", {}).get("roles", {}).items():
+        numbers = ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items() if count)
+        said.append(f"{role}: {numbers or 'nothing'}")
+    return "; ".join(said)
+
+
 def left_out(store: TokenStore) -> str:
     """Say what of the data a prepared store leaves out, cuts, or holds otherwise than stated; empty if nothing."""
     report = store.metadata.get("report", {})
     names = [*(name for name in _COUNTS if name != "documents"), "exact_duplicates"]
     counts = {name.replace("_", " "): report.get(name, 0) for name in names}
+    unknown = {role: count for role, count in report.get("roles", {}).items() if role not in SHOWN_ROLES}
+    counts |= {f"messages of the role {role!r}": of.get("messages", 0) for role, of in unknown.items()}
     counts |= {f"ignored field {name!r}": count for name, count in report.get("ignored_fields", {}).items()}
     return ", ".join(f"{name}: {count:,}" for name, count in counts.items() if count)
 
@@ -414,9 +438,14 @@ class _Job:
     def _facts(self, report: Counter[str]) -> dict[str, Any]:
         recipe = self.part.recipe
         assert recipe is not None
-        prefix = "ignored_field:"
-        ignored = {name.removeprefix(prefix): n for name, n in report.items() if name.startswith(prefix)}
-        counts = {name: n for name, n in report.items() if not name.startswith(prefix)}
+        _check_stop_tokens(report, Path(self.part.path))
+        ignored = {name.partition(":")[2]: n for name, n in report.items() if name.startswith("ignored_field:")}
+        counts = {name: n for name, n in report.items() if ":" not in name}
+        roles: dict[str, dict[str, int]] = {}
+        for name, count in sorted(report.items()):
+            what, _, role = name.partition(":")
+            if what in ROLE_COUNTS:
+                roles.setdefault(role, {})[what] = count
         return {
             "fingerprint": self.part.key,
             "kind": recipe.expected.kind,
@@ -424,7 +453,7 @@ class _Job:
             "block_size": self.args.block_size,
             "validation_split": self.args.validation_split if self.args.block_size else None,
             "template_reads_clock": recipe.chat is not None and recipe.chat.reads_clock,
-            "report": {**counts, "ignored_fields": ignored},
+            "report": {**counts, "ignored_fields": ignored, "roles": roles},
         }
 
 
@@ -451,6 +480,17 @@ def _open_prepared(
     if limit is not None and longest > limit:
         raise DataError(f"holds a sample of {longest:,} tokens", f"at most {limit:,} are allowed; prepare again", path)
     return store
+
+
+def _check_stop_tokens(report: Counter[str], path: Path) -> None:
+    """Raise DataError where no turn of a data set ends in a token that the model could learn to stop with."""
+    num_turns = report["trained_turns:assistant"]
+    if num_turns and report["turns_without_end_of_turn"] >= num_turns:
+        raise DataError(
+            f"none of {num_turns:,} trained turns ends in a trained end-of-turn token: the model would never stop",
+            "give a chat_template whose {% generation %} marks cover the token that ends a turn",
+            path,
+        )
 
 
 def _vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer.data.chat import RENDER_SECONDS, ChatFormat, Rendered, TemplateError
+from trainer.data.chat import RENDER_BYTES, RENDER_SECONDS, ChatFormat, TemplateError
 from trainer.data.encode import Encoded, Encoder
 from trainer.data.jsonl import FIELDS, PRETRAIN_ROLE, Document, FileKind, agrees_on_loss_tokens, read_tokens
-from trainer.data.limits import limited_time
-from trainer.data.messages import is_written
+from trainer.data.limits import limited_work
+from trainer.data.messages import is_nearly_assistant, is_written
+from trainer.data.spans import Rendered, SpanFinder
 from trainer.data.store import Sample, TokenBatch
 from trainer.errors import TrainerError, UsageError
 from trainer.labels import IGNORE_INDEX
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from trainer.config.groups import DataArguments
 
-RULES_VERSION = 1
+RULES_VERSION = 2
 """Raised whenever the same line and options come to give other tokens or counts: what was cached is prepared anew."""
 
 _NUM_DOCUMENTS_AT_ONCE = 512
@@ -48,6 +49,8 @@ class Recipe:
     eos_id: int | None
     split_special_tokens: bool
     train_on: str
+    split_chats: bool
+    on_open_turn: str
     limit: int | None
     overlong: str
     on_untrainable: str
@@ -67,8 +70,10 @@ class Recipe:
         bounds = [bound for bound in (args.max_length, limit) if bound is not None]
         return cls(
             expected=expected,
-            **_tokenizer_facts(tokenizer, expected, args.chat_template),
+            **_tokenizer_facts(tokenizer, expected, args.chat_template, args.chat_template_kwargs),
             train_on=args.train_on,
+            split_chats=args.split_chats,
+            on_open_turn=args.on_open_turn,
             limit=None if args.block_size else min(bounds, default=None),
             overlong=args.overlong,
             on_untrainable=args.on_untrainable,
@@ -101,12 +106,19 @@ class DocumentTokenizer:
         assert self.recipe.backend is not None
         return Encoder(self.recipe.backend, self.recipe.split_special_tokens)
 
+    @cached_property
+    def _finder(self) -> SpanFinder | None:
+        recipe = self.recipe
+        if recipe.chat is None:
+            return None
+        return SpanFinder(recipe.chat, recipe.split_chats, recipe.on_open_turn == "close")
+
     def load(self) -> None:
         """Load what the first document would otherwise wait for, about a second."""
         if self.recipe.backend is not None:
             self._encoder  # noqa: B018
-        if self.recipe.chat is not None:
-            self.recipe.chat.ends_of_turn  # noqa: B018
+        if self._finder is not None:
+            self._finder.style.stop_tokens  # noqa: B018
 
     def tokenize(self, documents: Iterable[Document]) -> tuple[TokenBatch, Counter[str]]:
         """Return the samples of the documents in order, and the counts of what happened to them."""
@@ -114,55 +126,97 @@ class DocumentTokenizer:
         samples: list[Sample] = []
         lines: list[int] = []
         for group in _groups(documents):
-            for document, sample in zip(group, self._read(group, report), strict=True):
+            for document, sample in self._read(group, report):
                 kept = self._apply_policies(document, sample, report)
                 samples += kept
                 lines += [document.line] * len(kept)
         return TokenBatch.join(samples, lines), report
 
-    def _read(self, documents: Sequence[Document], report: Counter[str]) -> list[Sample]:
+    def _read(self, documents: Sequence[Document], report: Counter[str]) -> list[tuple[Document, Sample]]:
         report["documents"] += len(documents)
         known = FIELDS[self.recipe.expected.kind]
         report.update(f"ignored_field:{name}" for document in documents for name in document.fields.keys() - known)
         if self.recipe.expected.kind == "tokens":
-            return [self._read_tokens(document, report) for document in documents]
+            return [(document, self._read_tokens(document, report)) for document in documents]
         has_control_text = self._encoder.has_control_text
         report["control_tokens_in_text"] += sum(any(map(has_control_text, _contents(d))) for d in documents)
-        with limited_time(RENDER_SECONDS):  # each of them
-            rendered = [self._render(document, report) for document in documents]
+        sources: list[Document] = []
+        rendered: list[Rendered] = []
+        with limited_work(RENDER_SECONDS, RENDER_BYTES):  # each of them
+            for document in documents:
+                samples = self._render(document, report)
+                rendered += samples
+                sources += [document] * len(samples)
         encoded = self._encoder.encode([item.text for item in rendered], [item.spans for item in rendered])
-        return [self._label(document, item) for document, item in zip(documents, encoded, strict=True)]
+        labelled = []
+        for document, item, (ids, mask) in zip(sources, rendered, encoded, strict=True):
+            raw = _raw_text(document) is not None
+            if raw:
+                ids, mask = self._with_ends(ids, mask)
+            else:
+                self._check_ends(document, item, ids, mask)
+            role = "text" if raw else "all" if self.recipe.train_on == "all" else "assistant"
+            report[f"trained_tokens:{role}"] += int(np.count_nonzero(mask[1:]))
+            labelled.append((document, Sample(ids, np.where(mask, ids, np.int32(IGNORE_INDEX)))))
+        return labelled
 
     def _read_tokens(self, document: Document, report: Counter[str]) -> Sample:
         sample = Sample(*read_tokens(document, self.recipe.vocabulary_size))
         report["stated_loss_tokens_differ"] += not agrees_on_loss_tokens(document, sample.labels)
         return sample
 
-    def _render(self, document: Document, report: Counter[str]) -> Rendered:
+    def _render(self, document: Document, report: Counter[str]) -> list[Rendered]:
         raw = _raw_text(document)
         if raw is not None:
             report["turns_without_end_of_turn"] += self.recipe.eos_id is None
             start = 0 if self.recipe.train_on == "all" else len(raw[0])
-            return Rendered("".join(raw), ((start, len(raw[0]) + len(raw[1])),))
+            return [Rendered("".join(raw), ((start, len(raw[0]) + len(raw[1])),))]
         fields, is_chat = document.fields, document.kind == "messages"
         prompt = [] if is_chat else fields["prompt"]
         messages = fields["messages"] if is_chat else prompt + fields["completion"]
+        self._check_roles(document, messages, len(prompt), report)
         try:
-            if self.recipe.chat is None:
+            if self._finder is None:
                 raise TemplateError("the tokenizer has no chat template", "give one with chat_template=FILE")
-            messages, tools = self.recipe.chat.with_arguments(messages, fields.get("tools")), fields.get("tools")
-            rendered = self.recipe.chat.render_trained(messages, tools, self.recipe.train_on, len(prompt))
+            samples = self._finder.samples(messages, fields.get("tools"), self.recipe.train_on, len(prompt))
         except TemplateError as error:
             raise document.refusal(str(error), error.remedy, "messages" if is_chat else "completion") from error
-        report["turns_without_end_of_turn"] += rendered.num_open_turns
-        report["messages_not_written_whole"] += sum(not is_written(message, rendered.text) for message in messages)
-        return rendered
+        report["trained_turns:assistant"] += sum(sample.num_turns for sample in samples)
+        report["turns_without_end_of_turn"] += sum(sample.num_open_turns for sample in samples)
+        report["open_turns_closed"] += sum(sample.num_closed_turns for sample in samples)
+        report["marks_that_cover_a_header"] += sum(sample.num_marked_headers for sample in samples)
+        report["chats_split"] += len(samples) > 1
+        report["samples_of_split_chats"] += len(samples) if len(samples) > 1 else 0
+        shown = max(sample.num_messages for sample in samples)
+        report["messages_after_trained_turns_left_out"] += len(messages) - shown
+        written = "\0".join(sample.text for sample in samples)
+        report["messages_not_written_whole"] += sum(not is_written(message, written) for message in messages[:shown])
+        return samples
 
-    def _label(self, document: Document, encoded: Encoded) -> Sample:
-        ids, mask = encoded
-        if _raw_text(document) is not None:
-            ids, mask = self._with_ends(ids, mask)
-        return Sample(ids, np.where(mask, ids, np.int32(IGNORE_INDEX)))
+    def _check_roles(
+        self, document: Document, messages: Sequence[dict[str, Any]], num_prompt: int, report: Counter[str]
+    ) -> None:
+        """Count messages by role; refuse roles that are meant to be 'assistant', which would not be trained."""
+        for i, message in enumerate(messages):
+            role = message["role"]
+            report[f"messages:{role}"] += 1
+            if role != "assistant" and is_nearly_assistant(role):
+                place = f"messages[{i}]"
+                if document.kind != "messages":
+                    place = f"prompt[{i}]" if i < num_prompt else f"completion[{i - num_prompt}]"
+                allowed = "the model's turns are trained only under the role 'assistant': rename it"
+                raise document.refusal(f"found the role {role!r}", allowed, f"{place}.role")
+
+    def _check_ends(self, document: Document, item: Rendered, ids: Any, mask: Any) -> None:
+        """Hold the ids against what the text promised: each trained run ends in a token that stops the model."""
+        if self.recipe.train_on == "all" or item.num_open_turns or not item.spans or self._finder is None:
+            return
+        last_of_run = ids[mask & ~np.append(mask[1:], False)]
+        if not np.isin(last_of_run, self._stop_ids).all():
+            raise document.refusal(
+                "the tokenizer joins the end of a turn with what follows it",
+                f"tokens that end turns ({', '.join(self._finder.style.stop_tokens)}) must be added tokens",
+            )
 
     def _with_ends(self, ids: Any, mask: Any) -> Encoded:
         """Put around a raw text what the tokenizer puts there, and EOS at its end; nothing twice."""
@@ -176,6 +230,11 @@ class DocumentTokenizer:
         whole = np.concatenate([np.array(prefix, np.int32), ids, np.array(suffix, np.int32)])
         before = np.full(len(prefix), bool(mask.all()))
         return whole.astype(np.int32), np.concatenate([before, mask, np.ones(len(suffix), bool)])
+
+    @cached_property
+    def _stop_ids(self) -> list[int]:
+        assert self._finder is not None
+        return self._encoder.token_ids(self._finder.style.stop_tokens)
 
     def _apply_policies(self, document: Document, sample: Sample, report: Counter[str]) -> list[Sample]:
         if self.recipe.block_size:
@@ -284,8 +343,16 @@ def _check_options(
         raise UsageError(f"train_on={args.train_on!r} has no effect: the data is tokenized, its labels decide")
     if kind == "text" and args.train_on == "last":
         raise UsageError("train_on='last' has no effect on 'text': all of it is trained")
-    if kind in ("tokens", "text") and args.chat_template is not None:
-        raise UsageError(f"chat_template has no effect on data of kind {kind!r}")
+    if kind in ("tokens", "text"):
+        without_effect = {
+            "chat_template": args.chat_template is not None,
+            "chat_template_kwargs": bool(args.chat_template_kwargs),
+            "split_chats": not args.split_chats,
+            "on_open_turn": args.on_open_turn != "close",
+        }
+        for name, is_set in without_effect.items():
+            if is_set:
+                raise UsageError(f"{name} has no effect on data of kind {kind!r}")
     if tokenizer is None and (kind != "tokens" or args.block_size):
         raise UsageError(f"a tokenizer is needed to prepare data of kind {kind!r}, and for block_size")
     if args.block_size and tokenizer is not None and tokenizer.eos_token_id is None:
@@ -301,7 +368,10 @@ def _check_options(
 
 
 def _tokenizer_facts(
-    tokenizer: PreTrainedTokenizerBase | None, expected: FileKind, chat_template: str | None
+    tokenizer: PreTrainedTokenizerBase | None,
+    expected: FileKind,
+    chat_template: str | None,
+    chat_template_kwargs: dict[str, Any],
 ) -> dict[str, Any]:
     if tokenizer is None:
         names = ("backend", "chat", "vocabulary_size", "eos_id")
@@ -315,7 +385,7 @@ def _tokenizer_facts(
     wanted = has_chats and (tokenizer.chat_template is not None or chat_template is not None)
     return {
         "backend": None if expected.kind == "tokens" else backend.to_str(),
-        "chat": ChatFormat.from_tokenizer(tokenizer, chat_template) if wanted else None,
+        "chat": ChatFormat.from_tokenizer(tokenizer, chat_template, chat_template_kwargs) if wanted else None,
         "vocabulary_size": len(tokenizer),
         "eos_id": tokenizer.eos_token_id,
         "split_special_tokens": bool(getattr(tokenizer, "split_special_tokens", False)),

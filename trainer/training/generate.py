@@ -12,9 +12,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.atomic import hidden_path, write_file
-from trainer.data.chat import ChatFormat, generation_prompt
+from trainer.data.chat import ChatFormat
 from trainer.data.jsonl import Document, read_documents
+from trainer.data.spans import generation_prompt
 from trainer.data.store import TokenStore
+from trainer.data.turn_style import TurnStyle
 from trainer.distributed.group import Group
 from trainer.errors import DataError, OutputError, UsageError
 from trainer.model.fsdp import inference
@@ -49,7 +51,11 @@ class Answer:
 
 
 def questions_of(
-    store: TokenStore, tokenizer: PreTrainedTokenizerBase, count: int | None, chat_template: str | None
+    store: TokenStore,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int | None,
+    chat_template: str | None,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[Question]:
     """Read the chats behind the first `count` documents of a store (None: behind all of them).
 
@@ -64,7 +70,9 @@ def questions_of(
         )
     wanted = set(np.unique(store.documents)[:count].tolist())
     return [
-        _question(document, tokenizer, chat_template) for document in read_documents(source) if document.line in wanted
+        _question(document, tokenizer, chat_template, chat_template_kwargs)
+        for document in read_documents(source)
+        if document.line in wanted
     ]
 
 
@@ -92,10 +100,15 @@ def write_answers(folder: Path, step: int, answers: Sequence[Answer]) -> None:
         raise OutputError(f"{path} cannot be written after step {step}: {error}") from error
 
 
-def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> list[int]:
+def end_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[int]:
     """Tokens that end an answer: EOS, by the tokenizer and by the model, and what the chat template ends turns with."""
     by_model = getattr(model.generation_config, "eos_token_id", None)
-    ends = ChatFormat.from_tokenizer(tokenizer, chat_template).ends_of_turn
+    ends = TurnStyle(ChatFormat.from_tokenizer(tokenizer, chat_template, chat_template_kwargs)).stop_tokens
     ids = [tokenizer.eos_token_id, *(by_model if isinstance(by_model, list) else [by_model])]
     return sorted({i for i in ids if i is not None} | {tokenizer.convert_tokens_to_ids(end) for end in ends})
 
@@ -169,11 +182,17 @@ def generate(
     return sequences[:, width:]
 
 
-def _question(document: Document, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> Question:
+def _question(
+    document: Document,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None,
+    chat_template_kwargs: dict[str, Any] | None,
+) -> Question:
     messages = document.fields["messages"]
     asked = [message.get("content") for message in messages if message["role"] == "user"]
     try:
-        prompt_ids, reference = generation_prompt(tokenizer, messages, document.fields.get("tools"), chat_template)
+        tools = document.fields.get("tools")
+        prompt_ids, reference = generation_prompt(tokenizer, messages, tools, chat_template, chat_template_kwargs)
     except DataError as error:
         raise document.refusal(error.found, error.allowed, error.field) from error
     return Question(str(asked[-1] or "") if asked else "", prompt_ids, reference)

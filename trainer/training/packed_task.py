@@ -237,7 +237,9 @@ class PackedTask:
                 "eval_exact_match, score_answers and num_generation_samples need a tokenizer: give processing_class"
             )
         if self._questions_of is None or self._questions_of[0] is not store:
-            questions = questions_of(store, self.processing_class, count, self.args.chat_template)
+            questions = questions_of(
+                store, self.processing_class, count, self.args.chat_template, self.args.chat_template_kwargs
+            )
             check_room(self.model, questions, self.args.generation_max_new_tokens)
             self._questions_of = store, questions
         return self._questions_of[1]
@@ -248,7 +250,7 @@ class PackedTask:
         if not questions:
             return {}
         assert self.processing_class is not None
-        ends = end_ids(self.model, self.processing_class, self.args.chat_template)
+        ends = end_ids(self.model, self.processing_class, self.args.chat_template, self.args.chat_template_kwargs)
         answers = answer_questions(
             self.prepared, self.processing_class, questions, self.group, self.args.generation_max_new_tokens, ends
         )

@@ -1,0 +1,217 @@
+"""What a chat template writes around an assistant turn: the header before it, and the token that ends it.
+
+Both are learned from small chats of words that occur in no template, once for each template; no data is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.data.chat import EXAMPLE_TOOLS, NAME, ChatFormat, Q, TemplateError, V, W, with_empty_content
+from trainer.data.messages import Message
+
+_REASONING_TAG = (
+    r"<(?:\w+:)?(?:think|thinking|thought|thoughts|reason|reasoning|analysis|scratchpad)>"
+    r"|\[(?:THINK|BEGIN_THINK)\]|<\|?START_THINKING\|?>|<\|(?:begin_of_thought|think_start|think|inner_prefix)\|>"
+    r"|<\|channel>thought|<\|begin\|>assistant<\|think\|>|Here are my reasoning steps:"
+)
+_OPENED_REASONING = re.compile(rf"(?:{_REASONING_TAG})\s*\Z")
+_ANY_REASONING = re.compile(rf"\s*(?:{_REASONING_TAG})")
+
+# Tokens that close a part of a turn, such as a tool call or an inner response, and never the turn.
+_PART = r"(?:tool|call|response|think|thought|channel|action|box|arg)"
+_CLOSES_PART = re.compile(
+    rf"^</(?!s>)|^\[/|^<\|/|{_PART}[^>]*end|end[^>]*{_PART}|^<(?:tool_call|tool_response|channel)\|>$", re.IGNORECASE
+)
+
+
+# What may stand between a turn that the template leaves open and the token that stops it.
+_BETWEEN = re.compile(r"</[^>]*>|[\s}\"'\])]")
+
+
+@dataclass(frozen=True)
+class TurnEnd:
+    """How the last turn of a chat ends."""
+
+    token: str
+    tail: str
+    """All that the template writes behind the turn's content."""
+
+
+class TurnStyle:
+    """Headers and ends of assistant turns in one chat format."""
+
+    def __init__(self, chat_format: ChatFormat) -> None:
+        self.format = chat_format
+        tokens = [token for token in chat_format.added_tokens if token.strip()]
+        tokens += [token for token in [chat_format.special_tokens.get("eos_token")] if token]
+        longest_first = sorted(set(tokens), key=lambda token: (-len(token), token))
+        self._tokens = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._facts: dict[Any, Any] = {}
+
+    @property
+    def stop_tokens(self) -> tuple[str, ...]:
+        """Tokens with which the model ends what it writes: an answer, or a tool call."""
+        found = {self._try_end(calls, tools) for calls in (False, True) for tools in (False, True)}
+        return tuple(sorted(end.token for end in found if end is not None))
+
+    def header(self, has_tools: bool) -> str:
+        """Return what the template writes before what an assistant writes, if that is more than spaces."""
+        key = ("header", has_tools)
+        if key not in self._facts:
+            self._facts[key] = self._find_header(has_tools)
+        header: str = self._facts[key]
+        return header
+
+    def _find_header(self, has_tools: bool) -> str:
+        tools = EXAMPLE_TOOLS if has_tools else None
+        asked = self.format.adapted([{"role": "user", "content": Q}], tools)
+        prompt, before = self.try_render(asked, tools, prompt=True), self.try_render(asked, tools)
+        if prompt is not None and before is not None:
+            written = prompt[common_prefix(prompt, before) :]
+            header = written[: without_opened_reasoning(written, len(written))]
+            if header.strip():
+                return header
+        # There is no generation prompt, or it is always there.
+        answered = self.format.adapted([*asked, {"role": "assistant", "content": W}], tools)
+        text = self.try_render(answered, tools)
+        if text is None or before is None or W not in text:
+            return ""
+        between = text[common_prefix(before, text) : text.index(W)]
+        reasoning = _ANY_REASONING.search(between)
+        header = between[: reasoning.start()] if reasoning else between
+        return header if header.strip() else ""
+
+    # How turns end, by kind and by whether there are tools.
+
+    def end(self, calls: bool, has_tools: bool) -> TurnEnd:
+        """Return how a chat's last turn ends, with tool calls or without, and with tools in the chat or without.
+
+        Raises:
+            TemplateError: The template writes no token that could end a turn.
+        """
+        end = self._try_end(calls, has_tools) or self._try_end(False, has_tools)
+        if end is None:
+            raise TemplateError(
+                "the chat template writes no end-of-turn token after an assistant turn, so that the model would never "
+                "learn to stop",
+                "give a chat_template that writes one, such as the tokenizer's EOS",
+            )
+        return end
+
+    def _try_end(self, calls: bool, has_tools: bool) -> TurnEnd | None:
+        key = (calls, has_tools)
+        if key not in self._facts:
+            self._facts[key] = self._find_end(calls, has_tools)
+        end: TurnEnd | None = self._facts[key]
+        return end
+
+    def _find_end(self, calls: bool, has_tools: bool) -> TurnEnd | None:
+        """Find the token that ends a turn: the last of those that follow it both within a chat and at its end."""
+        tools = EXAMPLE_TOOLS if has_tools else None
+        turn: Message = {"role": "assistant", "content": W}
+        if calls:
+            turn = with_empty_content({**turn, "tool_calls": [self.format.example_call(as_text=False)]}, "empty")
+        asked = self.format.adapted([{"role": "user", "content": Q}], tools)
+        chat = self.format.adapted([*asked, turn], tools)
+        text = self.try_render(chat, tools)
+        if text is None or W not in text:
+            return self._end_by_eos() if not calls else None
+        begin, _, rest = text.partition(Q)
+        between, _, tail = rest.rpartition(W)
+        openers = self._openers(begin, has_tools)
+        at_end = self._before_openers(tail, openers)
+        within = self._within(chat, calls, tools)
+        plain = None if not calls else self._try_end(False, has_tools)
+        if at_end:
+            followed = [] if within is None else self._before_openers(within, openers)
+            common = []
+            for token, other in zip(at_end, followed, strict=False):
+                if token != other:
+                    break
+                common.append(token)
+            if common:
+                return TurnEnd(common[-1], tail)
+            if plain is not None and plain.token in at_end:
+                return TurnEnd(plain.token, tail)
+            also_of_user = [token for token in at_end if token in between]
+            return TurnEnd(also_of_user[0] if also_of_user else at_end[-1], tail)
+        if within is None:
+            return None
+        followed = self._before_openers(within, openers)
+        if not followed:
+            # It may stop where the next message begins (GLM), if that does not begin as the model's own turns do.
+            begins_own = set(self._tokens.findall(self.header(has_tools)))
+            followed = [token for token in self._closing(within)[:1] if token not in begins_own]
+        if followed and not _BETWEEN.sub("", within.partition(followed[-1])[0]):
+            return TurnEnd(followed[-1], tail)
+        return plain
+
+    def _end_by_eos(self) -> TurnEnd | None:
+        eos = self.format.special_tokens.get("eos_token")
+        return (
+            TurnEnd(eos, "") if eos and (eos in self.format.template or "eos_token" in self.format.template) else None
+        )
+
+    def _within(self, chat: list[Message], calls: bool, tools: Any) -> str | None:
+        """Return what the template writes between a turn and the next message's content."""
+        nexts: list[Message] = [{"role": "user", "content": V}]
+        if calls:
+            nexts.insert(0, {"role": "tool", "content": V, "tool_call_id": "call00001", "name": NAME})
+        for message in nexts:
+            for more in ([], [{"role": "assistant", "content": Q}]):
+                text = self.try_render(self.format.adapted([*chat, message, *more], tools), tools)
+                if text is not None and W in text and V in text.rpartition(W)[2]:
+                    return text.rpartition(W)[2].partition(V)[0]
+        return None
+
+    def _openers(self, begin: str, has_tools: bool) -> set[str]:
+        """Tokens that begin messages: those of the generation prompt, and the first of a chat."""
+        openers = set(self._tokens.findall(self.header(has_tools)))
+        at = 0
+        for match in self._tokens.finditer(begin):
+            if begin[at : match.start()].strip():
+                break
+            openers.add(match.group())
+            at = match.end()
+        return openers - {self.format.special_tokens.get("eos_token")}
+
+    def _closing(self, text: str) -> list[str]:
+        eos = self.format.special_tokens.get("eos_token")
+        return [token for token in self._tokens.findall(text) if token == eos or not _CLOSES_PART.search(token)]
+
+    def _before_openers(self, text: str, openers: set[str]) -> list[str]:
+        found = []
+        for token in self._closing(text):
+            if token in openers:
+                break
+            found.append(token)
+        return found
+
+    def try_render(self, messages: Sequence[Message], tools: Any, prompt: bool = False) -> str | None:
+        """Return the chat as text, or None if the template refuses it."""
+        try:
+            return self.format.render(messages, tools, prompt)[0]
+        except TemplateError:
+            return None
+
+
+def without_opened_reasoning(text: str, stop: int) -> int:
+    """Return where in the text before `stop` a reasoning begins that is still open there, or `stop`."""
+    opened = _OPENED_REASONING.search(text, max(stop - 80, 0), stop)
+    return opened.start() if opened else stop
+
+
+def common_prefix(a: str, b: str) -> int:
+    """Return the length of the longest common prefix."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a.startswith(b[:middle]):
+            low = middle
+        else:
+            high = middle - 1
+    return low
