@@ -77,7 +77,7 @@ def on_warm_ranks(body: str, size: int, tests: int, isolation: str = "warm") -> 
         text = TESTS.format(body=body, size=size, tests=tests, isolation=isolation)
         Path(directory, "test_bench.py").write_text(text)
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        command += ["-p", "no:trainer_ranks", "-p", "tests.fixtures.ranks.plugin"]
+        command += ["-p", "no:pytest_ranks", "-p", "no:trainer_ranks", "-p", "tests.fixtures.ranks.plugin"]
         environment = _environment()
         started = time.perf_counter()
         subprocess.run(command, cwd=directory, env=environment, check=True, stdout=subprocess.DEVNULL)

@@ -42,6 +42,7 @@ class Result:
 
 
 OPTIONAL = (  # tests that most machines skip: of packages that are extras
+    "tests/ranks/test_notebook.py",
     "tests/test_optimizers.py",
     "tests/test_schedules.py",
     "tests/trainer/test_trainer_hyperparameter.py",

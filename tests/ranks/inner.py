@@ -16,8 +16,8 @@ from tests.fixtures.ranks.launch import Launch
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = "tests.fixtures.ranks.plugin"
-INSTALLED = "trainer_ranks"  # the same plugin where this distribution is installed
-LOAD = ("-p", f"no:{INSTALLED}", "-p", PLUGIN, "-p", "no:cacheprovider")
+INSTALLED = ("-p", "no:pytest_ranks", "-p", "no:trainer_ranks")  # the same plugin, installed; its former name
+LOAD = (*INSTALLED, "-p", PLUGIN, "-p", "no:cacheprovider")
 OPTIONS = ("-v", "-Werror", *LOAD, "-o", "rank_preload=")
 HEADER = """
 import os, signal, sys, threading, time
@@ -84,7 +84,7 @@ def run_anew(pytester: pytest.Pytester, body: str, *args: str) -> Run:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
         patch.setenv("OMP_NUM_THREADS", "1")
-        result = pytester.runpytest_subprocess(*OPTIONS, *args)
+        result = pytester.runpytest_subprocess(*args, *OPTIONS)
         return Run(result.stdout.str(), result)
 
 

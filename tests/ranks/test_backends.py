@@ -58,6 +58,35 @@ def test_fake_shards_for_any_world(ranks):
     torch.optim.SGD(model.parameters()).step()
 
 
+def what_one_rank_holds():
+    """Of a model and its optimizer, after a real step."""
+    model = torch.nn.Linear(96, 100)
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model(torch.ones(2, 96)).sum().backward()
+    optimizer.step()
+    weights = list(model.parameters())
+    moments = [optimizer.state[weight]["exp_avg"] for weight in weights]
+    assert [moment.to_local().shape for moment in moments] == [weight.to_local().shape for weight in weights]
+    return [weight.to_local().shape[0] for weight in weights]
+
+
+@pytest.mark.world_size(64)
+@pytest.mark.backend("fake")
+def test_sixty_four_ranks_hold_the_whole_model_together(ranks):
+    """100 rows do not divide by 64."""
+    shares = {rank: what_one_rank_holds() for rank in ranks.each()}
+    assert shares[0] == [2, 2]
+    assert shares[63] == [0, 0]
+    assert [sum(rows) for rows in zip(*shares.values(), strict=True)] == [100, 100]
+    assert (ranks.rank, dist.get_rank()) == (0, 0)
+
+
+def test_only_a_fake_rank_can_be_each(ranks):
+    with pytest.raises(ValueError, match="is for the fake back end"):
+        next(ranks.each())
+
+
 @pytest.mark.world_size(8)
 @pytest.mark.backend("fake")
 class TestFakeNumbers:

@@ -62,6 +62,16 @@ def test_fsdp2(ranks):
     assert torch.equal(model.weight.grad.full_tensor(), torch.ones(4, 4))
 
 
+@pytest.mark.world_size(8)
+def test_eight_ranks_share_the_cores(ranks):
+    from torch.distributed.fsdp import fully_shard
+
+    model = torch.nn.Linear(4, 8)
+    fully_shard(model, mesh=ranks.mesh())
+    model(torch.full((1, 4), float(ranks.rank))).sum().backward()
+    assert torch.equal(model.weight.grad.full_tensor(), torch.full((8, 4), 3.5))
+
+
 def test_a_sharded_parameter_is_of_its_own_rank(ranks):
     """Of the shapes that `preheat` has sharded before, as rank 0 of a group that is gone."""
     from torch.distributed.device_mesh import init_device_mesh

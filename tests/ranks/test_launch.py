@@ -138,6 +138,10 @@ def test_a_kill_by_the_clock_needs_no_event(launch):
     assert [outcome.signal for outcome in outcomes] == ["SIGKILL", "SIGKILL"]
 
 
+def test_on_fake_each_rank_is_a_process(launch):
+    assert launch(3, dist.get_rank, backend="fake").values == [0, 1, 2]
+
+
 def take_a_turn():
     with exclusive_gpus(1):
         begin = time.monotonic()

@@ -132,7 +132,7 @@ def test_what_lacks_hardware_is_listed(pytester, monkeypatch):
     pytester.makepyfile("import pytest\n" + textwrap.dedent(body))
     listed = pytester.runpytest_inprocess("-Werror", *LOAD)
     listed.assert_outcomes(skipped=2)
-    assert "cells not run for lack of hardware" in listed.stdout.str()
+    assert "cells not run here" in listed.stdout.str()
     assert "nccl-64 needs 64 GPUs, there are 0 (1 test)" in listed.stdout.str()
 
 
@@ -166,3 +166,26 @@ def test_coverage_counts_what_ranks_run(pytester):
     """
     covered = run_anew(pytester, body, "-p", "unmeasured", "--cov=measured", "--cov-branch", "--cov-report=term")
     assert "100%" in covered.text
+
+
+ELSEWHERE = """
+import os, signal, sys, sysconfig
+sysconfig.get_config_vars()  # reads a file named after the system
+sys.platform = "darwin"
+sys.modules["fcntl"] = None
+del signal.SIGRTMIN, os.pidfd_open
+"""
+
+
+def test_other_systems_are_told_the_reason_and_run_the_rest(pytester):
+    pytester.makepyfile(elsewhere=ELSEWHERE)
+    body = """
+    import pytest
+    def test_ranks(ranks): pass
+    def test_launches(launch): pass
+    def test_other(): pass
+    """
+    found = run_anew(pytester, body, "-p", "elsewhere", "-rs")
+    found.result.assert_outcomes(passed=1, skipped=2)
+    assert "ranks are forks, watched through /proc and pidfd, which darwin lacks" in found.text
+    assert "cells not run here" in found.text
