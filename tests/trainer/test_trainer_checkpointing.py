@@ -129,7 +129,7 @@ class TestTheBestModel:
         losses = {line["step"]: line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line}
         best = min(losses, key=lambda step: losses[step])
         assert trainer.state.best_global_step == best
-        assert trainer.state.best_model_checkpoint == str(checkpoint(tmp_path, best))
+        assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
         assert best in saved_steps(tmp_path)
         assert trainer.evaluate()["eval_loss"] == losses[best]
 
@@ -138,7 +138,7 @@ class TestTheBestModel:
         trainer = regression(tmp_path, eval_dataset=RegressionDataset(length=8), **options)
         trainer.train()
         assert trainer.state.best_global_step == 32
-        assert trainer.state.best_model_checkpoint == str(checkpoint(tmp_path, 32))
+        assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-32")
 
     def test_a_run_that_a_callback_ended_says_that_it_is_over(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 2  # 1: without run_id
 MANIFEST, STATE, OPTIMIZER_STATE, INDEX = "manifest.json", "state.json", "optimizer.json", "tensors.json"
 PARAMETERS = "training_params.json"
+MODEL_FILES = "model"  # folder of config and tokenizer
 FOLDER, DISCARDED = "checkpoints", "checkpoints.discarded"  # in a run's output_dir
 PREFIX = "step_"
 _LEFTOVER = re.compile(rf"\.{PREFIX}\d+\.(?:writing|removing)(?:-(\w+))?")

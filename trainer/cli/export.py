@@ -81,12 +81,13 @@ def export_checkpoint(folder: Path, options: ExportOptions) -> None:
     import torch
     from transformers import AutoTokenizer
 
+    from trainer.checkpoint.manifest import MODEL_FILES
     from trainer.checkpoint.tensors import StoredTensors
     from trainer.checkpoint.verify import find_damage
     from trainer.errors import CheckpointError
     from trainer.model.export import export_model
     from trainer.optim.averaging import averaged_weights
-    from trainer.training.checkpoints import MODEL_FILES, build_saved_model, build_saved_optimizer
+    from trainer.training.checkpoints import build_saved_model, build_saved_optimizer
 
     if faults := find_damage(folder):
         raise CheckpointError(f"{folder} is not a whole checkpoint: {faults[0]}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import HfApi, ModelCard
 from transformers.modelcard import TrainingSummary, parse_log_history
 
+from trainer.atomic import LISTING
 from trainer.config.arguments import TrainingArguments
 from trainer.config.fields import as_list
 from trainer.distributed.group import Given, Group
@@ -64,7 +65,7 @@ def push_to_hub(
     trainer.events.emit("on_push_begin")
     if trainer.hub_model_id is None:
         trainer.init_hf_repo(token, private)
-    folder = trainer.save_model(_internal_call=True)
+    folder = trainer.save_model(trainer.export_folder(), _internal_call=True)
     tags = [*as_list(card.get("tags")), *as_list(getattr(trainer.model, "model_tags", None))]
     _write_run_card(trainer, folder, {**card, "tags": tags})
     settings = {"commit_message": commit_message, "run_as_future": not blocking, "repo_id": trainer.hub_model_id}
@@ -118,7 +119,9 @@ def upload(args: TrainingArguments, group: Group, folder: Path, **settings: Any)
         name: value for name, value in settings.items() if value is not None
     }
     what = f"{folder} could not be pushed to {repository_name(args)}"
-    return on_lead(group, lambda: HfApi().upload_folder(folder_path=folder, **settings), what)
+    return on_lead(
+        group, lambda: HfApi().upload_folder(folder_path=folder, ignore_patterns=[LISTING], **settings), what
+    )
 
 
 def on_lead(group: Group, do: Callable[[], Given], what: str) -> Given | None:

@@ -43,6 +43,7 @@ from trainer.optim.groups import MATRIX_DIMENSIONS
 from trainer.optim.optimizers import optimizer_class
 from trainer.training.callbacks import RunState
 from trainer.training.evaluate import PADDING
+from trainer.training.loop import Run
 from trainer.training.metrics import now
 from trainer.training.model_task import ModelTask
 from trainer.training.out_of_memory import memory_tracker
@@ -383,14 +384,19 @@ class Trainer(CoreTrainer):
     # Weights out, and the hub.
 
     def save_model(self, output_dir: str | Path | None = None, _internal_call: bool = False) -> Path:
-        """Export weights, and config and tokenizer if any; by default to output_dir/hf_format/samples_N.
+        """Export weights, and config and tokenizer if any; by default into output_dir itself.
 
         With the option push_to_hub it is pushed, too.
         """
-        directory = super().save_model(output_dir)
+        directory = super().save_model(output_dir or self.args.output_dir)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(f"Step {self.state.global_step}")
         return directory
+
+    def _build_run(self) -> Run:
+        run = super()._build_run()
+        run.checkpoints.has_twins = True  # scripts look for checkpoint-N
+        return run
 
     # State and callbacks.
 

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import logging
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -25,9 +26,9 @@ from torch.optim import Optimizer
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.trainer_callback import CallbackHandler
 
-from trainer.atomic import MALFORMED, read_json, read_sealed, sync_size, write_json
+from trainer.atomic import LISTING, MALFORMED, read_json, read_listing, read_sealed, sync_size, write_json
 from trainer.checkpoint import manifest
-from trainer.checkpoint.manifest import OPTIMIZER_STATE, PARAMETERS, STATE, rank_file
+from trainer.checkpoint.manifest import MODEL_FILES, OPTIMIZER_STATE, PARAMETERS, STATE, rank_file
 from trainer.checkpoint.optimizer_state import pack_optimizer, restore_optimizer
 from trainer.checkpoint.run_state import (
     RunRecord,
@@ -50,6 +51,7 @@ from trainer.data.length import RunLength
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError, TrainerError, UsageError, named_error
 from trainer.model.build import build_on_meta, prepare_model, read_config
+from trainer.model.osft.layers import is_osft_parameter
 from trainer.model.osft.targets import apply_osft
 from trainer.model.prepared import Prepared
 from trainer.optim.averaging import is_averaging
@@ -57,13 +59,20 @@ from trainer.optim.optimizers import build_optimizer
 from trainer.optim.registry import OPTIMIZERS
 from trainer.optim.schedules import advance
 from trainer.training.callbacks import Events, RunState
-from trainer.training.run_dir import METRICS, continue_output_dir, end_of_file, read_run_id
+from trainer.training.run_dir import (
+    METRICS,
+    continue_output_dir,
+    end_of_file,
+    read_run_id,
+    remove_twin,
+    twin_of,
+)
 from trainer.training.step import Engine
 
 logger = logging.getLogger(__name__)
 
 ADAM_BYTES = 8  # of state for each trained parameter, which most optimizers stay below
-MODEL_FILES = "model"  # folder of config and tokenizer in a checkpoint
+WEIGHTS_INDEX, TRAINER_STATE = "model.safetensors.index.json", "trainer_state.json"  # transformers' names
 IMPORTANCE = "osft_importance.json"  # among them, where `osft_adaptive_samples` gave each block a ratio of its own
 OPTIMIZER_SETTINGS = {  # option -> what it sets in the parameter groups
     "learning_rate": ("lr", "initial_lr"),
@@ -123,8 +132,10 @@ class Checkpoints:
             limit=args.save_total_limit,
             report=functools.partial(events.tell, "on_write"),
         )
+        self.has_twins = False  # whether scripts find a checkpoint-N for each, see `_write_twin`
         self._files: dict[str, bytes] | None = None
         self._restored: Restored | None = None
+        self._has_explained_twins = False
 
     @property
     def state(self) -> RunState:
@@ -146,7 +157,8 @@ class Checkpoints:
         """Take the checkpoint of this step, if there is one, for the best, if it is."""
         state = self.state
         if state.best_global_step == state.saved_step == state.global_step:
-            state.best_model_checkpoint = str(manifest.folder_of(self.folder, state.global_step))
+            folder = manifest.folder_of(self.folder, state.global_step)
+            state.best_model_checkpoint = str(twin_of(folder) if self.has_twins else folder)
         self._writer.best_step = state.best_global_step
 
     def poll(self) -> None:
@@ -175,7 +187,7 @@ class Checkpoints:
             return None
         group = self.engine.group
         if asked not in (True, "auto", "true"):
-            folder = _by_either_name(Path(str(asked)))
+            folder = by_either_name(Path(str(asked)))
             if manifest.step_of(folder.resolve()) >= 0 or (folder / manifest.MANIFEST).is_file():
                 check(folder, group)
                 return folder
@@ -307,6 +319,40 @@ class Checkpoints:
             raise CheckpointError(f"{what} {folder}: none to go on from{reasons}")
         return found.folder
 
+    def _write_twin(self, folder: Path) -> None:
+        """Make checkpoint-N, where users of transformers look for a checkpoint; remove those whose checkpoint is gone.
+
+        It holds copies of config and tokenizer, so that callbacks may write into it without changing the checkpoint,
+        and an index that leads from_pretrained to the weights. Of several ranks each saved its own part: no file of
+        these could be read by others.
+        """
+        twin, source = twin_of(folder), folder / MODEL_FILES
+        names = [path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()]
+        tensors = model_tensors(self.engine.model)
+        is_whole = self.engine.group.world_size == 1 and not any(is_osft_parameter(name) for name in tensors)
+        try:
+            twin.mkdir(exist_ok=True)
+            if names:
+                shutil.copytree(source, twin, dirs_exist_ok=True)
+            if is_whole and "config.json" in names:
+                file = os.path.relpath(folder / "model_0.safetensors", twin)
+                write_json(twin / WEIGHTS_INDEX, {"metadata": {}, "weight_map": dict.fromkeys(tensors, file)})
+                names.append(WEIGHTS_INDEX)
+            self.state.save_to_json(str(twin / TRAINER_STATE))
+            write_json(twin / LISTING, {"files": [*names, TRAINER_STATE]})
+            for other in folder.parents[1].glob("checkpoint-*"):
+                if read_listing(other) and not by_either_name(other).exists():
+                    remove_twin(other)
+        except OSError as error:
+            logger.warning("%s could not be written: %s; use %s", twin, error, folder)
+        if not is_whole and not self._has_explained_twins:
+            self._has_explained_twins = True
+            logger.warning(
+                "%s holds no weights that from_pretrained could read: run `trainer export %s FOLDER` first",
+                twin,
+                folder,
+            )
+
     def _changes(self, folder: Path, record: RunRecord) -> dict[str, str]:
         changes = option_changes(folder, self.args) | find_changes(record.fingerprints, self._identify())
         names = [name for name, _ in record.callbacks]
@@ -336,6 +382,8 @@ class Checkpoints:
 
     def _announce(self, folder: Path | None) -> None:
         if folder is not None:
+            if self.has_twins and self.engine.group.is_lead:
+                self._write_twin(folder)
             is_asked = self.events.control.should_save  # transformers' event takes it back
             self.events.emit("on_save", checkpoint=folder)
             self.events.control.should_save |= is_asked
@@ -361,7 +409,7 @@ def load_best_weights(model: nn.Module, optimizer: Optimizer, state: RunState, g
     """Give the model the weights of the best checkpoint; an optimizer that averages weights goes back with it."""
     if state.best_model_checkpoint is None or state.best_global_step == state.global_step:
         return
-    folder = Path(state.best_model_checkpoint)
+    folder = by_either_name(Path(state.best_model_checkpoint))
     stored = StoredTensors(folder, group.rank, group.world_size)
     restore_model(model, stored)
     if is_averaging(optimizer):
@@ -407,13 +455,13 @@ def build_saved_optimizer(folder: Path, stored: StoredTensors, model: PreTrained
     return optimizer
 
 
-def _by_either_name(folder: Path) -> Path:
-    """Take `checkpoint-N` of an output folder, as transformers names it, for our checkpoint of step N."""
+def by_either_name(folder: Path) -> Path:
+    """Return our checkpoint of step N for `checkpoint-N` of an output folder, as transformers names it."""
     name, _, step = folder.name.partition("-")
-    if folder.exists() or name != "checkpoint" or not step.isdigit():
+    if name != "checkpoint" or not step.isdigit() or (folder / manifest.MANIFEST).exists():
         return folder
     ours = manifest.folder_of(folder.parent / manifest.FOLDER, int(step))
-    return ours if ours.exists() else folder
+    return ours if ours.exists() or (folder / LISTING).exists() else folder
 
 
 def _pack_plain(value: Any, name: str) -> Any:

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.atomic import is_untouched, read_json, write_file, write_json
+from trainer.atomic import is_untouched, read_json, read_listing, remove_listed, write_file, write_json
 from trainer.checkpoint import manifest
 from trainer.checkpoint.manifest import PARAMETERS
 from trainer.config.arguments import TrainingArguments
@@ -173,14 +173,23 @@ def _open(folder: Path, args: TrainingArguments, keeps_older: bool) -> None:
             if args.overwrite_output_dir:
                 _remove_run(folder, here)
             elif keeps_older:
-                for name in (METRICS, manifest.FOLDER):
-                    _set_aside(folder / name)
+                aside = _set_aside(folder / manifest.FOLDER)
+                _set_aside(folder / METRICS)
+                if aside is not None:
+                    logger.warning(
+                        "a new run begins in %s; the checkpoints of the one before are set aside as %s (to continue "
+                        "it instead: resume_from_checkpoint=True)",
+                        folder,
+                        aside.name,
+                    )
             else:
                 raise UsageError(
                     f"output_dir = {args.output_dir!r} holds a run already: choose another, resume it with "
                     "resume_from_checkpoint=auto, or set overwrite_output_dir"
                 )
         folder.mkdir(parents=True, exist_ok=True)
+        for twin in folder.glob("checkpoint-*"):
+            remove_twin(twin)
         manifest.remove_leftovers(checkpoints, {here})
         _write_records(folder, args, secrets.token_hex(6))
     except OSError as error:
@@ -208,6 +217,7 @@ def _continue(folder: Path, args: TrainingArguments, source: Path, record: RunRe
         later = [path for path in manifest.list_checkpoints(checkpoints) if manifest.step_of(path) > step]
         for path in later:
             aside = manifest.discard(path)
+            remove_twin(twin_of(path))
             logger.warning(
                 "set aside %s as %s: the run goes on from step %d; move it back to have it", path.name, aside, step
             )
@@ -283,3 +293,14 @@ def _is_checkpoint_of(folder: Path, run_id: str | None) -> bool:
     if manifest.is_leftover(folder, {run_id}):
         return True
     return run_id is not None and manifest.is_of_run(folder, run_id) and not manifest.find_unlisted(folder)
+
+
+def twin_of(checkpoint: Path) -> Path:
+    """Return the name under which transformers' users look for a checkpoint: checkpoint-N in the output folder."""
+    return checkpoint.parents[1] / f"checkpoint-{manifest.step_of(checkpoint)}"
+
+
+def remove_twin(twin: Path) -> None:
+    """Remove what the trainer wrote into checkpoint-N; what callbacks added stays."""
+    if not twin.is_symlink():
+        remove_listed(twin, read_listing(twin))

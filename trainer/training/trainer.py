@@ -50,7 +50,7 @@ from trainer.training.osft import start
 from trainer.training.out_of_memory import Snapshot, free_cached_memory, is_out_of_memory, next_batch_size
 from trainer.training.packed_task import PackedTask
 from trainer.training.process import set_up_process
-from trainer.training.run_dir import open_output_dir, sole_run
+from trainer.training.run_dir import WEIGHTS, open_output_dir, sole_run
 from trainer.training.scores import ScoreAnswers
 from trainer.training.step import Engine
 from trainer.training.task import Task, describe_model
@@ -124,7 +124,7 @@ class CoreTrainer:
             None,
             None,
         )
-        own = [MetricsFile(), ExportCallback(self.save_model)]
+        own = [MetricsFile(), ExportCallback(lambda: self.save_model(self.export_folder()))]
         self.events = Events(self.args, self._new_state(), handler, own)
         self.scale = LossScale(self.events.state, is_on=False)
         self.events.emit("on_init_end")
@@ -359,7 +359,7 @@ class CoreTrainer:
         state, control = self.state, self.events.control
         if value is not None and improves(self.args, value, state.best_metric):
             if self.args.export_best:
-                state.best_model_checkpoint = str(self.save_model())
+                state.best_model_checkpoint = str(self.save_model(self.export_folder()))
             state.best_metric, state.best_global_step = value, state.global_step
             control.should_save |= self.args.load_best_model_at_end or self.args.save_strategy == "best"
         assert self.lr_scheduler is not None
@@ -416,10 +416,13 @@ class CoreTrainer:
         self.state.log_history.append({**logs, "step": self.state.global_step})
         self.events.emit("on_log", logs=logs)
 
+    def export_folder(self) -> Path:
+        """Return where weights are exported to at this point of the run: output_dir/hf_format/samples_N."""
+        return Path(self.args.output_dir, WEIGHTS, f"samples_{self.state.num_samples_seen}")
+
     def save_model(self, output_dir: str | Path | None = None) -> Path:
         """Export weights, and config and tokenizer if any; by default to output_dir/hf_format/samples_N."""
-        folder = Path("hf_format", f"samples_{self.state.num_samples_seen}")
-        directory = Path(output_dir or Path(self.args.output_dir, folder))
+        directory = Path(output_dir or self.export_folder())
         save_dtype = getattr(torch, self.args.save_dtype) if self.args.save_dtype else None
         if self._exports.get(directory) != self.state.global_step:
             is_shared = directory.resolve() == Path(self.args.output_dir).resolve()  # with all that the run writes
