@@ -83,7 +83,7 @@ DIFFERENT: dict[str, str] = {
     "output_dir": "outputs by default",
     "push_to_hub": "each export is pushed, and waited for",
     "resume_from_checkpoint": "train() goes on from it; there only scripts read it",
-    "save_total_limit": "the best checkpoint stays beside so many of the newest",
+    "save_total_limit": "the best checkpoint is one of so many, and always stays: with 1 it stays beside the newest",
 }
 
 ALIASES = {

@@ -319,7 +319,7 @@ class CheckpointArguments:
         None, "Save the full state each time so many samples were trained, too.", above=0, at_resume="free"
     )
     save_total_limit: int | None = option(
-        None, "Keep so many checkpoints, the newest; the best one stays.", above=0, at_resume="free"
+        None, "Keep so many checkpoints, the best and the newest; with 1, both.", above=0, at_resume="free"
     )
     save_only_model: bool = option(False, "Save weights without what a resumed run needs.", at_resume="free")
     async_save: bool | None = option(
