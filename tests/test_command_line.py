@@ -22,7 +22,7 @@ from trainer.cli.parse import HELP_WIDTH, parse
 from trainer.cli.train import LaunchArguments
 from trainer.config.arguments import Seq2SeqTrainingArguments, TrainingArguments
 from trainer.config.groups import GROUPS, IN_ORDER_OF_USE
-from trainer.config.rules import check_data_kind
+from trainer.config.rules import COMMAND_RULES, check_data_kind
 from trainer.errors import PeerError, UsageError
 from trainer.mini_trainer import run as run_mini_trainer
 
@@ -129,10 +129,16 @@ def test_a_flag_that_leaves_options_of_the_file_idle_is_taken_with_a_note(
     args, _ = parse("train", [str(file), "--eval-strategy", "no"], GROUPS, LaunchArguments, "")
     assert args == TrainingArguments()
     notes = capsys.readouterr().err.splitlines()
-    assert notes[0].startswith(f"trainer: note: left out of {file}, given --eval-strategy: eval_steps has no effect")
+    assert notes[0].startswith(f"trainer: note: flags leave eval_steps of {file} without effect: eval_steps has no")
     assert len(notes) == 3
     with pytest.raises(UsageError, match="eval_steps has no effect"):  # both from the command line
         parse("train", [str(file), "--eval-strategy=no", "--eval-steps=3"], GROUPS, LaunchArguments, "")
+    file.write_text("eval_at_end: true\neval_exact_match: true\nvalidation_split: 0.5\n")
+    args, _ = parse("train", [str(file), "--no-eval-at-end"], GROUPS, LaunchArguments, "", COMMAND_RULES)
+    assert args == TrainingArguments()
+    file.write_text("eval_exact_match: true\n")
+    with pytest.raises(UsageError, match="eval_exact_match has no effect"):  # whatever the flags say
+        parse("train", [str(file), "--bf16"], GROUPS, LaunchArguments, "", COMMAND_RULES)
     file.write_text("eval_steps: 5\n")
     with pytest.raises(UsageError, match=r"run\.yaml: eval_steps has no effect"):  # the file contradicts itself
         parse("train", [str(file), "--eval-strategy=no"], GROUPS, LaunchArguments, "")

@@ -19,7 +19,7 @@ from trainer.config.arguments import TrainingArguments, read_as_options, read_ya
 from trainer.config.fields import Scalar, as_option, check_options, default_of, is_union, option, types_of
 from trainer.config.foreign_names import ALIASES
 from trainer.config.groups import IN_ORDER_OF_USE
-from trainer.config.rules import CombinationError
+from trainer.config.rules import CombinationError, Rule, check_rules
 from trainer.config.suggest import granted, unknown_option
 from trainer.distributed.topology import Topology
 from trainer.errors import TrainerError, UsageError
@@ -51,7 +51,12 @@ def positional(help: str) -> Any:
 
 
 def parse(
-    command: str, words: Sequence[str], groups: Sequence[type[Any]], extra: type[Extra], description: str
+    command: str,
+    words: Sequence[str],
+    groups: Sequence[type[Any]],
+    extra: type[Extra],
+    description: str,
+    rules: Sequence[Rule] = (),
 ) -> tuple[TrainingArguments, Extra]:
     """Parse the words of one command that takes options of a run.
 
@@ -63,6 +68,7 @@ def parse(
         groups: the option groups that the command takes.
         extra: a dataclass of options that only this command has.
         description: one sentence for `--help`.
+        rules: about combinations, which the command has beside those of all options.
 
     Raises:
         UsageError: an option is unknown or wrong.
@@ -82,7 +88,8 @@ def parse(
     own = {name: given.pop(name) for name in [*given] if name in fields_of_command and name not in fields}
     _check_general(own)
     file = _options_of_file(config)
-    args = _combine(file, given, str(config), is_quiet=own.get("nproc_per_node", 1) != 1)
+    launches = own.get("nproc_per_node", 1) != 1 and Topology.from_environment().world_size == 1
+    args = _combine(file, given, str(config), rules, is_quiet=launches)  # the ranks that it starts tell
     wanted = extra(**own)
     check_options(wanted)
     return args, wanted
@@ -233,27 +240,39 @@ def _options_of_file(config: str | None) -> dict[str, Any]:
 
 
 def _combine(
-    file: Mapping[str, Any], flags: Mapping[str, Any], config: str, *, is_quiet: bool = False
+    file: Mapping[str, Any], flags: Mapping[str, Any], config: str, rules: Sequence[Rule], *, is_quiet: bool
 ) -> TrainingArguments:
     """Build the options of a file and of flags, which come first.
 
     Options of the file that the flags leave without effect are left out, with a note.
 
     Raises:
-        UsageError: the flags are wrong, by themselves or beside what stands in the file.
+        UsageError: the options are wrong, by themselves or beside each other.
     """
     options = {**file, **flags}
     while True:
         try:
-            return TrainingArguments(**options)
+            args = TrainingArguments(**options)
+            check_rules(args, rules)
+            return args
         except CombinationError as error:
-            if not error.idle or not all(name in options and name not in flags for name in error.idle):
+            left_out = [name for name in error.idle if name in options and name not in flags]
+            if not error.idle or left_out != list(error.idle) or not _follows(file, rules):
                 raise
             if not is_quiet and Topology.from_environment().is_lead:
-                given = " ".join(_flag(name) for name in flags)
-                print(f"trainer: note: left out of {config}, given {given}: {error}", file=sys.stderr)
-            for name in error.idle:
+                named = ", ".join(left_out)
+                print(f"trainer: note: flags leave {named} of {config} without effect: {error}", file=sys.stderr)
+            for name in left_out:
                 del options[name]
+
+
+def _follows(file: Mapping[str, Any], rules: Sequence[Rule]) -> bool:
+    """Whether a file by itself follows the rules of a command, so that flags are what leaves options idle."""
+    try:
+        check_rules(TrainingArguments(**file), rules)
+    except CombinationError:
+        return False
+    return True
 
 
 def _fields_of(*kinds: Any) -> Fields:

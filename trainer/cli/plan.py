@@ -9,6 +9,7 @@ from trainer.cli.check import check_before_start
 from trainer.cli.parse import parse
 from trainer.config.fields import option
 from trainer.config.groups import GROUPS
+from trainer.config.rules import COMMAND_RULES
 from trainer.errors import UsageError
 
 
@@ -24,7 +25,9 @@ class PlanArguments:
 
 def run(words: Sequence[str]) -> int:
     """Print the plan; give the exit code."""
-    args, wanted = parse("plan", words, GROUPS, PlanArguments, "Foretell steps, micro-batches and packing.")
+    args, wanted = parse(
+        "plan", words, GROUPS, PlanArguments, "Predict steps, micro-batches and packing.", COMMAND_RULES
+    )
     check_before_start(args, needs_model=False)
     if min(wanted.world_size, default=0) < 1:
         raise UsageError(f"world_size = {wanted.world_size}: give numbers of ranks, at least 1")

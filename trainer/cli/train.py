@@ -10,6 +10,7 @@ from trainer.cli.parse import parse, said_once
 from trainer.config.arguments import TrainingArguments
 from trainer.config.fields import option
 from trainer.config.groups import GROUPS
+from trainer.config.rules import COMMAND_RULES
 from trainer.distributed.topology import Topology
 
 
@@ -23,7 +24,9 @@ class LaunchArguments:
 def run(words: Sequence[str]) -> int:
     """Parse, launch if asked, train; give the exit code."""
     with said_once():
-        args, launch = parse("train", words, GROUPS, LaunchArguments, "Prepare the data, train, evaluate, save.")
+        args, launch = parse(
+            "train", words, GROUPS, LaunchArguments, "Prepare the data, train, evaluate, save.", COMMAND_RULES
+        )
         check_before_start(args)
     if launch.nproc_per_node > 1 and Topology.from_environment().world_size == 1:
         from trainer.distributed.launch import run_on_ranks
