@@ -21,6 +21,8 @@ COMMANDS = {
     "prepare": "tokenize a data set and report what is in it",
     "preview": "show samples, and what of them is trained",
     "plan": "foretell steps, micro-batches and packing, for any number of ranks",
+    "evaluate": "measure loss and scores of a run, a checkpoint or any model",
+    "generate": "answer a prompt, a file of chats, or a chat in the terminal",
     "export": "write Hugging Face weights in another type",
     "verify": "check that checkpoints are whole",
     "report": "draw what a run did, or several over each other",

@@ -71,7 +71,7 @@ def questions_of(
         )
     wanted = set(np.unique(store.documents)[:count].tolist())
     return [
-        _question(document, tokenizer, chat_template, chat_template_kwargs)
+        question_of(document, tokenizer, chat_template, chat_template_kwargs)
         for document in read_documents(source)
         if document.line in wanted
     ]
@@ -109,7 +109,9 @@ def end_ids(
 ) -> list[int]:
     """Tokens that end an answer: EOS, by the tokenizer and by the model, and what the chat template ends turns with."""
     by_model = getattr(model.generation_config, "eos_token_id", None)
-    ends = TurnStyle(ChatFormat.from_tokenizer(tokenizer, chat_template, chat_template_kwargs)).stop_tokens
+    ends: Sequence[str] = ()
+    if tokenizer.chat_template is not None or chat_template is not None:
+        ends = TurnStyle(ChatFormat.from_tokenizer(tokenizer, chat_template, chat_template_kwargs)).stop_tokens
     ids = [tokenizer.eos_token_id, *(by_model if isinstance(by_model, list) else [by_model])]
     return sorted({i for i in ids if i is not None} | {tokenizer.convert_tokens_to_ids(end) for end in ends})
 
@@ -132,8 +134,12 @@ def answer_questions(
     group: Group,
     max_new_tokens: int,
     ends: Sequence[int],
+    **sampling: Any,
 ) -> list[Answer]:
-    """Answer every question greedily, up to one of the tokens `ends`; all ranks call it together, all get answers."""
+    """Answer every question, up to one of the tokens `ends`; all ranks call it together, all get the answers.
+
+    Greedily, unless `sampling` says otherwise to transformers' `generate`.
+    """
     tokens = torch.zeros(len(questions), max_new_tokens, dtype=torch.long, device=group.device)
     model = prepared.model
     with prepared.in_use(), inference(model), prepared.compute_context():
@@ -141,7 +147,7 @@ def answer_questions(
             own = together[group.rank :: group.world_size]
             asked = own or together[:1]  # a rank without a question still takes part in the others' collectives
             prompts = [questions[i].prompt_ids for i in asked]
-            rows = generate(model, tokenizer, prompts, group, max_new_tokens, ends)
+            rows = generate(model, tokenizer, prompts, group, max_new_tokens, ends, **sampling)
             tokens[own, : rows.shape[1]] = rows[: len(own)] + 1  # 0 stays where another rank answers
     rows = group.sum_tensor(tokens) - 1
     return [
@@ -161,8 +167,22 @@ def generate(
     group: Group,
     max_new_tokens: int,
     ends: Sequence[int],
+    **sampling: Any,
 ) -> torch.Tensor:
-    """Continue prompts greedily; gives the new tokens, (len(prompts), at most max_new_tokens)."""
+    """Continue prompts, greedily unless `sampling` says otherwise.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its padding token fills shorter prompts.
+        prompts: token ids.
+        group: all ranks; sharded models generate together.
+        max_new_tokens: the most tokens of an answer.
+        ends: tokens that end an answer.
+        sampling: what else transformers' `generate` takes, such as do_sample, temperature, top_p, streamer.
+
+    Returns:
+        The new tokens, (len(prompts), at most max_new_tokens).
+    """
     width = max(map(len, prompts))
     padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)  # masked anyway
     input_ids = torch.full((len(prompts), width), padding)
@@ -173,22 +193,40 @@ def generate(
     sequences = model.generate(
         input_ids=input_ids.to(group.device),
         attention_mask=mask.long().to(group.device),
-        do_sample=False,
         max_new_tokens=max_new_tokens,
         pad_token_id=padding,
         eos_token_id=list(ends) or None,
         use_cache=True,
         synced_gpus=group.world_size > 1,
+        **({"do_sample": False} | sampling),
     )
     return sequences[:, width:]
 
 
-def _question(
+def prompt_of(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], chat_template: str | None
+) -> list[int]:
+    """Return the token ids from which the answer to a chat is generated.
+
+    A tokenizer without a chat template continues the text of the last message.
+    """
+    if tokenizer.chat_template is None and chat_template is None:
+        return list(tokenizer(str(messages[-1]["content"]))["input_ids"])
+    text, _ = ChatFormat.from_tokenizer(tokenizer, chat_template).render(list(messages), None, True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def question_of(
     document: Document,
     tokenizer: PreTrainedTokenizerBase,
     chat_template: str | None,
-    chat_template_kwargs: dict[str, Any] | None,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Question:
+    """Return a chat up to its last assistant turn, which is the reference.
+
+    Raises:
+        DataError: it has no such turn with text.
+    """
     messages = document.fields["messages"]
     asked = [message.get("content") for message in messages if message["role"] == "user"]
     try:

@@ -89,6 +89,7 @@ class PackedTask:
         train_dataset: Any = None,
         eval_dataset: Any = None,
         score_answers: ScoreAnswers | None = None,
+        prepared: Prepared | None = None,
     ) -> None:
         check_data_kind(args, "token data")
         self.args, self.group, self.processing_class = args, group, tokenizer
@@ -98,7 +99,9 @@ class PackedTask:
         if tokenizer is None and (model is None or train_dataset is None):
             self.processing_class = load_tokenizer(args)
         self._load(train_dataset, eval_dataset)
-        self.prepared = build_split_model(model, args, self.processing_class, group, self.train_dataset)
+        if prepared is None:
+            prepared = build_split_model(model, args, self.processing_class, group, self.train_dataset)
+        self.prepared = prepared
         self.model: PreTrainedModel = self.prepared.model
         self.osft = self.prepared.osft
         check_fit(self.model, self.train_dataset, "train_dataset")

@@ -1,0 +1,98 @@
+"""`trainer evaluate`: loss, perplexity and scores of a run, a checkpoint or any model, on any data.
+
+What is not given is taken from the run that a model comes from, so that the numbers are those that the run logged.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trainer.cli.parse import parse_alone, positional
+from trainer.config.fields import option
+from trainer.errors import ModelError, UsageError
+
+FROM_RUN = (  # options that decide the numbers, taken from the run where they are not given
+    *("train_on", "chat_template", "max_length", "max_tokens_per_rank", "batch_size", "packing_cost", "seed"),
+    *("label_smoothing_factor", "generation_max_new_tokens", "data_cache_dir"),
+)
+
+
+@dataclass
+class EvaluateOptions:
+    """Which model is measured on what."""
+
+    model: str = positional("A run, a checkpoint, a Hugging Face folder or a hub name.")
+    data_path: str | None = option(None, "The held-out data; by default that of the run.")
+    train_on: str | None = option(None, "Which turns count; by default as in the run, or the assistant's.")
+    chat_template: str | None = option(None, "A Jinja file instead of the tokenizer's chat template.")
+    max_tokens_per_rank: int | None = option(None, "Token budget of a micro-batch.", above=0)
+    batch_size: int | None = option(None, "Samples of a batch over all ranks.", above=0)
+    eval_exact_match: bool = option(False, "Answer chats greedily and count exact answers.")
+    score_answers: list[str] = option([], "Scores of generated answers: as the option of the same name of train.")
+    generation_max_new_tokens: int | None = option(None, "Longest generated answer, in tokens.", above=0)
+    bf16: bool | None = option(None, "Compute in bfloat16.")
+    use_cpu: bool = option(False, "Stay on the CPU although a GPU is there.")
+    trust_remote_code: bool = option(False, "Run code that comes with a model of the hub.")
+    json: bool = option(False, "Print one JSON object.")
+
+
+def run(words: Sequence[str]) -> int:
+    """Load, measure, print; return the exit code."""
+    options = parse_alone("trainer evaluate", words, EvaluateOptions, "Measure a model.")
+
+    from trainer.config.arguments import TrainingArguments
+    from trainer.config.groups import MachineArguments
+    from trainer.data.prepare import prepare
+    from trainer.distributed.group import Group
+    from trainer.optim.averaging import averaged_weights
+    from trainer.training.build import load_datasets
+    from trainer.training.packed_task import PackedTask
+    from trainer.training.saved_model import open_saved_model
+
+    with Group.join(MachineArguments(use_cpu=options.use_cpu)) as group:
+        saved = open_saved_model(
+            options.model,
+            group.device,
+            is_packed=True,
+            is_bf16=bool(options.bf16),
+            trust_remote_code=options.trust_remote_code,
+        )
+        if saved.tokenizer is None:
+            raise ModelError(f"{saved.place} has no tokenizer: it is needed to read the data")
+        run_args = saved.options
+        known = {} if run_args is None else run_args.as_given()
+        chosen = {name: known[name] for name in FROM_RUN if name in known}
+        for name in FROM_RUN:
+            given = getattr(options, name, None)
+            if given is not None:
+                chosen[name] = given
+        args = TrainingArguments(
+            **chosen,
+            eval_exact_match=options.eval_exact_match,
+            score_answers=options.score_answers,
+            use_cpu=options.use_cpu,
+            eval_on_start=True,
+        )
+        if options.data_path is not None:
+            with group.lead_first():
+                store = prepare(options.data_path, saved.tokenizer, args, args.longest_sample)
+        elif run_args is not None and (run_args.validation_split or run_args.validation_data_path):
+            _, held_out = load_datasets(run_args, saved.tokenizer, group)
+            assert held_out is not None
+            store = held_out
+        else:
+            raise UsageError(f"--data-path is missing: {saved.place} is of no run with held-out data")
+        task = PackedTask(args, group, None, saved.tokenizer, store, store, prepared=saved.prepared)
+        with averaged_weights(saved.optimizer):
+            metrics, _ = task.evaluate(store, task.eval_loader(store), 0, "eval", None)
+        metrics["eval_perplexity"] = math.exp(min(metrics["eval_loss"], 700))  # e^710 overflows
+        if group.is_lead:
+            if options.json:
+                print(json.dumps({"model": saved.place, **metrics}))
+            else:
+                for name, value in metrics.items():
+                    print(f"{name:<24}{value:.6g}")
+    return 0
