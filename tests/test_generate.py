@@ -17,6 +17,7 @@ from trainer.data.store import TokenStore
 from trainer.distributed.group import Group
 from trainer.errors import UsageError
 from trainer.hf.trainer import Trainer
+from trainer.model.prepared import Prepared
 from trainer.training.generate import Answer, Question, answer_questions, end_ids, generate, questions_of
 
 NUM_NEW = 5
@@ -97,13 +98,15 @@ def test_an_answer_ends_with_the_turn_by_the_template_and_by_the_model(tmp_path:
     with Group.join(MachineArguments(use_cpu=True)) as group:
         ((first, *_),) = generate(model, tokenizer, prompts, group, NUM_NEW, []).tolist()
         assert generate(model, tokenizer, prompts, group, NUM_NEW, [first]).tolist() == [[first]]
-        (answer,) = answer_questions(model, tokenizer, [Question("", prompts[0], "")], group, NUM_NEW, [first])
+        (answer,) = answer_questions(
+            Prepared.as_it_is(model), tokenizer, [Question("", prompts[0], "")], group, NUM_NEW, [first]
+        )
     assert answer.answer == ""
 
 
 def test_samples_that_were_no_chats_have_no_questions() -> None:
     store = TokenStore.from_samples([([5, 6], [5, 6])])
-    with pytest.raises(UsageError, match="leave eval_exact_match and num_generation_samples off"):
+    with pytest.raises(UsageError, match="leave eval_exact_match, score_answers and num_generation_samples off"):
         questions_of(store, build_tokenizer(), None, None)
 
 
