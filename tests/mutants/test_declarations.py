@@ -38,3 +38,10 @@ def test_an_edit_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     for function, old in (("f", "return 3"), ("h", "return 1")):
         with pytest.raises(ValueError, match="exactly once"):
             mutate(Bug("w", "L1", "module.py", function, old, "return 2", "t"), tmp_path)
+
+
+def test_the_table_in_the_documents_has_every_bug() -> None:
+    text = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
+    for bug in BUGS:
+        assert f"| {bug.law} | {bug.what} | `{bug.test.split('::')[-1]}` |" in text
+    assert sum(line.startswith("| L") for line in text.splitlines()) == len(BUGS)

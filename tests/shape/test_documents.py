@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.run_tests import LANES
 from tests.shape.source import PACKAGE, ROOT, tree
 from tests.shape.test_imports import FLOORS
 
@@ -56,6 +57,21 @@ def test_files_and_environments_in_contributing_exist() -> None:
     for names in re.findall(r"^\[testenv:\{?([\w,-]+)\}?\]", tox, flags=re.M):
         declared |= set(names.split(","))
     assert listed - {"test"} == declared
+
+
+def test_what_has_run_where_names_every_lane_and_the_pinned_versions() -> None:
+    """Who raises a pin has to run the lanes again, or say that they did not run since."""
+    text = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
+    section = text.partition("## What has run where")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    assert named == {*LANES, "learns", "mutants", "lowest", "newest"}
+    for *_, versions, when in rows:
+        lowest = "not yet" in when and "torch 2.11" in versions
+        constraints = (ROOT / ("constraints-lowest.txt" if lowest else "constraints.txt")).read_text(encoding="utf-8")
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d|not yet.*", when), when
+        for package, version in re.findall(r"(torch|transformers) ([\d.]+\d)", versions):
+            assert f"{package}=={version}" in constraints, f"{package} {version} is not what is pinned"
 
 
 def commands() -> list[str]:
