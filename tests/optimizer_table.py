@@ -19,8 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from trainer.optim.registry import GONE, OPTIMIZERS  # noqa: E402
-from trainer.optim.spec import Spec, is_installed  # noqa: E402
+from tests.fixtures.optimizer_bytes import state_bytes  # noqa: E402
+from trainer.optim.registry import GONE, OPTIMIZERS, Spec, is_installed  # noqa: E402
 
 SUITE = "tests/trainer/test_trainer_optimizers.py"
 CHECKS = {  # column -> tests of the suite
@@ -106,8 +106,7 @@ def render(results: dict[tuple[str, str], str]) -> str:
 
 def row(name: str, spec: Spec, results: dict[tuple[str, str], str]) -> list[str]:
     """Cells of one optimizer."""
-    state = spec.state_bytes(MATRIX) if spec.target_bytes is None else spec.target_bytes(MATRIX, RANK)
-    size = f"{state / math.prod(MATRIX):.3g}" + (r"\*" if spec.has_plain_state else "")
+    size = f"{state_bytes(name, MATRIX, RANK) / math.prod(MATRIX):.3g}" + (r"\*" if spec.has_plain_state else "")
     able = ["no" if spec.not_sharded else "yes", "no" if spec.not_on_cpu else "yes"]
     checks = [verdict(name, spec, column, results) for column in CHECKS]
     package = spec.package or spec.path.partition(".")[0].replace("trainer", "torch")

@@ -227,7 +227,7 @@ def test_how_far_a_save_is_can_be_told(launch, tmp_path: Path, is_async: bool) -
 @pytest.mark.world_size(2)
 def test_ranks_agree_that_a_checkpoint_is_damaged(ranks) -> None:
     save(ranks.tmp_path)
-    if ranks.is_lead:
+    if ranks.is_main:
         (ranks.tmp_path / "step_2" / "rank_1.json").unlink()
     ranks.barrier()
     with (

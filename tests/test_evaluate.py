@@ -81,6 +81,6 @@ def test_ranks_are_joined_in_order(ranks: Any, shapes: list[tuple[int, ...]]) ->
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.bfloat16, torch.int32])
 def test_a_rank_without_rows_leaves_no_trace(ranks: Any, dtype: torch.dtype) -> None:
     group = Group.join(TrainingArguments(use_cpu=True))
-    own = torch.ones(2, 3, dtype=dtype) if ranks.is_lead else torch.zeros(4, 3, dtype=dtype)
-    gathered = gather_rows(own, group, has_rows=ranks.is_lead)
+    own = torch.ones(2, 3, dtype=dtype) if ranks.is_main else torch.zeros(4, 3, dtype=dtype)
+    gathered = gather_rows(own, group, has_rows=ranks.is_main)
     assert torch.equal(gathered, torch.ones(2, 3, dtype=dtype))

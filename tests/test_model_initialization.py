@@ -285,7 +285,7 @@ class TestShardingWithFSDP2:
     @pytest.fixture
     def saved(self, ranks):
         def save(name, **changes):
-            if ranks.is_lead:
+            if ranks.is_main:
                 save_model(ranks.tmp_path, name, **changes)
             ranks.barrier()
             return ranks.tmp_path
@@ -349,9 +349,9 @@ class TestShardingWithFSDP2:
             "num_tokens": 0,
             **{f"batch_{k}": v for k, v in BATCH.items()},
         }
-        loss = token_loss_sum(prepared, pack if ranks.is_lead else placeholder)
+        loss = token_loss_sum(prepared, pack if ranks.is_main else placeholder)
         loss.backward()
-        assert (loss.item() > 0) == ranks.is_lead
+        assert (loss.item() > 0) == ranks.is_main
         assert all(p.grad is not None for p in prepared.model.parameters())
 
     @pytest.mark.parametrize("name", ["llama_tied", "gpt2"])

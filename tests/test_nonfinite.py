@@ -67,7 +67,7 @@ def test_a_replay_on_one_process_finds_the_place(ranks, capsys: pytest.CaptureFi
     with pytest.raises(NonFiniteError):
         trainer.train()
     ranks.barrier()
-    if not ranks.is_lead:
+    if not ranks.is_main:
         return
     (folder,) = (ranks.tmp_path / "crash").iterdir()
     finding = replay_alone(folder)

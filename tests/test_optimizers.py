@@ -30,14 +30,12 @@ from tests.fixtures.tolerances import BY_HAND_FP32, NORM_FP32, ROUNDED_MEAN
 from trainer.config import choices
 from trainer.config.groups import OptimizerArguments
 from trainer.errors import MissingPackageError, UsageError
-from trainer.optim.averaging import averaged_weights
-from trainer.optim.bfloat16_state import round_at_random
+from trainer.optim.adapters import averaged_weights, round_at_random
+from trainer.optim.build import build_optimizer, parse_options
 from trainer.optim.gradients import global_norm
 from trainer.optim.groups import parameter_groups
 from trainer.optim.in_backward import last_backward
-from trainer.optim.optimizers import build_optimizer, parse_options
-from trainer.optim.registry import GONE, OPTIMIZERS
-from trainer.optim.spec import is_installed, load_class
+from trainer.optim.registry import GONE, OPTIMIZERS, is_installed, load_class
 
 
 def arguments(**options: Any) -> OptimizerArguments:

@@ -48,9 +48,8 @@ from trainer.model.loss import token_loss_sum
 from trainer.model.osft.factors import decompose, reconstruction_error, start_osft
 from trainer.model.osft.layers import Osft, OsftLinear, merged_weight, osft_layers
 from trainer.model.osft.targets import apply_osft, num_free_directions
-from trainer.optim.optimizers import build_optimizer
-from trainer.optim.registry import OPTIMIZERS
-from trainer.optim.spec import is_installed
+from trainer.optim.build import build_optimizer
+from trainer.optim.registry import OPTIMIZERS, is_installed
 
 LINEAR_LAYERS_OF_LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -299,7 +298,7 @@ def check_same_as_one_process(directory, ranks, mesh, is_compiled=False):
 @pytest.mark.world_size(1, 2, 3)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_ranks_train_what_one_process_trains(ranks, name):
-    if ranks.is_lead:
+    if ranks.is_main:
         save_model(ranks.tmp_path, name, dtype=torch.float64)
     ranks.barrier()
     check_same_as_one_process(ranks.tmp_path, ranks, ranks.mesh())
@@ -308,7 +307,7 @@ def test_ranks_train_what_one_process_trains(ranks, name):
 @pytest.mark.world_size(2)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own tracing asks
 def test_compiled_shards_train_what_one_process_trains(ranks):
-    if ranks.is_lead:
+    if ranks.is_main:
         save_model(ranks.tmp_path, dtype=torch.float64)
     ranks.barrier()
     torch._dynamo.reset()
@@ -321,7 +320,7 @@ def test_compiled_shards_train_what_one_process_trains(ranks):
 
 @pytest.mark.world_size(4)
 def test_replicas_of_shards_train_what_one_process_trains(ranks):
-    if ranks.is_lead:
+    if ranks.is_main:
         save_model(ranks.tmp_path, dtype=torch.float64)
     ranks.barrier()
     check_same_as_one_process(ranks.tmp_path, ranks, ranks.mesh(replicate=2, shard=2))
@@ -329,7 +328,7 @@ def test_replicas_of_shards_train_what_one_process_trains(ranks):
 
 @pytest.mark.world_size(1, 2)
 def test_a_checkpoint_holds_the_factors(ranks):
-    if ranks.is_lead:
+    if ranks.is_main:
         save_model(ranks.tmp_path / "model")
     ranks.barrier()
     group = Group.join(MachineArguments(use_cpu=True))
@@ -354,7 +353,7 @@ def test_a_checkpoint_holds_the_factors(ranks):
 
 @pytest.mark.world_size(2, 3)
 def test_decompositions_are_spread_over_the_ranks(ranks, monkeypatch):
-    if ranks.is_lead:
+    if ranks.is_main:
         save_model(ranks.tmp_path)
     ranks.barrier()
     shapes, decompose_one = [], torch.linalg.svd

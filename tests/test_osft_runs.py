@@ -119,7 +119,7 @@ def test_a_run_is_the_run_by_hand(ranks: Any, tmp_path: Path) -> None:
     losses, weights = ranks.once(by_hand)
     trainer = osft_trainer(tmp_path, tiny_llama().double(), osft_svd_dtype="float64", max_tokens_per_rank=48)
     trainer.train()
-    if ranks.is_lead:
+    if ranks.is_main:
         assert [line["loss"] for line in step_lines(tmp_path)] == pytest.approx(losses, rel=OSFT_TRAJECTORY_FLOAT64)
     found = {name: merged_weight(layer) for name, layer in osft_layers(trainer.model).items()}
     assert relative_difference(found, weights) < OSFT_TRAJECTORY_FLOAT64
@@ -163,7 +163,7 @@ def test_shards_train_in_bf16(ranks: Any, tmp_path: Path) -> None:
         assert {layer.osft_update.dtype for layer in osft_layers(trainer.model).values()} == {torch.float32}
         leaks = [line["osft/leak"] for line in trainer.state.log_history if "osft/leak" in line]
         assert max(leaks) < OSFT_LEAK[torch.float32]
-        if ranks.is_lead:
+        if ranks.is_main:
             assert max(line["num_micro_batches"] for line in step_lines(tmp_path / str(is_bf16))) > 1
     assert found[1] == pytest.approx(found[0], rel=LOSS_BF16)
     assert found[1] != found[0]

@@ -19,9 +19,8 @@ from tests.fixtures.tolerances import CLOSED_FORM_FLOAT64
 from trainer.config.arguments import TrainingArguments
 from trainer.config.groups import ScheduleArguments
 from trainer.errors import UsageError
-from trainer.optim.registry import OPTIMIZERS
+from trainer.optim.registry import OPTIMIZERS, is_installed
 from trainer.optim.schedules import build_schedule, feed_metric, step_schedule
-from trainer.optim.spec import is_installed
 
 BY_STEP: dict[str, dict[str, float]] = {
     "linear": {},
@@ -93,7 +92,7 @@ def test_what_a_run_logs_is_the_closed_form(name: str, ranks: Any) -> None:
     folder = ranks.tmp_path / "run"
     model = tiny_llama(num_hidden_layers=1)
     build_trainer(folder, SAMPLES, model, max_tokens_per_rank=tokens, num_train_epochs=2, **options).train()
-    if ranks.is_lead:
+    if ranks.is_main:
         found = [line["learning_rate"] for line in step_lines(folder)]
         expected = [learning_rate(name, step, 1e-2, warmup, 6, **BY_STEP[name]) for step in range(1, 7)]
         assert found == pytest.approx(expected, rel=CLOSED_FORM_FLOAT64, abs=0)

@@ -19,12 +19,14 @@ from tests.fixtures.runs import build_arguments, build_trainer, random_token_sam
 from tests.fixtures.tolerances import CLIPPED_NORM, LAYOUT_FLOAT64
 from trainer.config.groups import MachineArguments, OptimizerArguments, ScheduleArguments
 from trainer.data.length import run_length
+from trainer.data.loader import MaxTokensPerRankCollator
 from trainer.data.order import epoch_order
 from trainer.distributed.group import Group
-from trainer.distributed.topology import Topology
+from trainer.distributed.topology import Topology, current_topology
 from trainer.errors import CheckpointError, RankError, UsageError
+from trainer.optim.build import build_optimizer
 from trainer.optim.gradients import clip, global_norm
-from trainer.optim.optimizers import build_optimizer
+from trainer.optim.in_backward import last_backward
 from trainer.optim.schedules import build_schedule
 from trainer.training import run_dir
 from trainer.training.callbacks import Every
@@ -158,7 +160,7 @@ class TestOptimizer:
         assert (group["lr"], group["betas"], group["eps"]) == (0.3, (0.8, 0.7), 1e-3)
 
     def test_an_unknown_name_gets_the_nearest(self) -> None:
-        with pytest.raises(UsageError, match="nearest: adamw_torch_fused"):
+        with pytest.raises(UsageError, match="did you mean 'adamw_torch_fused'"):
             build_optimizer(tiny_llama(), OptimizerArguments(optim="adamw_torch_fussed"))
 
 
@@ -206,7 +208,7 @@ class TestTopology:
     def test_the_topology_is_what_torchrun_sets(self) -> None:
         environment = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
         topology = Topology.from_environment(environment)
-        assert (topology.rank, topology.local_rank, topology.is_lead, topology.is_local_lead) == (5, 1, False, False)
+        assert (topology.rank, topology.local_rank, topology.is_main, topology.is_local_main) == (5, 1, False, False)
         assert topology.restart == 0
         assert Topology.from_environment(environment | {"TORCHELASTIC_RESTART_COUNT": "2"}).restart == 2
 
@@ -214,6 +216,38 @@ class TestTopology:
     def test_nonsense_is_refused(self, environment: dict[str, str]) -> None:
         with pytest.raises(UsageError, match="torchrun"):
             Topology.from_environment(environment)
+
+    @pytest.mark.world_size(2)
+    @pytest.mark.parametrize(
+        ("environment", "local"),
+        [
+            ({}, None),  # as torch.multiprocessing.spawn leaves it: every rank is on this node
+            ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, (0, 1)),
+            ({"SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, (0, 1)),
+        ],
+        ids=["spawned", "torchrun", "srun"],
+    )
+    def test_a_group_says_the_rank_whoever_made_it(self, ranks, environment, local) -> None:
+        if "SLURM_NTASKS" in environment:
+            environment = {**environment, "SLURM_PROCID": str(ranks.rank), "SLURM_NODEID": str(ranks.rank)}
+        found = current_topology(environment)
+        assert (found.rank, found.world_size) == (ranks.rank, 2)
+        assert (found.local_rank, found.local_world_size) == (local or (ranks.rank, 2))
+
+    @pytest.mark.world_size(2)
+    def test_data_and_steps_in_backward_ask_the_group_not_the_environment(self, ranks, monkeypatch) -> None:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+        collator = MaxTokensPerRankCollator(64)
+        assert (collator.global_rank, collator.world_size) == (ranks.rank, 2)
+        whole = torch.nn.Linear(1, 1)  # not sharded: its gradient must be summed over ranks before the step
+        args = OptimizerArguments(optim="lomo", learning_rate=0.1, max_grad_norm=0.0)
+        optimizer = build_optimizer(whole, args)
+        before = whole.weight.item()
+        with last_backward(optimizer):
+            whole(torch.ones(1, 1)).sum().backward()
+        assert whole.weight.item() == before
+        assert whole.weight.grad is not None
 
     @pytest.mark.world_size(2)
     def test_the_group_of_a_test_is_joined_and_left_alone(self, ranks) -> None:
@@ -228,8 +262,8 @@ class TestTopology:
         group = one_process()
         group.topology = Topology(ranks.rank, 3, ranks.rank, 3)
         file = ranks.tmp_path / "made"
-        with group.lead_first():
-            if ranks.is_lead:
+        with group.main_first():
+            if ranks.is_main:
                 file.touch()
             assert file.exists()
 
@@ -237,10 +271,10 @@ class TestTopology:
     def test_all_ranks_stop_when_the_first_of_a_node_fails(self, ranks) -> None:
         group = one_process()
         group.topology = Topology(ranks.rank, 3, ranks.rank, 3)
-        kind, message = (KeyError, "why") if ranks.is_lead else (RankError, "see its message")
+        kind, message = (KeyError, "why") if ranks.is_main else (RankError, "see its message")
 
         def fail() -> None:
-            with group.lead_first():
+            with group.main_first():
                 raise KeyError("why")
 
         with pytest.raises(kind, match=message):

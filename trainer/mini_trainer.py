@@ -166,14 +166,14 @@ def run(words: Sequence[str]) -> int:
 
 
 def open_trackers(flags: MiniTrainerFlags) -> None:
-    """Tell the trackers, on the lead rank, what their flags say; transformers' callbacks take up what is open.
+    """Tell the trackers, on the main rank, what their flags say; transformers' callbacks take up what is open.
 
     Raises:
         MissingPackageError: a tracker is not installed.
     """
-    from trainer.distributed.topology import Topology
+    from trainer.distributed.topology import current_topology
 
-    if not Topology.from_environment().is_lead:
+    if not current_topology().is_main:
         return
     for name in flags.trackers:
         try:

@@ -31,7 +31,7 @@ def lines_of_a_run(ranks: Ranks) -> list[dict[str, Any]]:
     """What all ranks together log of a run that packs by tokens alone."""
     folder = ranks.tmp_path / "run"
     build_trainer(folder, SAMPLES, num_train_epochs=EPOCHS, max_tokens_per_rank=BUDGET, packing_cost="tokens").train()
-    ranks.barrier()  # the lead rank has written its last line
+    ranks.barrier()  # the main rank has written its last line
     return step_lines(folder)
 
 

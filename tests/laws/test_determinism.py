@@ -30,7 +30,7 @@ def test_the_same_run_twice_is_the_same_bit_for_bit(ranks, tmp_path: Path) -> No
     first, second = ranks.tmp_path / "first", ranks.tmp_path / "second"
     weights, weights_again = run(first), run(second)
     assert all(torch.equal(weights[name], weights_again[name]) for name in weights)
-    ranks.barrier()  # the lead rank has written its last line
+    ranks.barrier()  # the main rank has written its last line
     assert read_metrics(first) == read_metrics(second)
 
 

@@ -141,7 +141,7 @@ def test_a_failed_write_leaves_the_older_export(tmp_path):
 @pytest.mark.parametrize("name", ["llama_tied", "mixtral"])
 def test_a_sharded_model_exports_what_its_ranks_hold(name, ranks):
     start, end = ranks.tmp_path / "start", ranks.tmp_path / "end"
-    if ranks.is_lead:
+    if ranks.is_main:
         save_model(start, name)
     ranks.barrier()
     prepared = load(start, ranks.mesh())
@@ -155,7 +155,7 @@ def test_a_sharded_model_exports_what_its_ranks_hold(name, ranks):
 
 @pytest.mark.world_size(2)
 def test_all_ranks_learn_that_the_lead_could_not_write(ranks):
-    if ranks.is_lead:
+    if ranks.is_main:
         save_model(ranks.tmp_path / "start")
         (ranks.tmp_path / "file").write_text("in the way")
     ranks.barrier()

@@ -64,7 +64,7 @@ def test_frozen_parameters_do_not_move_with(options, tmp_path):
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("patterns", PATTERNS.values(), ids=PATTERNS)
 def test_frozen_parameters_do_not_move_when_sharded(patterns, ranks):
-    if ranks.is_lead:
+    if ranks.is_main:
         save_model(ranks.tmp_path)
     ranks.barrier()
     check_training_moves_only_what_is_not_frozen(ranks.tmp_path, patterns, ranks.mesh())

@@ -65,7 +65,7 @@ def test_a_run_is_the_run_by_hand(ranks, tmp_path: Path, tied: bool) -> None:
     model = tiny_llama(tie_word_embeddings=tied).double()
     trainer = build_trainer(tmp_path, samples, model, num_train_epochs=2, weight_decay=0.1)
     trainer.train()
-    if ranks.is_lead:
+    if ranks.is_main:
         assert [line["loss"] for line in step_lines(tmp_path)] == pytest.approx(losses, rel=LAYOUT_TRAJECTORY_FLOAT64)
     assert relative_difference(weights_of(trainer.model), weights) < LAYOUT_TRAJECTORY_FLOAT64
 

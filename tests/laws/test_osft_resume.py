@@ -55,7 +55,7 @@ def test_a_split_model_goes_on_bit_for_bit(ranks) -> None:
     options = {"max_tokens_per_rank": 16}  # several packs in some steps
     build_split(straight, **options).train()
     ranks.barrier()
-    if ranks.is_lead:
+    if ranks.is_main:
         folder.mkdir()
         copy_run(straight, folder, 2)
     ranks.barrier()
@@ -148,6 +148,6 @@ def test_the_best_split_weights_come_back_at_the_end(ranks) -> None:
     assert trainer.state.best_global_step < NUM_STEPS
     assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric
     exported = trainer.save_model(ranks.tmp_path / "export")
-    if ranks.is_lead:
+    if ranks.is_main:
         assert main(["export", trainer.state.best_model_checkpoint, str(ranks.tmp_path / "best")]) == 0
         assert same_weights(exported, ranks.tmp_path / "best")

@@ -20,8 +20,7 @@ from tests.fixtures.tolerances import LAYOUT_TRAJECTORY_FLOAT64
 from trainer.checkpoint import manifest
 from trainer.config.arguments import TrainingArguments
 from trainer.hf.trainer import Trainer
-from trainer.optim.registry import OPTIMIZERS
-from trainer.optim.spec import is_installed
+from trainer.optim.registry import OPTIMIZERS, is_installed
 
 SAMPLES = random_token_samples([4 + i * 5 % 11 for i in range(24)])
 NUM_STEPS = 30  # 2.5 epochs of 12
@@ -95,7 +94,7 @@ def test_stopped_at_any_step_it_goes_on_bit_for_bit(ranks) -> None:
     lines = read_metrics(straight)
     for step in range(1, NUM_STEPS + 1):
         folder = ranks.tmp_path / str(step)
-        if ranks.is_lead:
+        if ranks.is_main:
             folder.mkdir()
             copy_run(straight, folder, step)
         ranks.barrier()

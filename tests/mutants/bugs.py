@@ -334,7 +334,7 @@ BUGS = [
     Bug(
         "fp16 gradients are clipped before the loss scale is taken out",
         "L7 accounting",
-        "trainer/optim/scaling.py",
+        "trainer/optim/gradients.py",
         "unscale",
         "torch._foreach_mul_(gradients, 1 / self.value)",
         "torch._foreach_mul_(gradients, 1.0)",
@@ -343,7 +343,7 @@ BUGS = [
     Bug(
         "a step that overflows at the smallest scale is tried for ever",
         "L10 loud failure",
-        "trainer/optim/scaling.py",
+        "trainer/optim/gradients.py",
         "must_shrink",
         "or self.value <= 1",
         "or self.value <= 0",

@@ -42,7 +42,7 @@ def test_parametrisation_and_fixtures_work_inside(ranks, n, tmp_path, monkeypatc
 def test_what_is_right_on_one_rank_is_given_to_all(ranks):
     computed = []
     answer = ranks.once(lambda: computed.append(ranks.rank) or {"of": ranks.rank})
-    assert (answer, computed) == ({"of": 0}, [0] if ranks.is_lead else [])
+    assert (answer, computed) == ({"of": 0}, [0] if ranks.is_main else [])
 
 
 @pytest.mark.filterwarnings("ignore:let me pass")

@@ -30,9 +30,10 @@ FLOORS = {
 LOOKS_UP = {"trainer/config/transformers_api.py": "distributed"}
 NEEDS_TORCH = {f"trainer/data/{name}.py" for name in ("loader", "batched")}
 MAY_USE_TORCH_DISTRIBUTED = {
-    "trainer/distributed/blame.py",
+    "trainer/distributed/failure.py",
     "trainer/distributed/group.py",
     "trainer/distributed/launch.py",
+    "trainer/distributed/topology.py",
     "trainer/model/fsdp.py",
     "trainer/checkpoint/tensors.py",
 }

@@ -57,7 +57,7 @@ class TestNumbers:
         losses, line = line_by_hand(steps, learning_rate=0.1)
         assert trainer.state.global_step == len(steps)
         assert line_of(trainer) == pytest.approx(line, rel=REGRESSION_FP32)
-        if ranks.is_lead:
+        if ranks.is_main:
             found = [report["loss"] for report in step_lines(ranks.tmp_path / "run")]
             assert found == pytest.approx(losses, rel=REGRESSION_FP32)
 

@@ -219,23 +219,23 @@ class TestProcess:
             ranks.rank,
             ranks.rank,
         )
-        assert args.should_log == args.should_save == ranks.is_lead
+        assert args.should_log == args.should_save == ranks.is_main
         assert (args.device.type, args.n_gpu, args.place_model_on_device) == ("cpu", 0, True)
         assert args.parallel_mode == (ParallelMode.DISTRIBUTED if ranks.world_size > 1 else ParallelMode.NOT_PARALLEL)
         assert args.ddp_timeout_delta == timedelta(seconds=1800)
-        assert ranks.is_lead or args.get_process_log_level() == logging.WARNING
+        assert ranks.is_main or args.get_process_log_level() == logging.WARNING
 
     @pytest.mark.world_size(1, 2, 3)
     @pytest.mark.parametrize("local", [True, False])
     def test_the_main_process_goes_first(self, ranks, local: bool) -> None:
         done = ranks.tmp_path / "done"
         with TrainingArguments(use_cpu=True).main_process_first(local=local, desc="preparing"):
-            assert done.exists() != ranks.is_lead
+            assert done.exists() != ranks.is_main
             done.touch()
 
     @pytest.mark.world_size(2)
     def test_others_stop_where_the_first_fails(self, ranks) -> None:
-        error = (ValueError, "bad data") if ranks.is_lead else (PeerError, "preparing stopped because the first rank")
+        error = (ValueError, "bad data") if ranks.is_main else (PeerError, "preparing stopped because the first rank")
         with (
             pytest.raises(error[0], match=error[1]),
             TrainingArguments(use_cpu=True).main_process_first(desc="preparing"),

@@ -16,6 +16,7 @@ import torch
 from torch.distributed.fsdp import fully_shard
 
 from tests.fixtures.models import tiny_llama
+from tests.fixtures.optimizer_bytes import state_bytes
 from tests.fixtures.optimizers import (
     BY_HAND,
     RANK,
@@ -42,9 +43,8 @@ from trainer.config.groups import ScheduleArguments
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError, NonFiniteError, UsageError
 from trainer.optim.in_backward import last_backward
-from trainer.optim.registry import GONE, OPTIMIZERS
+from trainer.optim.registry import GONE, OPTIMIZERS, is_installed
 from trainer.optim.schedules import build_schedule
-from trainer.optim.spec import is_installed
 
 SAMPLES = random_token_samples([9, 14, 5, 20, 11, 7, 16, 8])
 ALIASES = ("adamw_8bit", "rmsprop_bnb_32bit")  # the very specifications of adamw_bnb_8bit and rmsprop_bnb
@@ -221,14 +221,8 @@ class TestConformance:
             held = {tensor.data_ptr(): tensor.nbytes for tensor in state_tensors(state.get(index, {}))}
             if held:
                 is_hidden = model.linear.weight is parameter
-                assert sum(held.values()) == stated_bytes(name, tuple(parameter.shape), is_hidden)
-
-
-def stated_bytes(name: str, shape: tuple[int, ...], is_hidden_matrix: bool) -> int:
-    spec = OPTIMIZERS[name]
-    if is_hidden_matrix and spec.target_bytes is not None:
-        return spec.target_bytes(shape, RANK)
-    return spec.state_bytes(shape)
+                stated = state_bytes(name, tuple(parameter.shape), RANK if is_hidden else None)
+                assert sum(held.values()) == stated
 
 
 @pytest.mark.parametrize("name", cases(BY_HAND))

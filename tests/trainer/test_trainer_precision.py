@@ -23,7 +23,7 @@ from tests.trainer.trainer_test_utils import (
 from trainer.config.arguments import TrainingArguments
 from trainer.errors import UsageError
 from trainer.hf.trainer import Trainer
-from trainer.optim.scaling import FIRST_SCALE, STEPS_BETWEEN_GROWTHS, LossScale
+from trainer.optim.gradients import FIRST_SCALE, STEPS_BETWEEN_GROWTHS, LossScale
 from trainer.training.callbacks import RunState
 
 

@@ -154,7 +154,7 @@ def build_model_folder(folder: Path, tokenizer: Path) -> Path:
 def test_the_lead_rank_reports_alone(ranks: Any, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed (extra: tracking)")
     get_regression_trainer(output_dir=tmp_path, report_to="tensorboard", **RUN).train()
-    assert (tmp_path / "runs").exists() == ranks.is_lead
+    assert (tmp_path / "runs").exists() == ranks.is_main
 
 
 def test_all_means_what_is_installed_and_none_nothing() -> None:

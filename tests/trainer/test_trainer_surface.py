@@ -162,7 +162,7 @@ def test_outputs_are_ignored_in_evaluations_while_training(tmp_path: Path) -> No
 def test_the_end_leaves_the_group(ranks) -> None:
     trainer = get_regression_trainer(output_dir=ranks.tmp_path / "run")
     trainer.end()  # a group that was there before stays
-    assert trainer.group.any(ranks.is_lead)
+    assert trainer.group.any(ranks.is_main)
 
 
 def test_transformers_reads_the_state_that_is_saved(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import empty as empty_dtensor
 
 from trainer.checkpoint.tensors import OPTIMIZER, Entry, StoredTensors, fill, pack, unpack
 from trainer.errors import CheckpointError
-from trainer.optim.mixing import revive
+from trainer.optim.adapters import revive
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[Any, dict[str, Tensor]]:

@@ -116,7 +116,7 @@ def cut(tensors: Mapping[str, Tensor], file: str, group: Group) -> tuple[Entries
             is_writer = all(at == 0 for at, dimension in zip(coordinate, placements, strict=True) if dimension is None)
         else:
             kind, placements = SHARED if name in shared else OWN, None
-            is_writer = kind == OWN or group.is_lead
+            is_writer = kind == OWN or group.is_main
         entry = entries[name] = Entry(DTYPES[tensor.dtype], tuple(tensor.shape), kind, placements)
         part, region = local_part(tensor)
         if is_writer and (part.numel() or not math.prod(entry.shape)):
@@ -137,7 +137,7 @@ def _equal_on_all_ranks(tensors: Mapping[str, Tensor], group: Group) -> set[str]
         digest.update(_bytes_of(tensor))
         fingerprints.append(int.from_bytes(digest.digest(), "big"))
     mine = torch.tensor(fingerprints, device=group.device)
-    leads = group.sum_tensor(mine.clone() if group.is_lead else torch.zeros_like(mine))
+    leads = group.sum_tensor(mine.clone() if group.is_main else torch.zeros_like(mine))
     num_other = group.sum_tensor((mine != leads).long()).tolist()
     return {name for name, count in zip(names, num_other, strict=True) if not count}
 

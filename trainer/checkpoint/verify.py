@@ -113,7 +113,7 @@ def newest_whole(checkpoints: Path, group: Group) -> Found:
     """Find the newest whole checkpoint that a run can resume from (all ranks call)."""
     passed_over: dict[str, str] = {}
     steps = [manifest.step_of(folder) for folder in manifest.list_checkpoints(checkpoints)]
-    for step in group.from_lead(steps):
+    for step in group.from_main(steps):
         folder = manifest.folder_of(checkpoints, step)
         try:
             check(folder, group)

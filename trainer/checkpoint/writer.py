@@ -108,7 +108,7 @@ class CheckpointWriter:
         self.wait()
         target = manifest.folder_of(self.folder, contents.step)
         hidden = manifest.hidden_name(target, "writing", self.run_id)
-        self._on_lead(lambda: stage_folder(hidden), contents.step)
+        self._on_main(lambda: stage_folder(hidden), contents.step)
         shares = {name: cut(tensors, _file(name, self.group), self.group) for name, tensors in contents.tensors.items()}
         if self.is_async:
             shares = {name: (entries, self._to_host(tensors)) for name, (entries, tensors) in shares.items()}
@@ -173,9 +173,9 @@ class CheckpointWriter:
             pending.report(self._report)
         step = pending.contents.step
         self._agree(pending.error, step, pending.hidden)
-        self._on_lead(lambda: self._publish(pending), step, pending.hidden)
+        self._on_main(lambda: self._publish(pending), step, pending.hidden)
         if self.limit is not None:
-            _, error = self.group.try_on_lead(self._retire, OSError, CheckpointError)
+            _, error = self.group.try_on_main(self._retire, OSError, CheckpointError)
             if (said := self.group.first_error(error)) is not None:
                 raise CheckpointError(f"{pending.target} is there, but older ones could not be removed: {said}")
         return pending.target
@@ -184,9 +184,9 @@ class CheckpointWriter:
         assert self.limit is not None
         manifest.retire(self.folder, self.limit, self.best_step, self.run_id)
 
-    def _on_lead(self, act: Callable[[], object], step: int, hidden: Path | None = None) -> None:
+    def _on_main(self, act: Callable[[], object], step: int, hidden: Path | None = None) -> None:
         """Have the main rank do something; if it fails, it fails on every rank."""
-        _, error = self.group.try_on_lead(act, OSError, CheckpointError)
+        _, error = self.group.try_on_main(act, OSError, CheckpointError)
         self._agree(error, step, hidden)
 
     def _publish(self, pending: _Pending) -> None:
@@ -215,7 +215,7 @@ class CheckpointWriter:
         said = self.group.first_error(error)
         if said is None:
             return
-        if hidden is not None and self.group.is_lead:
+        if hidden is not None and self.group.is_main:
             shutil.rmtree(hidden, ignore_errors=True)
         steps = [number for number in map(manifest.step_of, manifest.list_checkpoints(self.folder)) if number >= 0]
         last = f"the last one is {manifest.folder_of(self.folder, steps[0])}" if steps else "there is none before it"

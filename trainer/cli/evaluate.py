@@ -47,7 +47,7 @@ def run(words: Sequence[str]) -> int:
     from trainer.config.groups import MachineArguments
     from trainer.data.prepare import prepare
     from trainer.distributed.group import Group
-    from trainer.optim.averaging import averaged_weights
+    from trainer.optim.adapters import averaged_weights
     from trainer.training.build import load_datasets
     from trainer.training.packed_task import PackedTask
     from trainer.training.saved_model import open_saved_model
@@ -77,7 +77,7 @@ def run(words: Sequence[str]) -> int:
             eval_on_start=True,
         )
         if options.data_path is not None:
-            with group.lead_first():
+            with group.main_first():
                 store = prepare(options.data_path, saved.tokenizer, args, args.longest_sample)
         elif run_args is not None and (run_args.validation_split or run_args.validation_data_path):
             _, held_out = load_datasets(run_args, saved.tokenizer, group)
@@ -89,7 +89,7 @@ def run(words: Sequence[str]) -> int:
         with averaged_weights(saved.optimizer):
             metrics, _ = task.evaluate(store, task.eval_loader(store), 0, "eval", None)
         metrics["eval_perplexity"] = math.exp(min(metrics["eval_loss"], 700))  # e^710 overflows
-        if group.is_lead:
+        if group.is_main:
             if options.json:
                 print(json.dumps({"model": saved.place, **metrics}))
             else:

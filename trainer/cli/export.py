@@ -52,7 +52,7 @@ def export(source: Path, options: ExportOptions) -> None:
     import torch
 
     from trainer.model.export import export_model
-    from trainer.optim.averaging import averaged_weights
+    from trainer.optim.adapters import averaged_weights
     from trainer.training.saved_model import open_saved_model
 
     saved = open_saved_model(source)

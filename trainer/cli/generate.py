@@ -55,7 +55,7 @@ def run(words: Sequence[str]) -> int:
 
     from trainer.config.groups import MachineArguments
     from trainer.distributed.group import Group
-    from trainer.optim.averaging import averaged_weights
+    from trainer.optim.adapters import averaged_weights
     from trainer.training.saved_model import open_saved_model
 
     logging.disable_progress_bar()
@@ -185,7 +185,7 @@ def answer_file(models: Sequence[SavedModel], options: GenerateOptions, group: G
             saved.prepared, tokenizer, questions, group, options.max_new_tokens, ends, **sampling_of(options)
         )
         answers.append([each.answer for each in given])
-    if not group.is_lead:
+    if not group.is_main:
         return
     for number, question in enumerate(questions):
         line = {"question": question.asked, "reference": question.reference}

@@ -259,7 +259,7 @@ def _combine(
             left_out = [name for name in error.idle if name in options and name not in flags]
             if not error.idle or left_out != list(error.idle) or not _follows(file, rules):
                 raise
-            if not is_quiet and Topology.from_environment().is_lead:
+            if not is_quiet and Topology.from_environment().is_main:
                 named = ", ".join(left_out)
                 print(f"trainer: note: flags leave {named} of {config} without effect: {error}", file=sys.stderr)
             for name in left_out:

@@ -25,7 +25,7 @@ _LONGEST_CELL = 60  # characters
 
 
 class ProgressDisplay(TrainerCallback):
-    """Shows the steps of the lead rank."""
+    """Shows the steps of the main rank."""
 
     def __init__(self) -> None:
         self._bar: Progress | None = None

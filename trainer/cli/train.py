@@ -60,7 +60,7 @@ def train(args: TrainingArguments) -> int:
             callbacks=[ProgressDisplay()],
         )
         trainer.train()
-        if group.is_lead:
+        if group.is_main:
             show_answers(trainer.answers, args.num_generation_samples)
             show_summary(trainer)
     return 128 + trainer.stop_signal if trainer.stop_signal else 0

@@ -105,7 +105,7 @@ class ProcessProperties(MachineArguments, LoaderArguments):
 
     @property
     def _topology(self) -> Topology:
-        from trainer.distributed.group import current_topology
+        from trainer.distributed.topology import current_topology
 
         return current_topology()
 
@@ -127,12 +127,12 @@ class ProcessProperties(MachineArguments, LoaderArguments):
     @property
     def should_log(self) -> bool:
         """Whether this process reports for all."""
-        return self._topology.is_lead
+        return self._topology.is_main
 
     @property
     def should_save(self) -> bool:
         """Whether this process writes for all; of sharded weights each writes its part."""
-        return self._topology.is_lead
+        return self._topology.is_main
 
     @property
     def device(self) -> torch.device:
@@ -183,7 +183,7 @@ class ProcessProperties(MachineArguments, LoaderArguments):
         """
         from trainer.distributed.group import Group
 
-        with Group.join(self).lead_first(local=local, what=desc):
+        with Group.join(self).main_first(local=local, what=desc):
             yield
 
 

@@ -113,7 +113,7 @@ class MaxTokensPerRankCollator:
 
     Args:
         max_tokens_per_rank: token budget of one rank in one micro-batch.
-        rank, world_size: this rank and how many there are; by default as torchrun says, else 0 of 1.
+        rank, world_size: this rank and how many there are; by default those of this process.
         dummy_sample: `input_ids` and `labels` (all -100) for a micro-batch in which this rank has nothing to do.
         cost: what packing balances over ranks.
 
@@ -219,11 +219,13 @@ def _check_dummy(dummy: Arrays) -> None:
 
 
 def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """Rank and world size, what is not given as torchrun says."""
-    from trainer.distributed.topology import Topology  # here, so that data needs distributed only for this default
+    """Fill in what is not given from the process group or torchrun."""
+    from trainer.distributed.topology import (
+        current_topology,  # here, so that data needs distributed only for this default
+    )
 
     if rank is None or world_size is None:
-        here = Topology.from_environment()
+        here = current_topology()
         rank = here.rank if rank is None else rank
         world_size = here.world_size if world_size is None else world_size
     if not 0 <= rank < world_size:

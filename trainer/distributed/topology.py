@@ -1,8 +1,13 @@
-"""Which rank this process is: pure arithmetic, and the only reader of torchrun's environment variables."""
+"""Which rank this process is: the one source of rank and world size.
+
+`current_topology` is right under torchrun, in a process group that `torch.multiprocessing.spawn` or srun's tasks made,
+and in a notebook. The variables of torchrun and of SLURM are read here only.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -48,14 +53,59 @@ class Topology:
         )
 
     @property
-    def is_lead(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the rank that writes and prints for all."""
         return self.rank == 0
 
     @property
-    def is_local_lead(self) -> bool:
+    def is_local_main(self) -> bool:
         """Whether this is the rank that prepares data for its node."""
         return self.local_rank == 0
+
+
+def current_topology(environment: Mapping[str, str] = os.environ) -> Topology:
+    """Return the place of this process in the process group that exists, else in the one that torchrun describes.
+
+    A group says rank and world size, not which of its ranks share a node. Where torchrun's LOCAL_RANK does not say it
+    either, SLURM's variables do if they describe this very group; else all ranks are taken to be on one node, as those
+    of `torch.multiprocessing.spawn` are.
+
+    Raises:
+        UsageError: a variable is not a whole number, or the ranks contradict each other.
+    """
+    import torch.distributed as dist  # here: the launcher and the planner read the environment without loading torch
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return Topology.from_environment(environment)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    restart = _whole_number(environment, "TORCHELASTIC_RESTART_COUNT", 0)
+    if "LOCAL_RANK" in environment:
+        local_rank = _whole_number(environment, "LOCAL_RANK", 0)
+        local_world_size = _whole_number(environment, "LOCAL_WORLD_SIZE", world_size)
+    elif _is_slurm_task(environment, rank, world_size):
+        local_rank = _whole_number(environment, "SLURM_LOCALID", 0)
+        local_world_size = _slurm_tasks_of_node(environment, world_size)
+    else:
+        local_rank, local_world_size = rank, world_size
+    return Topology(rank, world_size, local_rank, local_world_size, restart)
+
+
+def _is_slurm_task(environment: Mapping[str, str], rank: int, world_size: int) -> bool:
+    """Whether the ranks of the group are the tasks of this job step, in their order."""
+    if not {"SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"} <= environment.keys():
+        return False
+    return (environment["SLURM_PROCID"], environment["SLURM_NTASKS"]) == (str(rank), str(world_size))
+
+
+def _slurm_tasks_of_node(environment: Mapping[str, str], world_size: int) -> int:
+    """Read this node's entry of SLURM's counts, which are written like `4(x2),3`."""
+    counts: list[int] = []
+    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", str(world_size)).split(","):
+        matched = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if matched is None:
+            raise UsageError(f"environment variable SLURM_STEP_TASKS_PER_NODE: {part!r} is no count of tasks")
+        counts += [int(matched[1])] * int(matched[2] or 1)
+    return counts[min(_whole_number(environment, "SLURM_NODEID", 0), len(counts) - 1)]
 
 
 def _whole_number(environment: Mapping[str, str], name: str, default: int) -> int:

@@ -84,7 +84,7 @@ def _write_run_card(trainer: Trainer, folder: Path, facts: Mapping[str, Any]) ->
     """Write a model card of a run into a folder, on the main rank."""
     source = getattr(getattr(trainer.model, "config", None), "_name_or_path", None)
     known = {"finetuned_from": source} if source and not Path(source).is_dir() else {}
-    if trainer.group.is_lead:
+    if trainer.group.is_main:
         write_card(folder / CARD, trainer.args, trainer.state.log_history, **{**known, **facts})
 
 
@@ -130,7 +130,7 @@ def on_lead(group: Group, do: Callable[[], Given], what: str) -> Given | None:
     Raises:
         OutputError: on all ranks, where it failed.
     """
-    done, error = group.try_on_lead(do, Exception)  # its transport, and so what it raises, changes with the version
+    done, error = group.try_on_main(do, Exception)  # its transport, and so what it raises, changes with the version
     if (said := group.first_error(error)) is not None:
         raise OutputError(f"{what}: {said}; log in with `hf auth login`, or give hub_token") from error
     return done

@@ -17,7 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, denumpify
 from trainer.errors import UsageError
 from trainer.model.fsdp import inference
 from trainer.model.precision import cast_weights
-from trainer.optim.averaging import averaged_weights
+from trainer.optim.adapters import averaged_weights
 from trainer.training.batches import GlobalModelBatch
 from trainer.training.evaluate import Collected, gather_rows
 from trainer.training.metrics import BatchMetrics

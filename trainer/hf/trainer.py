@@ -39,8 +39,8 @@ from trainer.hf.search import Objective, Search
 from trainer.hf.unsupported import UNSUPPORTED, check_overrides
 from trainer.model.freezing import operations_per_input
 from trainer.model.traits import LossFunction, count_labels
+from trainer.optim.build import optimizer_class
 from trainer.optim.groups import MATRIX_DIMENSIONS
-from trainer.optim.optimizers import optimizer_class
 from trainer.training.callbacks import RunState
 from trainer.training.evaluate import PADDING
 from trainer.training.loop import Run
@@ -469,11 +469,11 @@ class Trainer(CoreTrainer):
 
     def is_world_process_zero(self) -> bool:
         """Return whether this rank writes and prints for all."""
-        return self.group.is_lead
+        return self.group.is_main
 
     def is_local_process_zero(self) -> bool:
         """Return whether this rank is the first of its node."""
-        return self.group.topology.is_local_lead
+        return self.group.topology.is_local_main
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """Count the samples of a custom data set in one step over all ranks."""

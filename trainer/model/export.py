@@ -1,6 +1,6 @@
 """A trained model as a Hugging Face folder: config, generation config, tokenizer, safetensors; or a module as weights.
 
-All ranks call, the lead rank writes. Knows nothing of how training resumes. Invariants: the folder appears whole or
+All ranks call, the main rank writes. Knows nothing of how training resumes. Invariants: the folder appears whole or
 not at all; its weights, loaded by transformers, give the logits of the trained model in the format saved; tied
 weights are stored once, under the names of the hub.
 """
@@ -24,7 +24,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from trainer.atomic import is_untouched, read_listing, sync, write_listing
 from trainer.errors import CheckpointError
-from trainer.model.fsdp import any_rank, is_lead, whole
+from trainer.model.fsdp import any_rank, is_main, whole
 from trainer.model.osft.layers import is_osft_parameter, merged_weight, osft_layers
 from trainer.model.prepared import Prepared
 
@@ -54,12 +54,12 @@ def export_model(
         is_shared: The folder holds other things as well, which stay; only file by file does the export appear whole.
 
     Raises:
-        CheckpointError: The lead rank could not write, or `directory` holds something else than an export.
+        CheckpointError: The main rank could not write, or `directory` holds something else than an export.
     """
     target, model, mesh = Path(directory), prepared.model, prepared.mesh
-    tensors = _gather(model, save_dtype or prepared.stored_dtype, is_lead(mesh))
+    tensors = _gather(model, save_dtype or prepared.stored_dtype, is_main(mesh))
     error: Exception | None = None
-    if is_lead(mesh):
+    if is_main(mesh):
         try:
             _check_range(tensors)
             hidden = _stage(model, tokenizer, tensors, target, max_shard_size)
@@ -70,11 +70,11 @@ def export_model(
         any_rank(True, mesh)
         raise CheckpointError(f"could not export to {target}: {error}") from error
     if any_rank(False, mesh):
-        raise CheckpointError(f"could not export to {target}: the lead rank failed; see its message")
+        raise CheckpointError(f"could not export to {target}: the main rank failed; see its message")
 
 
 def _gather(model: nn.Module, dtype: torch.dtype | None, lead: bool) -> dict[str, Tensor]:
-    """Every stored tensor, whole, on the CPU of the lead rank; floating-point ones in `dtype`, if one is given."""
+    """Every stored tensor, whole, on the CPU of the main rank; floating-point ones in `dtype`, if one is given."""
     tied = set(getattr(model, "all_tied_weights_keys", ()))
     split = {f"{name}.weight": layer for name, layer in osft_layers(model).items()}
     tensors: dict[str, Tensor] = {}

@@ -294,6 +294,6 @@ def largest_of_ranks(value: float, mesh: DeviceMesh | None) -> float:
     return values.item()
 
 
-def is_lead(mesh: DeviceMesh | None) -> bool:
+def is_main(mesh: DeviceMesh | None) -> bool:
     """Whether this rank acts for all ranks of a mesh."""
     return mesh is None or not any(mesh.get_coordinate() or ())

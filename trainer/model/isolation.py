@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trainer.distributed.blame import is_loss_of_peer
+from trainer.distributed.failure import is_loss_of_peer
 from trainer.errors import IsolationError, ModelError
 from trainer.model.attention import packed_forward, packed_inputs
 from trainer.model.fsdp import inference

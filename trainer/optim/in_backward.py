@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from trainer.distributed.topology import Topology
+from trainer.distributed.topology import current_topology
 
 
 class InBackward(Optimizer):
@@ -38,7 +38,7 @@ class InBackward(Optimizer):
             if optimizer is not None and optimizer._is_last_backward:
                 optimizer._step_on(parameter)
 
-        is_alone = Topology.from_environment().world_size == 1
+        is_alone = current_topology().world_size == 1
         self._group_of: dict[Tensor, int] = {}
         for index, group in enumerate(self.param_groups):
             for parameter in group["params"]:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from trainer.optim.mixing import Revived
+from trainer.optim.adapters import Revived
 
 Groups = list[dict[str, Any]]
 MUON_OPTIONS = {"momentum": 0.95, "nesterov": True, "ns_steps": 5}

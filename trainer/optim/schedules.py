@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from trainer.config.groups import SCHEDULES_BY_METRIC, ScheduleArguments
 from trainer.config.suggest import nearest, one_of
 from trainer.errors import UsageError
-from trainer.optim.averaging import is_averaging
+from trainer.optim.adapters import is_averaging
 
 ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")  # need no number of steps
 

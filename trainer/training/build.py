@@ -19,7 +19,7 @@ from trainer.errors import DataError, UsageError
 from trainer.model.build import Adapt, load_model, prepare_model
 from trainer.model.isolation import check_positions
 from trainer.model.prepared import Prepared
-from trainer.optim.optimizers import find_class
+from trainer.optim.build import find_class
 from trainer.optim.schedules import checked_settings
 from trainer.training.scores import SCORERS, find_function
 
@@ -58,9 +58,9 @@ def load_datasets(
     """
     if args.data_path is None and not args.data_mixture:
         raise UsageError("data_path is missing: name the files to train on, or give Trainer a train_dataset")
-    with group.lead_first():
+    with group.main_first():
         train, held_out, notes = load_data(args, tokenizer, args.seed, args.longest_sample, progress)
-    if group.is_lead:
+    if group.is_main:
         for note in notes:
             _log.warning("%s", note)
     return train, held_out

@@ -169,7 +169,7 @@ class Every:
 
 
 class MetricsFile(TrainerCallback):
-    """Appends one JSON line for each step and each evaluation of a run to metrics.jsonl, on the lead rank."""
+    """Appends one JSON line for each step and each evaluation of a run to metrics.jsonl, on the main rank."""
 
     def __init__(self) -> None:
         self._is_training = False

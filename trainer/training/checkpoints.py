@@ -54,8 +54,8 @@ from trainer.model.build import build_on_meta, prepare_model, read_config
 from trainer.model.osft.layers import is_osft_parameter
 from trainer.model.osft.targets import apply_osft
 from trainer.model.prepared import Prepared
-from trainer.optim.averaging import is_averaging
-from trainer.optim.optimizers import build_optimizer
+from trainer.optim.adapters import is_averaging
+from trainer.optim.build import build_optimizer
 from trainer.optim.registry import OPTIMIZERS
 from trainer.optim.schedules import advance
 from trainer.training.callbacks import Events, RunState
@@ -233,7 +233,7 @@ class Checkpoints:
             return
         restored, group = self._restored, self.engine.group
         self._restored = None
-        if restored.record.should_stop and group.is_lead:
+        if restored.record.should_stop and group.is_main:
             logger.warning("%s: a callback ended this run here; it is over, nothing more is trained", restored.folder)
         self.events.control.should_training_stop |= restored.record.should_stop
         self.events.control.should_epoch_stop |= restored.record.should_stop_epoch
@@ -247,7 +247,7 @@ class Checkpoints:
     def _check_room(self) -> None:
         """Warn where the disk has no room for the next checkpoint."""
         folder = Path(self.args.output_dir)
-        if not self.engine.group.is_lead or not folder.is_dir():
+        if not self.engine.group.is_main or not folder.is_dir():
             return
         planned = 0
         for parameter in self.engine.model.parameters():
@@ -291,7 +291,7 @@ class Checkpoints:
 
     def model_files(self) -> dict[str, bytes]:
         """Configuration and tokenizer, as they are written for others; read once, for they do not change."""
-        if not self.engine.group.is_lead:
+        if not self.engine.group.is_main:
             return {}
         with tempfile.TemporaryDirectory() as folder:
             handler: CallbackHandler = self.events.handler
@@ -310,7 +310,7 @@ class Checkpoints:
 
     def _chosen(self, found: Found, folder: Path, *, must_exist: bool) -> Path | None:
         for name, reason in found.passed_over.items():
-            if self.engine.group.is_lead:
+            if self.engine.group.is_main:
                 logger.warning("passed over %s: %s", name, reason)
         if found.folder is None and (must_exist or found.passed_over):
             reasons = "".join(f"; {name}: {reason}" for name, reason in found.passed_over.items())
@@ -382,7 +382,7 @@ class Checkpoints:
 
     def _announce(self, folder: Path | None) -> None:
         if folder is not None:
-            if self.has_twins and self.engine.group.is_lead:
+            if self.has_twins and self.engine.group.is_main:
                 self._write_twin(folder)
             is_asked = self.events.control.should_save  # transformers' event takes it back
             self.events.emit("on_save", checkpoint=folder)

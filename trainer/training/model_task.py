@@ -222,7 +222,7 @@ class ModelTask:
 
     def _batches(self, loader: DataLoader[Inputs], dealing: Dealing) -> ModelBatches:
         is_whole = type(getattr(loader, "sampler", None)) in (RandomSampler, SequentialSampler)
-        if is_whole and self.group.world_size > 1 and self.group.is_lead and not isinstance(loader, BatchedLoader):
+        if is_whole and self.group.world_size > 1 and self.group.is_main and not isinstance(loader, BatchedLoader):
             logger.warning(
                 "each of %d ranks reads all of its loader, and a sample may count as often: give a loader of your own "
                 "torch's DistributedSampler",

@@ -53,7 +53,7 @@ class CrashRecorder:
         if self.args.non_finite == "stop":
             self.checkpoints.finish()
             raise NonFiniteError(f"{text}; the weights are those of the step before")
-        if self.engine.group.is_lead:
+        if self.engine.group.is_main:
             logger.warning("%s (skipped: %d so far)", text, self.state.num_skipped_steps)
 
     def _ranks(self, result: StepResult) -> str:

@@ -71,7 +71,7 @@ def _recorded_importance(args: TrainingArguments, group: Group) -> dict[str, flo
     if (folder / manifest.MANIFEST).is_file():
         return read_importance(folder)
     holding = [each for each in manifest.list_checkpoints(folder) if read_importance(each) is not None]
-    steps = group.from_lead([manifest.step_of(each) for each in holding[:1]])
+    steps = group.from_main([manifest.step_of(each) for each in holding[:1]])
     return read_importance(manifest.folder_of(folder, steps[0])) if steps else None
 
 

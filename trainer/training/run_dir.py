@@ -46,7 +46,7 @@ def sole_run(args: TrainingArguments, group: Group) -> Iterator[None]:
             it cannot be written, or a rank sees another folder.
     """
     lock, problem = (None, None)
-    if group.is_lead:
+    if group.is_main:
         lock, problem = _lock(Path(args.output_dir))
     try:
         with group.naming_faults(lambda: "before the first step"):
@@ -85,7 +85,7 @@ def _lock(folder: Path) -> tuple[int | None, str | None]:
 def _probe(folder: Path, group: Group) -> None:
     """See that what the main rank writes into the folder can be read by every rank."""
     number = secrets.randbits(48)
-    path = folder / f".probe.{group.from_lead([number])[0]:012x}"  # a new name: no file system has cached it as absent
+    path = folder / f".probe.{group.from_main([number])[0]:012x}"  # a new name: no file system has cached it as absent
 
     def write() -> None:
         try:
@@ -93,7 +93,7 @@ def _probe(folder: Path, group: Group) -> None:
         except OSError as error:
             raise UsageError(f"output_dir = {str(folder)!r} cannot be written: {error}") from error
 
-    _on_lead(group, write)
+    _on_main(group, write)
     until = time.monotonic() + SECONDS_FOR_OTHERS
     while not (is_there := path.is_file() and path.read_bytes() == path.name.encode()) and time.monotonic() < until:
         time.sleep(SECONDS_FOR_OTHERS / 50)
@@ -104,15 +104,15 @@ def _probe(folder: Path, group: Group) -> None:
             "all ranks share; put it on a file system that is mounted on every node"
         )
     said = group.first_error(problem)
-    if group.is_lead:
+    if group.is_main:
         path.unlink(missing_ok=True)
     if said is not None:
         raise UsageError(said.replace("UsageError: ", ""))
 
 
-def _on_lead(group: Group, act: Callable[[], object]) -> None:
+def _on_main(group: Group, act: Callable[[], object]) -> None:
     """Have the main rank do something; what it raises as UsageError or CheckpointError is raised on every rank."""
-    _, error = group.try_on_lead(act, UsageError, CheckpointError)
+    _, error = group.try_on_main(act, UsageError, CheckpointError)
     if (said := group.first_error(error)) is not None:
         kind, _, text = said.removeprefix("rank 0: ").partition(": ")
         raise (CheckpointError if kind == "CheckpointError" else UsageError)(text) from error
@@ -138,7 +138,7 @@ def open_output_dir(args: TrainingArguments, group: Group, *, keeps_older: bool 
     Raises:
         UsageError: it cannot be written, or holds a run already and `overwrite_output_dir` is not set.
     """
-    _on_lead(group, lambda: _open(Path(args.output_dir), args, keeps_older))
+    _on_main(group, lambda: _open(Path(args.output_dir), args, keeps_older))
 
 
 def continue_output_dir(args: TrainingArguments, group: Group, source: Path, record: RunRecord, step: int) -> None:
@@ -155,7 +155,7 @@ def continue_output_dir(args: TrainingArguments, group: Group, source: Path, rec
         UsageError: the folder holds another run, or cannot be written.
         CheckpointError: metrics.jsonl is shorter than it was, or that of another run.
     """
-    _on_lead(group, lambda: _continue(Path(args.output_dir), args, source, record, step))
+    _on_main(group, lambda: _continue(Path(args.output_dir), args, source, record, step))
 
 
 def end_of_file(path: Path, num_bytes: int) -> str:

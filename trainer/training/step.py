@@ -19,10 +19,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from trainer.distributed.group import Group
 from trainer.errors import NonFiniteError, UsageError
 from trainer.model.osft.layers import Osft
-from trainer.optim.averaging import is_averaging
-from trainer.optim.gradients import clip, global_norm, sum_whole_gradients
+from trainer.optim.adapters import is_averaging
+from trainer.optim.gradients import LossScale, clip, global_norm, sum_whole_gradients
 from trainer.optim.in_backward import last_backward, steps_in_backward
-from trainer.optim.scaling import LossScale
 from trainer.optim.schedules import advance, step_schedule
 from trainer.training.metrics import BatchMetrics
 from trainer.training.signals import StopRequest

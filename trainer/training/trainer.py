@@ -25,10 +25,10 @@ from trainer.distributed.group import Group
 from trainer.errors import UsageError
 from trainer.model.export import export_model
 from trainer.model.noise import embedding_noise
-from trainer.optim.averaging import averaged_weights
+from trainer.optim.adapters import averaged_weights
+from trainer.optim.build import build_optimizer
+from trainer.optim.gradients import LossScale
 from trainer.optim.groups import parameter_groups
-from trainer.optim.optimizers import build_optimizer
-from trainer.optim.scaling import LossScale
 from trainer.optim.schedules import build_schedule, feed_metric
 from trainer.training import environment
 from trainer.training.build import check_names, check_optimizer
@@ -208,8 +208,8 @@ class CoreTrainer:
 
     def _new_state(self) -> RunState:
         return RunState(
-            is_world_process_zero=self.group.is_lead,
-            is_local_process_zero=self.group.topology.is_local_lead,
+            is_world_process_zero=self.group.is_main,
+            is_local_process_zero=self.group.topology.is_local_main,
             train_batch_size=self.task.train_batch_size,
         )
 
@@ -266,7 +266,7 @@ class CoreTrainer:
             open_output_dir(self.args, self.group, keeps_older=keeps_older)
         else:
             run.length = run.checkpoints.restore(source, run.length)
-        if self.group.is_lead:
+        if self.group.is_main:
             environment.write_record(Path(self.args.output_dir), self.args.seed)
             for line in self._describe(run, source):
                 logger.info("%s", line)
@@ -353,7 +353,7 @@ class CoreTrainer:
         """Evaluate during a run, and remember the best."""
         metrics = self.evaluate(ignore_keys=self._ignored_outputs)
         answers = self.answers.get(self.state.global_step)
-        if answers and self.group.is_lead:
+        if answers and self.group.is_main:
             write_answers(Path(self.args.output_dir), self.state.global_step, answers)
         value = best_metric(self.args, metrics)
         state, control = self.state, self.events.control

@@ -19,14 +19,11 @@ from torch.distributed.tensor import DTensor
 
 from trainer.config.groups import OptimizerArguments
 from trainer.config.suggest import nearest
-from trainer.distributed.topology import Topology
+from trainer.distributed.topology import current_topology
 from trainer.errors import UsageError
-from trainer.optim.averaging import is_averaging
-from trainer.optim.bfloat16_state import Bfloat16State
+from trainer.optim.adapters import Bfloat16State, is_averaging, mix
 from trainer.optim.groups import Group, parameter_groups, split_targets, target_matrices
-from trainer.optim.mixing import mix
-from trainer.optim.registry import find
-from trainer.optim.spec import ADAM, Spec, load_class
+from trainer.optim.registry import ADAM, Spec, find, load_class
 
 _log = logging.getLogger(__name__)
 _GIVEN = ("params", "lr", "weight_decay", *ADAM)  # constructor arguments that have options of their own
@@ -108,7 +105,7 @@ def _build_known(
 
 def _tell(name: str, spec: Spec) -> None:
     """Say what to know of an optimizer that a package brings: licence and limits."""
-    if spec.package is not None and Topology.from_environment().is_lead:
+    if spec.package is not None and current_topology().is_main:
         version, limits = importlib.metadata.version(spec.package), f"; {spec.note}" if spec.note else ""
         _log.warning("optim = %s is of %s %s, licence %s%s", name, spec.package, version, spec.licence, limits)
 
