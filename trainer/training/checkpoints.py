@@ -150,7 +150,6 @@ class Checkpoints:
         if is_saved:
             return
         self.finish()
-        self._writer.run_id = read_run_id(Path(self.args.output_dir))
         self._announce(self._writer.save(self._contents()))
 
     def mark_best(self) -> None:
@@ -229,6 +228,8 @@ class Checkpoints:
         """Set what the beginning of a run resets: random generators, and what callbacks had asked for."""
         if self.is_on:
             self._check_room()
+            self._identify()  # once, here: a save should not read data
+            self._writer.run_id = read_run_id(Path(self.args.output_dir))
         if self._restored is None:
             return
         restored, group = self._restored, self.engine.group
