@@ -43,7 +43,6 @@ from trainer.optim.build import optimizer_class
 from trainer.optim.groups import MATRIX_DIMENSIONS
 from trainer.training.callbacks import RunState
 from trainer.training.evaluate import PADDING
-from trainer.training.loop import Run
 from trainer.training.metrics import now
 from trainer.training.model_task import ModelTask
 from trainer.training.out_of_memory import memory_tracker
@@ -102,6 +101,7 @@ class Trainer(CoreTrainer):
     place_model_on_device = True
     loss_is_scaled_for_ga: bool | None = None  # whether an overridden compute_loss divides by num_items_in_batch
     hub_model_id: str | None = None  # the repository's whole name, once it is known to be there
+    has_checkpoint_twins = True
 
     def __init__(
         self,
@@ -392,11 +392,6 @@ class Trainer(CoreTrainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(f"Step {self.state.global_step}")
         return directory
-
-    def _build_run(self) -> Run:
-        run = super()._build_run()
-        run.checkpoints.has_twins = True  # scripts look for checkpoint-N
-        return run
 
     # State and callbacks.
 

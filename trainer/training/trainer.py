@@ -81,6 +81,8 @@ class CoreTrainer:
         UsageError, ModelError, DataError: see the messages.
     """
 
+    has_checkpoint_twins = False  # whether scripts for transformers look for checkpoint-N
+
     def __init__(
         self,
         model: nn.Module | None = None,
@@ -237,6 +239,7 @@ class CoreTrainer:
         )
         is_async = self.task.saves_asynchronously if self.args.async_save is None else self.args.async_save
         checkpoints = Checkpoints(self.args, engine, self.events, batches, self._fingerprints, is_async=is_async)
+        checkpoints.has_twins = self.has_checkpoint_twins
         return Run(
             args=self.args,
             engine=engine,
