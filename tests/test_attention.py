@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.fixtures import tolerances
 from tests.fixtures.models import (
@@ -208,7 +209,98 @@ class TestProbe:
 
     def test_the_mode_of_every_part_is_kept(self):
         model = tiny_llama().train()
+        prepared = prepared_for_packs(model)
         model.model.layers[0].eval()
-        check_isolation(prepared_for_packs(model))
+        check_isolation(prepared)
         assert model.training
         assert not model.model.layers[0].training
+
+
+class TestOnCuda:
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({"attention_dropout": 0.1}, "drops attention weights in training"),
+            ({"head_dim": 12}, "head size 12"),
+        ],
+        ids=str,
+    )
+    def test_the_reason_for_the_slower_attention_is_given(self, changes, reason):
+        attention = choose_attention(tiny_llama(**changes), "auto", "cuda", torch.bfloat16)
+        assert attention.name == PACKED_SDPA
+        assert reason in attention.reason
+        in_float32 = choose_attention(tiny_llama(), "auto", "cuda", torch.float32)
+        assert "set bf16" in in_float32.reason
+
+    def test_gpt2_with_its_default_dropout_does_not_lose_it(self):
+        model = build_model("gpt2", attn_pdrop=0.1)
+        assert choose_attention(model, "auto", "cuda", torch.bfloat16).name == PACKED_SDPA
+
+    def test_layers_of_different_head_sizes_and_layers_that_are_not_causal_are_seen(self, monkeypatch):
+        model = tiny_llama()
+        layer = model.model.layers[1].self_attn
+        monkeypatch.setattr(layer, "head_dim", 512)
+        assert "head size 512" in choose_attention(model, "auto", "cuda", torch.bfloat16).reason
+        monkeypatch.undo()
+        monkeypatch.setattr(layer, "is_causal", False)
+        assert "not causal" in choose_attention(model, "auto", "cuda", torch.bfloat16).reason
+
+    @pytest.mark.parametrize("options", [{"dropout": 0.1}, {"is_causal": False}], ids=str)
+    def test_the_kernel_refuses_what_it_would_leave_out(self, options):
+        from trainer.model.varlen import varlen
+
+        query = torch.zeros(1, 2, 4, 8, dtype=torch.bfloat16)
+        borders = torch.tensor([0, 4], dtype=torch.int32)
+        with pytest.raises(ModelError, match="which 'varlen' cannot; use 'auto'"):
+            varlen(Layer(), query, query, query, None, cu_seq_lens_q=borders, max_length_q=4, **options)
+
+    @pytest.mark.parametrize(
+        ("dtype", "size", "has_mask", "is_repeated"),
+        [
+            (torch.bfloat16, 8, False, False),
+            (torch.bfloat16, 8, True, True),
+            (torch.bfloat16, 512, False, True),
+            (torch.float32, 8, False, True),
+        ],
+    )
+    def test_grouped_keys_are_repeated_where_no_kernel_groups_them(
+        self, dtype, size, has_mask, is_repeated, monkeypatch
+    ):
+        """Fake tensors: no GPU is needed to see with what torch is called."""
+        calls = []
+
+        def attend(query, key, value, *, enable_gqa, **_):
+            calls.append((key.shape[1], enable_gqa))
+            return torch.empty(query.shape)  # on the CPU: what follows needs no GPU
+
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+        with FakeTensorMode():
+            query = torch.empty(1, 4, 6, size, dtype=dtype, device="cuda")
+            key = torch.empty(1, 2, 6, size, dtype=dtype, device="cuda")
+            mask = torch.ones(6, 6, dtype=torch.bool, device="cuda") if has_mask else None
+            packed_sdpa(Layer(), query, key, key, mask)
+        assert calls == [(4, False) if is_repeated else (2, True)]
+
+    def test_borders_are_read_from_the_device_once_for_all_layers(self):
+        class Counted(torch.Tensor):
+            num_reads = 0
+
+            def tolist(self):
+                Counted.num_reads += 1
+                return super().tolist()
+
+        borders = torch.tensor([0, 4, 9], dtype=torch.int32).as_subclass(Counted)
+        query = torch.zeros(1, 2, 9, 8)
+        for _ in range(3):
+            packed_sdpa(Layer(), query, query, query, None, cu_seq_lens_q=borders)
+        assert Counted.num_reads == 1
+
+    def test_memory_that_runs_out_at_the_probe_is_no_leak(self, monkeypatch):
+        prepared = packed_model("llama")
+
+        def forward(**_):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(prepared.model, "forward", forward)
+        with pytest.raises(torch.OutOfMemoryError):
+            check_isolation(prepared)

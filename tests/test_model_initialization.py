@@ -2,20 +2,32 @@
 
 import importlib.util
 import json
+import sys
+import types
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoModelForCausalLM
 
 from tests.fixtures import tolerances
-from tests.fixtures.models import ATTENTION_ONLY, VOCABULARY, build_config, build_pack, save_model, tiny_llama
+from tests.fixtures.models import (
+    ATTENTION_ONLY,
+    VOCABULARY,
+    build_config,
+    build_model,
+    build_pack,
+    save_model,
+    tiny_llama,
+)
 from tests.fixtures.oracles import largest_difference
 from tests.fixtures.runs import gradients_of
 from tests.fixtures.tokenizers import build_tokenizer
 from trainer.config.groups import ModelArguments
 from trainer.errors import MissingPackageError, ModelError, UsageError
+from trainer.model.borrowing import Borrowing
 from trainer.model.build import (
     build_on_meta,
     find_files,
@@ -26,7 +38,7 @@ from trainer.model.build import (
 )
 from trainer.model.freezing import freeze
 from trainer.model.fsdp import decoder_blocks, whole
-from trainer.model.liger import apply_liger_kernels
+from trainer.model.liger import fused_settings, liger_settings
 from trainer.model.loss import token_loss_sum
 from trainer.model.tokenizer import load_tokenizer
 from trainer.model.weights import FileWeights
@@ -404,4 +416,36 @@ class TestLigerKernels:
     @pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is not None, reason="liger-kernel is installed")
     def test_the_missing_package_is_named(self):
         with pytest.raises(MissingPackageError, match="pip install liger-kernel"):
-            apply_liger_kernels(tiny_llama(), "cuda")
+            liger_settings(tiny_llama(), "cuda")
+
+    @pytest.mark.parametrize("name", ["llama", "gemma", "qwen3", "olmo2"])
+    def test_kernels_are_chosen_by_what_they_compute_and_for_one_model_alone(self, name, monkeypatch):
+        """Stand-ins for Liger's kernels, which need a GPU: formulas under Liger's names."""
+
+        def norm(hidden, weight, epsilon, offset, casting, in_place):
+            assert not in_place
+            return F.rms_norm(hidden, weight.shape, None, epsilon) * (weight + offset)
+
+        stand_ins = {
+            "rms_norm": {"LigerRMSNormFunction": norm},
+            "swiglu": {"LigerSiLUMulFunction": lambda gate, up: F.silu(gate) * up},
+            "geglu": {"LigerGELUMulFunction": lambda gate, up: F.gelu(gate, approximate="tanh") * up},
+        }
+        for place in ("liger_kernel", "liger_kernel.ops"):
+            monkeypatch.setitem(sys.modules, place, types.ModuleType(place))
+        for place, functions in stand_ins.items():
+            module = types.ModuleType(place)
+            for function_name, function in functions.items():
+                setattr(module, function_name, types.SimpleNamespace(apply=function))
+            monkeypatch.setitem(sys.modules, f"liger_kernel.ops.{place}", module)
+        model, other = build_model(name), build_model(name)
+        settings = fused_settings(model, torch.device("cpu"))
+        kinds = {type(each.owner).__name__ for each in settings}
+        assert len(kinds) == 2  # its norm and its MLP
+        pack = torch.arange(3, 12)[None]
+        with torch.no_grad():
+            expected = other(pack, use_cache=False).logits
+            with Borrowing(settings).held():
+                fused = model(pack, use_cache=False).logits
+            assert torch.equal(model(pack, use_cache=False).logits, expected)
+        torch.testing.assert_close(fused, expected, rtol=0, atol=tolerances.ISOLATION_FP32)

@@ -141,7 +141,13 @@ class BatchedLoader(DataLoader[Inputs]):
 
 
 def build_loader(
-    dataset: Any, collate: Collate, args: LoaderArguments, dealing: Dealing, sampler: EpochSampler | None, seed: int
+    dataset: Any,
+    collate: Collate,
+    args: LoaderArguments,
+    dealing: Dealing,
+    sampler: EpochSampler | None,
+    seed: int,
+    device_type: str = "cpu",
 ) -> BatchedLoader:
     """Build the loader of this rank's micro-batches.
 
@@ -152,11 +158,12 @@ def build_loader(
         dealing: which samples are this rank's.
         sampler: the order of a map-style data set; None for a stream.
         seed: of the processes that read, where there are any.
+        device_type: where the model is; a run on the CPU of a GPU machine pins no memory.
     """
     options: dict[str, Any] = {
         "collate_fn": collate,
         "num_workers": args.dataloader_num_workers,
-        "pin_memory": args.dataloader_pin_memory and torch.cuda.is_available(),
+        "pin_memory": args.dataloader_pin_memory and device_type == "cuda",
         "persistent_workers": args.dataloader_persistent_workers,
         "prefetch_factor": args.dataloader_prefetch_factor,
         "generator": torch.Generator().manual_seed(seed + dealing.rank),  # not the global one, which has other uses

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
@@ -38,7 +39,9 @@ FLASH_PACKAGES = {"flash_attention_2": ("flash_attn", "flash-attn"), "flash_atte
 ALLOWED = ("auto", *OWN_IMPLEMENTATIONS, *FLASH_PACKAGES, "sdpa", "eager")
 VARLEN_MAX_HEAD_SIZE = 256
 HEAD_SIZE_UNIT = 8
+DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")  # names in configs
 _IMPLEMENTATION = "_attn_implementation_internal"  # what the property `_attn_implementation` of a config reads
+_BORDERS_ON_HOST = WeakTensorKeyDictionary()  # borders of a pack -> the same as a list
 _READS_PACKS: ContextVar[bool] = ContextVar("reads_packs", default=False)
 
 
@@ -218,7 +221,9 @@ def _borders(module: nn.Module, query: Tensor, mask: Tensor | None, options: Map
     borders, positions, length = options.get("cu_seq_lens_q"), options.get("position_ids"), query.shape[2]
     parts = [0, length]
     if borders is not None:
-        parts = borders.tolist()
+        if borders not in _BORDERS_ON_HOST:  # read once for all layers: the host waits for a GPU to give it
+            _BORDERS_ON_HOST[borders] = borders.tolist()
+        parts = _BORDERS_ON_HOST[borders]
     elif mask is None and positions is not None and query.shape[0] == 1:
         positions = positions.reshape(-1, length)[0]
         starts = (positions[1:] != positions[:-1] + 1).nonzero().flatten() + 1
@@ -254,6 +259,9 @@ def _attend(
         if mask is None and causal and num_queries > 1:
             mask = _window_mask(num_queries, num_keys, num_keys, query.device)
         return _attend_by_hand(query, key, value, mask, options)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and query.device.type == "cuda" and _lacks_grouped_kernel(query, mask):
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     return F.scaled_dot_product_attention(
         query,
         key,
@@ -264,6 +272,15 @@ def _attend(
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+
+
+def _lacks_grouped_kernel(query: Tensor, mask: Tensor | None) -> bool:
+    """Whether `enable_gqa` would leave only the kernel on CUDA that keeps all scores of a layer in memory.
+
+    Only flash attention groups heads: without a mask, in 16 bits, for heads up to 256. What is left takes T * T values
+    a head; repeated keys are small beside that.
+    """
+    return mask is not None or query.dtype.itemsize > 2 or query.shape[-1] > VARLEN_MAX_HEAD_SIZE
 
 
 def _attend_by_hand(
@@ -309,16 +326,25 @@ def _varlen_obstacle(model: PreTrainedModel, device: torch.device, dtype: torch.
         return "the model caps attention scores"
     if any(name.rpartition(".")[2] in ("sinks", "sink") for name, _ in model.named_parameters()):
         return "the model has attention sinks"
-    return _head_size_obstacle(config)
+    dropout = max((float(getattr(config, name, 0.0) or 0.0) for name in DROPOUTS), default=0.0)
+    if dropout > 0:
+        return f"the model drops attention weights in training ({dropout:g}), which the kernel cannot"
+    if any(getattr(module, "is_causal", None) is False for module in model.modules()):
+        return "some layer of the model is not causal"
+    return _head_size_obstacle(model, config)
 
 
-def _head_size_obstacle(config: Any) -> str | None:
+def _head_size_obstacle(model: PreTrainedModel, config: Any) -> str | None:
     nope, rope = getattr(config, "qk_nope_head_dim", None), getattr(config, "qk_rope_head_dim", None)
     if nope is not None and nope + (rope or 0) != getattr(config, "v_head_dim", None):
         return "queries and values have different head sizes"
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if size > VARLEN_MAX_HEAD_SIZE or size % HEAD_SIZE_UNIT:
-        return f"head size {size}: allowed are multiples of {HEAD_SIZE_UNIT} up to {VARLEN_MAX_HEAD_SIZE}"
+    # Layers may differ (Gemma 4), and then no number of the config holds for all.
+    sizes = {size for module in model.modules() if isinstance(size := getattr(module, "head_dim", None), int)}
+    if not sizes:
+        sizes = {getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads}
+    for size in sorted(sizes, reverse=True):
+        if size > VARLEN_MAX_HEAD_SIZE or size % HEAD_SIZE_UNIT:
+            return f"head size {size}: allowed are multiples of {HEAD_SIZE_UNIT} up to {VARLEN_MAX_HEAD_SIZE}"
     return None
 
 

@@ -32,7 +32,7 @@ from trainer.model.cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from trainer.model.freezing import freeze
 from trainer.model.fsdp import checkpoint_activations, compile_blocks, local_part, shard_for_training
 from trainer.model.isolation import check_isolation
-from trainer.model.liger import apply_liger_kernels, liger_cross_entropy_sum
+from trainer.model.liger import liger_cross_entropy_sum, liger_settings
 from trainer.model.loss import measure_head
 from trainer.model.osft.layers import Osft, is_osft_parameter, unread_parameters
 from trainer.model.prepared import Prepared
@@ -222,7 +222,7 @@ def prepare_model(
     settings, attention = [], None
     linear_cross_entropy: LinearCrossEntropy = linear_cross_entropy_sum
     if args.use_liger_kernels:
-        apply_liger_kernels(model, device)
+        settings += liger_settings(model, device)
         linear_cross_entropy = liger_cross_entropy_sum
     if is_packed:
         attention = choose_attention(model, args.attn_implementation, device, compute_dtype or torch.float32)

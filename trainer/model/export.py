@@ -15,6 +15,7 @@ import os
 import shutil
 import stat
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -31,7 +32,8 @@ from trainer.model.prepared import Prepared
 logger = logging.getLogger(__name__)
 
 MAX_SHARD_SIZE = "5GB"
-CONFIG, WEIGHTS = "config.json", "model.safetensors"  # an export holds one of them at least
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+ADAPTER = "adapter_config.json"  # of PEFT; an export holds one of the three at least
 
 
 def export_model(
@@ -96,7 +98,7 @@ def _check_range(tensors: dict[str, Tensor]) -> None:
 
 
 def _stage(
-    model: nn.Module,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     tensors: dict[str, Tensor],
     target: Path,
@@ -107,7 +109,10 @@ def _stage(
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
     try:
-        if isinstance(model, PreTrainedModel):
+        if hasattr(model, "peft_config"):
+            # All adapters, under PEFT's names: the first in the folder itself, others in folders of their own.
+            model.save_pretrained(hidden, state_dict=tensors)
+        elif isinstance(model, PreTrainedModel):
             _write(model, tensors, hidden, max_shard_size)
         else:
             save_file(tensors, hidden / WEIGHTS)
@@ -124,7 +129,7 @@ def _stage(
 def _replace_folder(hidden: Path, target: Path) -> None:
     """Rename a finished export, in place of an older one; what is not an untouched export of ours is set aside."""
     try:
-        looks_like_export = any((target / name).is_file() for name in (CONFIG, WEIGHTS))
+        looks_like_export = any((target / name).is_file() for name in (CONFIG, WEIGHTS, ADAPTER))
         if target.exists() and not looks_like_export and any(target.iterdir()):
             raise ValueError("the folder holds something else than an export; choose another")
         if is_untouched(target):
@@ -158,16 +163,15 @@ def _move_files(hidden: Path, target: Path) -> None:
 
 def _write(model: PreTrainedModel, tensors: dict[str, Tensor], directory: Path, max_shard_size: str) -> None:
     dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
-    trained_config, generation = model.config, getattr(model, "generation_config", None)
+    generation = getattr(model, "generation_config", None)
     # save_pretrained writes into the config, takes the dtype from the float32 parameters, and refuses a generation
-    # config that it finds contradictory, though it loaded it.
-    model.config, model.generation_config = copy.deepcopy(trained_config), GenerationConfig()
-    try:
-        model.save_pretrained(directory, state_dict=tensors, max_shard_size=max_shard_size)
-        model.config.dtype = dtype
-        model.config.save_pretrained(directory)
-    finally:
-        model.config, model.generation_config = trained_config, generation
+    # config that it finds contradictory, though it loaded it. So it gets a double of the model with its own configs.
+    double: Any = object.__new__(type(model))
+    vars(double).update(vars(model))
+    double.config, double.generation_config = copy.deepcopy(model.config), GenerationConfig()
+    double.save_pretrained(directory, state_dict=tensors, max_shard_size=max_shard_size)
+    double.config.dtype = dtype
+    double.config.save_pretrained(directory)
     if generation is not None:
         generation.to_json_file(directory / "generation_config.json")
 

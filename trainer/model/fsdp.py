@@ -70,7 +70,11 @@ def checkpoint_activations(model: nn.Module, args: ModelArguments) -> None:
         if settings["use_reentrant"]:
             raise ModelError("gradient_checkpointing_keeps and use_reentrant exclude each other: leave the latter out")
         settings["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_products)
+    had_hooks = bool(getattr(model, "_require_grads_hooks", None))
     enable(settings)
+    disable_hooks: Any = getattr(model, "disable_input_require_grads", None)
+    if disable_hooks is not None and not settings["use_reentrant"] and not had_hooks:
+        disable_hooks()  # transformers (5.23) adds hooks that only reentrant recomputation needs, and keeps them
 
 
 def _keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -42,7 +42,7 @@ def check_isolation(prepared: Prepared) -> None:
             exchanged = _logits(model, [other, sample, another])[1]
             alone = _logits(model, [sample])[0]
     except (ValueError, NotImplementedError, TypeError, RuntimeError) as error:
-        if is_loss_of_peer(error):
+        if is_loss_of_peer(error) or isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
             raise
         raise IsolationError(f"{_named(prepared)} cannot run packed samples: {error}") from error
     precision = torch.bfloat16 if prepared.compute_dtype.itemsize < torch.float32.itemsize else torch.float32

@@ -19,9 +19,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.generic import can_return_loss, find_labels
 
 from trainer.errors import ModelError
+from trainer.labels import IGNORE_INDEX
 from trainer.model.precision import accumulation_dtype
 
-IGNORED_LABEL = -100
 LossFunction = Callable[..., Tensor]  # (outputs, labels, num_items_in_batch=) -> loss
 
 
@@ -140,7 +140,7 @@ def smoothed_loss(outputs: Any, labels: Tensor, num_items: Tensor | None, rule: 
     total = cross_entropy(
         logits.flatten(0, -2), labels.flatten(), reduction="sum", label_smoothing=rule.label_smoothing
     )
-    return total / ((labels != IGNORED_LABEL).sum() if num_items is None else num_items)
+    return total / ((labels != IGNORE_INDEX).sum() if num_items is None else num_items)
 
 
 def count_labels(inputs: Mapping[str, Any], traits: ModelTraits) -> int | None:
@@ -150,7 +150,7 @@ def count_labels(inputs: Mapping[str, Any], traits: ModelTraits) -> int | None:
         return None
     if traits.shifts_labels and "shift_labels" not in inputs:
         labels = labels[..., 1:]
-    return int((labels != IGNORED_LABEL).sum())
+    return int((labels != IGNORE_INDEX).sum())
 
 
 def count_inputs(inputs: Mapping[str, Any], traits: ModelTraits) -> int:

@@ -38,6 +38,10 @@ def varlen(
         return packed_sdpa(module, query, key, value, attention_mask, **options)
     if options.get("softcap") is not None or options.get("s_aux") is not None:
         raise ModelError(f"{type(module).__name__} uses a soft cap or sinks, which 'varlen' does not know; use 'auto'")
+    causal = options.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if options.get("dropout") or not causal:
+        raise ModelError(f"{type(module).__name__} drops weights or is not causal, which 'varlen' cannot; use 'auto'")
     window = options.get("sliding_window")
     length = options["max_length_q"]
     # Autocast does not know the kernel, and float32 rotary tables have made queries and keys float32.

@@ -186,7 +186,8 @@ class ModelTask:
         collate = self.collate
         if self.args.remove_unused_columns:
             dataset, collate = keep_columns(dataset, collate, self.traits.columns)
-        return build_loader(dataset, collate, self.args, dealing, sampler, self.args.seed)
+        device_type = self.group.device.type
+        return build_loader(dataset, collate, self.args, dealing, sampler, self.args.seed, device_type)
 
     def _sampler(self, dataset: Any) -> EpochSampler:
         strategy, seed = self.args.train_sampling_strategy, self.args.order_seed

@@ -22,6 +22,7 @@ from trainer.model.fsdp import (
 )
 from trainer.model.osft.layers import Osft, OsftLinear
 
+LARGEST_SKEWNESS = 1e-5  # of singular vectors; more of it would break osft_leak_limit
 Progress = Callable[[int, int], None]
 """Called with (work done, work in all) after each round of decompositions; work grows as their time does."""
 
@@ -74,9 +75,18 @@ def split(layer: OsftLinear, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor
     """The free directions of the shorter side (R, r) and the protected ones of the longer side (max(N, M), k)."""
     matrix = layer.matrix(weight).to(torch.promote_types(weight.dtype, dtype))
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    if matrix.device.type == "cuda" and max(map(_skewness, (left, right.mT))) > LARGEST_SKEWNESS:
+        # The fast driver is Jacobi's, which stops early for some matrices; QR iterations take longer.
+        left, _, right = torch.linalg.svd(matrix, full_matrices=False, driver="gesvd")
     long, short = (left, right.mT) if layer.is_tall else (right.mT, left)
     num_protected = layer.osft_protected.shape[1]
     return short[:, num_protected:].contiguous(), long[:, :num_protected].contiguous()
+
+
+def _skewness(columns: Tensor) -> float:
+    """How far columns are from orthonormal."""
+    square = columns.mT @ columns
+    return (square - torch.eye(len(square), dtype=square.dtype, device=square.device)).abs().max().item()
 
 
 @torch.no_grad()
