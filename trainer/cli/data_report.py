@@ -69,7 +69,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _written(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name}: {count:,}" for name, count in value.items())
+        return "; ".join(f"{name} ({_written(count)})" for name, count in value.items())
     return f"{value:,}"
 
 

@@ -30,7 +30,7 @@ _SHAREGPT_ROLES = {
     "tool": "tool",
     "function_call": "assistant",
 }
-_PACKED_SIGNS = ("position_ids", "seq_lengths")
+PACKED_SIGNS = ("position_ids", "seq_lengths")
 _PER_TOKEN = ("input_ids", "labels", "loss_mask", "completion_mask", "assistant_masks", "attention_mask")
 
 
@@ -98,7 +98,7 @@ def split_packed(fields: Fields, report: Counter[str]) -> list[Fields]:
     Raises:
         FormatError: positions or lengths do not fit the tokens.
     """
-    given = [name for name in _PACKED_SIGNS if fields.get(name) is not None]
+    given = [name for name in PACKED_SIGNS if fields.get(name) is not None]
     ids = fields.get("input_ids")
     if not given or not isinstance(ids, list):
         return [fields]
@@ -117,7 +117,7 @@ def split_packed(fields: Fields, report: Counter[str]) -> list[Fields]:
     if not is_right:
         allowed = f"{name} must describe the input_ids: positions from 0 in every sample, or lengths that add up"
         raise FormatError(f"found {name} that do not fit {len(ids)} input_ids", allowed, name)
-    rest = {key: value for key, value in fields.items() if key not in _PACKED_SIGNS}
+    rest = {key: value for key, value in fields.items() if key not in PACKED_SIGNS}
     if len(starts) == 1:
         return [rest]
     report["packed_rows_split"] += 1
@@ -125,7 +125,10 @@ def split_packed(fields: Fields, report: Counter[str]) -> list[Fields]:
         rest.pop(key, None)
     samples = []
     for start, end in pairwise([*starts, len(ids)]):
-        sample = {key: v[start:end] if key in _PER_TOKEN and isinstance(v, list) else v for key, v in rest.items()}
+        sample = dict(rest)
+        for key in _PER_TOKEN:
+            if isinstance(rest.get(key), list):
+                sample[key] = rest[key][start:end]
         samples.append(sample)
     return samples
 

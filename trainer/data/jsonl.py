@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.formats import AS_IT_IS, FormatError, Reading, drop_nulls, split_packed
+from trainer.data.formats import AS_IT_IS, PACKED_SIGNS, FormatError, Reading, drop_nulls, split_packed
 from trainer.data.sources import Chunk, Source
 from trainer.errors import DataError
 from trainer.labels import IGNORE_INDEX
@@ -155,17 +155,20 @@ def parse_chunk(
 
     A row that holds several packed samples gives a document for each. Counted in `report` is what was changed.
     """
+    is_converted = bool(reading.columns or reading.format)
     for row in _rows(chunk, path, reading):
         if not isinstance(row, Document):
             if row is not None:
                 yield row
             continue
         try:
-            document = _read_as(row, reading)
+            document = _read_as(row, reading) if is_converted else row
             _check_kind(document, expected)
-            fields = drop_nulls(document.fields, report) if row.may_hold_nulls else document.fields
-            samples = split_packed(fields, report) if expected.kind == "tokens" else [fields]
-            documents = [Document(path, row.line, sample) for sample in samples]
+            if row.may_hold_nulls:
+                document = replace(document, fields=drop_nulls(document.fields, report))
+            documents = [document]
+            if expected.kind == "tokens" and any(document.fields.get(sign) is not None for sign in PACKED_SIGNS):
+                documents = [replace(document, fields=sample) for sample in split_packed(document.fields, report)]
             for document in documents:
                 check_fields(document, expected.kind)
         except DataError as error:

@@ -118,16 +118,17 @@ def prepare(
     else:
         store, cached = _prepare_all(parts, args, tokenizer, progress)
     store.metadata.update(cached=cached, source=_named(data))
-    store.metadata.update(
-        files=[part.path for part in parts if part.is_first],
-        source_names=[spec.name for spec in specs],
-        source_of_files=[part.number for part in parts if part.is_first],
-    )
-    sources = store.sources
-    store.metadata.update(
-        samples_of_sources=np.bincount(sources, minlength=len(specs)).tolist(),
-        mixture=[[spec.weight, spec.repeat] for spec in specs],
-    )
+    facts: dict[str, Any] = {"files": [], "source_of_files": [], "source_names": [], "mixture": []}
+    for part in parts:
+        if part.is_first:
+            facts["files"].append(part.path)
+            facts["source_of_files"].append(part.number)
+    for spec in specs:
+        facts["source_names"].append(spec.name)
+        facts["mixture"].append([spec.weight, spec.repeat])
+    store.metadata.update(facts)
+    counts = np.bincount(store.sources, minlength=len(specs))
+    store.metadata["samples_of_sources"] = counts.tolist()
     if len(store) == 0:
         raise DataError(
             f"no sample is left to train on ({store.metadata['report']})", "at least one is needed", _named(data)
@@ -185,12 +186,16 @@ def roles_line(store: TokenStore) -> str:
 def left_out(store: TokenStore) -> str:
     """Say what of the data a prepared store leaves out, cuts, or holds otherwise than stated; empty if nothing."""
     report = store.metadata.get("report", {})
-    names = [*(name for name in _COUNTS if name != "documents"), "exact_duplicates"]
-    counts = {name.replace("_", " "): report.get(name, 0) for name in names}
-    unknown = {role: count for role, count in report.get("roles", {}).items() if role not in SHOWN_ROLES}
-    counts |= {f"messages of the role {role!r}": of.get("messages", 0) for role, of in unknown.items()}
-    counts |= {f"ignored field {name!r}": count for name, count in report.get("ignored_fields", {}).items()}
-    return ", ".join(f"{name}: {count:,}" for name, count in counts.items() if count)
+    said = []
+    for name in (*_COUNTS[1:], "exact_duplicates"):
+        if report.get(name):
+            said.append(f"{name.replace('_', ' ')}: {report[name]:,}")
+    for role, counts in report.get("roles", {}).items():
+        if role not in SHOWN_ROLES and counts.get("messages"):
+            said.append(f"messages of the role {role!r}: {counts['messages']:,}")
+    for name, count in report.get("ignored_fields", {}).items():
+        said.append(f"ignored field {name!r}: {count:,}")
+    return ", ".join(said)
 
 
 def find_broken(
@@ -332,10 +337,13 @@ def _joined_facts(stores: list[TokenStore], parts: list[_Part]) -> dict[str, Any
     first = stores[0].metadata
     for name in ("vocabulary", "block_size", "validation_split"):
         joined[name] = first.get(name)
-    keys = [[store.metadata["fingerprint"], part.number] for store, part in zip(stores, parts, strict=True)]
+    keys, kinds, joined["template_reads_clock"] = [], set(), False
+    for store, part in zip(stores, parts, strict=True):
+        keys.append([store.metadata["fingerprint"], part.number])
+        kinds.add(store.metadata["kind"])
+        joined["template_reads_clock"] |= bool(store.metadata.get("template_reads_clock"))
     joined["fingerprint"] = hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:32]
-    joined["kind"] = ", ".join(sorted({store.metadata["kind"] for store in stores}))
-    joined["template_reads_clock"] = any(store.metadata.get("template_reads_clock") for store in stores)
+    joined["kind"] = ", ".join(sorted(kinds))
     return joined
 
 
@@ -343,14 +351,19 @@ def _added(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     """Add counts of the same name, in objects of counts too."""
     total = dict(a)
     for name, value in b.items():
-        total[name] = _added(total.get(name, {}), value) if isinstance(value, dict) else total.get(name, 0) + value
+        if isinstance(value, dict):
+            total[name] = _added(total.get(name, {}), value)
+        else:
+            total[name] = total.get(name, 0) + value
     return total
 
 
 def _named(data: Any) -> str:
     if isinstance(data, list | tuple):
         return ", ".join(spec.name for spec in source_specs(data))
-    return "datasets.Dataset" if is_dataset(data) else str(data)
+    if is_dataset(data):
+        return "datasets.Dataset"
+    return str(data)
 
 
 @dataclass(frozen=True)
