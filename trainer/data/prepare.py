@@ -302,29 +302,11 @@ def _prepare_all(
                 if progress is not None and not cached:
                     progress(done, total)
     if broken.errors:
-        raise _error_of(broken, args.on_broken)
+        raise broken.to_error(args.on_broken)
     stores = [part.store for part in parts if part.store is not None]
     if len(stores) == 1:
         return stores[0], all_cached
     return TokenStore.concatenate(stores, [part.file for part in parts], _joined_facts(stores, parts)), all_cached
-
-
-def _error_of(broken: Broken, on_broken: str) -> DataError:
-    """Build one error of all rows that cannot be used: the first ones in order, then counts by kind."""
-    total, first = sum(broken.counts.values()), broken.errors[0]
-    if total == 1:
-        return first
-    shown = [f"  {str(error).removesuffix(f'; {error.allowed}')}" for error in broken.errors]
-    kinds = [f"  {count:,} x {kind} (first: {_where(broken.examples[kind])})" for kind, count in broken.counts.items()]
-    remedy = "`trainer preview --broken` shows them" + (
-        "; on_broken=drop leaves them out" if on_broken == "error" else ""
-    )
-    listing = [f"{total:,} rows cannot be used; the first {len(shown)}:", *shown, "by kind:", *kinds, remedy]
-    return DataError(first.found, "\n".join([first.allowed, *listing]), first.path, first.line, first.field)
-
-
-def _where(error: DataError) -> str:
-    return ":".join(str(part) for part in (error.path, error.line) if part is not None)
 
 
 def _joined_facts(stores: list[TokenStore], parts: list[_Part]) -> dict[str, Any]:

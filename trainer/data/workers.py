@@ -69,6 +69,23 @@ class Broken:
         counts = Counter({kind: self.counts[kind] for kind in kinds})
         return Broken(errors or list(examples.values()), counts, examples)
 
+    def to_error(self, on_broken: str) -> DataError:
+        """Build one error of all rows: the first ones in order, then counts by kind."""
+        first = self.errors[0]
+        if self.total == 1:
+            return first
+        listing = [first.allowed, f"{self.total:,} rows cannot be used; the first {len(self.errors)}:"]
+        for error in self.errors:
+            listing.append("  " + str(error).removesuffix(f"; {error.allowed}"))
+        listing.append("by kind:")
+        for kind, count in self.counts.items():
+            example = self.examples[kind]
+            listing.append(f"  {count:,} x {kind} (first: {example.path}:{example.line})")
+        remedy = "`trainer preview --broken` shows them"
+        if on_broken == "error":
+            remedy += "; on_broken=drop leaves them out"
+        return DataError(first.found, "\n".join([*listing, remedy]), first.path, first.line, first.field)
+
     def extend(self, other: Broken) -> None:
         """Count the rows of what follows."""
         self.counts.update(other.counts)
