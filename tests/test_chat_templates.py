@@ -1,0 +1,191 @@
+"""Minimal chat templates with the traps of published ones: the right mask of each, turn by turn."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fixtures.corpora import assistant, system, user
+from tests.fixtures.tokenizers import END, build_tokenizer
+from trainer.config.groups import DataArguments
+from trainer.data import chat as chat_module
+from trainer.data.chat import ChatFormat, TemplateError
+from trainer.data.jsonl import Document, FileKind
+from trainer.data.spans import SpanFinder, generation_prompt
+from trainer.data.tokenize import DocumentTokenizer, Recipe
+from trainer.errors import DataError, UsageError
+
+FOLDER = Path(__file__).parent / "fixtures" / "chat_templates"
+SHORT = [user("Ask zero"), assistant("Reply one")]
+LONG = [*SHORT, user("Ask two"), assistant("Reply three")]
+THOUGHT = [*SHORT[:1], assistant("Reply one", reasoning_content="Because.")]
+NO_THOUGHT = "<think>\n\n</think>\n\n"
+FINAL = "<|channel|>final<|message|>"
+
+
+def calling(arguments: Any, content: Any = "") -> list[dict[str, Any]]:
+    call = {"id": "a", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    return [
+        user("Ask sum"),
+        assistant(content, tool_calls=[call]),
+        {"role": "tool", "content": "4242"},
+        assistant("It is 4242"),
+    ]
+
+
+def tokenizer_of(name: str) -> Any:
+    text = (FOLDER / f"{name}.jinja").read_text()
+    tokenizer = build_tokenizer(None)
+    tokens = sorted(set(re.findall(r"<\|[a-z_A-Z]+\|>", text)) - set(tokenizer.get_vocab()))
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    tokenizer.eos_token = "<|eos|>" if "<|eos|>" in text else "<|endoftext|>"
+    tokenizer.chat_template = text
+    return tokenizer
+
+
+def spans_of(name: str, messages: list[dict[str, Any]], tools: Any = None) -> list[list[str]]:
+    """The trained texts of each sample."""
+    samples = SpanFinder(ChatFormat.from_tokenizer(tokenizer_of(name))).samples(messages, tools)
+    return [[sample.text[start:stop] for start, stop in sample.spans] for sample in samples]
+
+
+ONE, THREE = f"Reply one{END}", f"Reply three{END}"
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "expected"),
+    [
+        ("always_prompt", LONG, [["\n" + ONE, "\n" + THREE]]),
+        ("inner_end", LONG, [[f"Reply one<|end_response|>{END}", f"Reply three<|end_response|>{END}"]]),
+        ("no_prompt", LONG, [[ONE, THREE]]),
+        ("prompt_in_loop", [*SHORT, assistant("Reply three")], [[ONE, THREE]]),
+        ("tail_eos", LONG, [[ONE, THREE]]),
+        ("stop_is_next_header", LONG, [["Reply one<|user|>", "Reply three<|user|>"]]),
+        (
+            "stop_is_next_header",
+            calling({"a": 17}),
+            [["<tool_call>add a=17</tool_call><|observation|>", "It is 4242<|user|>"]],
+        ),
+        (
+            "stop_is_next_header",
+            calling('{"a": 17}'),
+            [["<tool_call>add a=17</tool_call><|observation|>", "It is 4242<|user|>"]],
+        ),
+        (
+            "system_in_last_user",
+            [system("Be brief"), *LONG],
+            [["Reply one<|endoftext|>"], ["Reply three<|endoftext|>"]],
+        ),
+        ("opens_think_r1", LONG, [["Reply one<|eos|>", "Reply three<|eos|>"]]),
+        ("opens_think_r1", LONG[1:], [["Reply one<|eos|>", "Reply three<|eos|>"]]),
+        ("opens_think", LONG, [[NO_THOUGHT + ONE], [NO_THOUGHT + THREE]]),
+        ("opens_think", THOUGHT, [["<think>\nBecause.\n</think>\n\n" + ONE]]),
+        ("opens_think", [*THOUGHT, *LONG[2:]], [["<think>\nBecause.\n</think>\n\n" + ONE], [NO_THOUGHT + THREE]]),
+        ("channels", LONG, [[f"{FINAL}Reply one<|return|>"], [f"{FINAL}Reply three<|return|>"]]),
+        (
+            "channels",
+            THOUGHT,
+            [[f"<|channel|>analysis<|message|>Because.<|end|><|start|>assistant{FINAL}Reply one<|return|>"]],
+        ),
+        ("parts_only", LONG, [[" " + ONE, " " + THREE]]),
+        (
+            "parts_only",
+            [user([{"type": "text", "text": "a"}]), assistant([{"type": "text", "text": "b"}])],
+            [[f" b{END}"]],
+        ),
+        ("always_prompt", [user([{"type": "text", "text": "a"}]), assistant("b")], [[f"\nb{END}"]]),
+    ],
+)
+def test_each_turn_is_trained_as_the_model_will_generate_it(name: str, messages: Any, expected: Any) -> None:
+    assert spans_of(name, messages) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "reason"),
+    [
+        ("drops_calls", calling({"a": 17}), "leaves out tool calls"),
+        ("drops_calls", THOUGHT, "leaves out the reasoning"),
+        ("opens_think_r1", [user("a"), assistant("<think>b</think>c")], "leaves out the reasoning"),
+    ],
+)
+def test_a_turn_that_the_template_would_not_show_whole_is_refused(name: str, messages: Any, reason: str) -> None:
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    for given in (None, tools):
+        with pytest.raises(TemplateError, match=reason) as caught:
+            spans_of(name, messages, given)
+        assert "give a chat_template" in caught.value.remedy
+
+
+def prepared(tokenizer: Any, messages: Any, **options: Any) -> Any:
+    recipe = Recipe.build(FileKind("messages", 1), tokenizer, DataArguments(**options), None)
+    return DocumentTokenizer(recipe).tokenize([Document("d.jsonl", 7, {"messages": messages})])
+
+
+def test_a_split_chat_is_counted_and_may_be_refused() -> None:
+    tokenizer = tokenizer_of("opens_think")
+    batch, report = prepared(tokenizer, LONG)
+    assert (len(batch.lengths), report["chats_split"], report["samples_of_split_chats"]) == (2, 1, 2)
+    assert (report["messages:user"], report["trained_turns:assistant"]) == (2, 2)
+    with pytest.raises(DataError, match=r"d.jsonl:7: .*writes 1 of 2 trained turns otherwise .*leave split_chats on"):
+        prepared(tokenizer, LONG, split_chats=False)
+    assert len(prepared(tokenizer, LONG, split_chats=False, train_on="last")[0].lengths) == 1
+
+
+def test_a_turn_left_open_gets_its_stop_token_or_is_refused() -> None:
+    tokenizer = tokenizer_of("stop_is_next_header")
+    batch, report = prepared(tokenizer, SHORT)
+    assert report["open_turns_closed"] == 1
+    assert tokenizer.decode(batch.input_ids[-1:]) == "<|user|>"
+    with pytest.raises(DataError, match="without a token that ends it"):
+        prepared(tokenizer, SHORT, on_open_turn="error")
+
+
+def test_generation_stops_at_what_ends_turns() -> None:
+    stops = {
+        name: SpanFinder(ChatFormat.from_tokenizer(tokenizer_of(name))).style.stop_tokens
+        for name in ("stop_is_next_header", "channels", "inner_end", "tail_eos")
+    }
+    assert stops == {
+        "stop_is_next_header": ("<|observation|>", "<|user|>"),
+        "channels": ("<|return|>",),
+        "inner_end": (END,),
+        "tail_eos": (END,),
+    }
+    ids, _ = generation_prompt(tokenizer_of("no_prompt"), SHORT)
+    assert tokenizer_of("no_prompt").decode(ids).endswith("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("role", ["Assistant", "asistant", "assistent", "gpt", "model", "bot"])
+def test_a_role_that_is_nearly_assistant_is_refused_with_the_right_word(role: str) -> None:
+    messages = [user("a"), {"role": role, "content": "b"}, user("c"), assistant("d")]
+    with pytest.raises(DataError, match=r"found the role .*under the role 'assistant': rename it") as caught:
+        prepared(build_tokenizer("plain"), messages)
+    assert caught.value.field == "messages[1].role"
+
+
+def test_variables_of_the_template_are_passed_on_and_checked() -> None:
+    tokenizer = build_tokenizer("plain")
+    tokenizer.chat_template = "{{ 'quick ' if hurry else '' }}" + tokenizer.chat_template
+    batch, _ = prepared(tokenizer, SHORT, chat_template_kwargs={"hurry": True})
+    assert tokenizer.decode(batch.input_ids).startswith("quick ")
+    with pytest.raises(UsageError, match="'enable_thinking' has no effect: the chat template reads hurry"):
+        prepared(tokenizer, SHORT, chat_template_kwargs={"enable_thinking": False})
+    made = [
+        Recipe.build(FileKind("messages", 1), tokenizer, DataArguments(chat_template_kwargs=kwargs), None).to_json()
+        for kwargs in ({}, {"hurry": True})
+    ]
+    assert made[0] != made[1]
+
+
+def test_a_template_that_builds_a_huge_text_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = build_tokenizer("plain")
+    tokenizer.chat_template = "{{ 'x' * 2000000000 }}" + tokenizer.chat_template
+    with pytest.raises(DataError, match="refuses it: it needs more than|writes .* characters"):
+        prepared(tokenizer, SHORT)
+    monkeypatch.setattr(chat_module, "MAX_TEXT", 1000)
+    tokenizer.chat_template = tokenizer.chat_template.replace("2000000000", "2000")
+    with pytest.raises(DataError, match="at most 1,000 are allowed"):
+        prepared(tokenizer, SHORT)
