@@ -22,7 +22,7 @@ from trainer.data.spans import SpanFinder
 
 # Names of tokens that end what a model writes, in the templates that are published.
 END_NAMES = (
-    r"im_end|eot_id|eom_id|eom|message_sep|end_of_turn|eot|end|return|call|endoftext|end_of_text|END_OF_TURN_TOKEN|eos|/s|turn\||"
+    r"im_end|eot_id|eom_id|eom|message_sep|tools_suffix|end_of_turn|eot|end|return|call|endoftext|end_of_text|END_OF_TURN_TOKEN|eos|/s|turn\||"
     r"assistant_end|end_of_sentence|end▁of▁sentence|im_sep_end|user|observation|system|tool_response|eod|EOT|end_message|"
     r"turn_end|message_end|endofprompt|role_end|end_of_role|seed:eos|separator|sep|eoa|EOS|endofturn|end_of_msg|msg_end"
 )
@@ -197,7 +197,8 @@ class Judge:
             at = next(k for k, (a, b) in enumerate(zip(before, asked, strict=False)) if a != b)
             return f"another text before it than at inference: {before[at:][:60]!r}, not {asked[at:][:60]!r}"
         rest = asked[len(before) :].strip()
-        if rest and not re.fullmatch(r"(?:<[^>]*>|\[[^\]]*\]|\s)*", rest):
+        # The generation prompt may hold an empty reasoning that the turn itself does not show (Gemma 4).
+        if rest and not re.fullmatch(r"(?:<[^<>]*>|\[[^\]]*\]|thought|\s)*", rest):
             return f"{rest!r} of the generation prompt is trained"
         return None
 

@@ -189,3 +189,17 @@ def test_a_template_that_builds_a_huge_text_is_stopped(monkeypatch: pytest.Monke
     tokenizer.chat_template = tokenizer.chat_template.replace("2000000000", "2000")
     with pytest.raises(DataError, match="at most 1,000 are allowed"):
         prepared(tokenizer, SHORT)
+
+
+def test_a_header_never_ends_inside_a_control_token() -> None:
+    """As Gemma 4: the generation prompt goes on with <|channel>, the turn with <|tool_call>."""
+    tokenizer = build_tokenizer(None)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|channel>", "<|tool_call>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.tool_calls or [] %}<|tool_call>"
+        "{{ c.function | tojson }}{% endfor %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<|channel>{% endif %}"
+    )
+    (sample,) = SpanFinder(ChatFormat.from_tokenizer(tokenizer)).samples(calling({"a": 17}))
+    start, _ = sample.spans[0]
+    assert sample.text.startswith("<|tool_call>", start)

@@ -304,7 +304,7 @@ class SpanFinder:
                 begin = self._start_by_header(messages, i, tools, text, header)
                 given = without_opened_reasoning(asked, len(asked))
                 return asked[:given], begin
-            start = common
+            start = min(self.style.token_start(asked, common), self.style.token_start(text, common))
         start = without_opened_reasoning(text, start)
         # The generation prompt may leave out a header, behind another assistant turn or always.
         if header and text.startswith(header, start):

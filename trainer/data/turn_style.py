@@ -191,6 +191,13 @@ class TurnStyle:
             found.append(token)
         return found
 
+    def token_start(self, text: str, position: int) -> int:
+        """Return where the control token begins that a position lies inside of, or the position."""
+        for match in self._tokens.finditer(text, max(position - 100, 0), position + 100):
+            if match.start() < position < match.end():
+                return match.start()
+        return position
+
     def try_render(self, messages: Sequence[Message], tools: Any, prompt: bool = False) -> str | None:
         """Return the chat as text, or None if the template refuses it."""
         try:
