@@ -84,8 +84,8 @@ def packed_inputs(model: nn.Module, micro_batch: Mapping[str, Any]) -> dict[str,
 
 def _reads_borders(model: Any) -> bool:
     """Whether all layers of a model get the borders of a pack from our attention functions, and none from a mask."""
-    config = getattr(model, "config", None)
-    if getattr(config, "_attn_implementation", None) not in OWN_IMPLEMENTATIONS:
+    config: Any = getattr(model, "config", None)
+    if config is None or getattr(config, "_attn_implementation", None) not in OWN_IMPLEMENTATIONS:
         return False
     layer_types = getattr(config.get_text_config(), "layer_types", None) or ()
     return all(kind.endswith("attention") and not kind.startswith("linear") for kind in layer_types)

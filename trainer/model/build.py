@@ -316,4 +316,4 @@ def _move_to_meta(_: nn.Module, name: str, parameter: nn.Parameter | None) -> nn
     return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
 
-register_module_parameter_registration_hook(_move_to_meta)
+register_module_parameter_registration_hook(_move_to_meta)  # type: ignore[arg-type]  # it may return a parameter
