@@ -12,7 +12,7 @@ import shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from trainer.atomic import MALFORMED, FileFact, check_name, hidden_path, read_sealed, remove_listed
+from trainer.atomic import MALFORMED, FileFact, check_name, read_sealed, remove_listed
 from trainer.config.fields import check_options
 from trainer.errors import CheckpointError, UsageError
 
@@ -160,7 +160,7 @@ def discard(folder: Path, shown_as: Path | None = None) -> Path:
 
 def hidden_name(folder: Path, purpose: str, run_id: str | None) -> Path:
     """Return the name under which a run writes or removes a checkpoint out of sight."""
-    return hidden_path(folder, purpose if run_id is None else f"{purpose}-{run_id}")
+    return folder.with_name(f".{folder.name}.{purpose}" + ("" if run_id is None else f"-{run_id}"))
 
 
 def remove_leftovers(checkpoints: Path, run_ids: set[str | None]) -> None:

@@ -109,7 +109,10 @@ class CheckpointWriter:
         target = manifest.folder_of(self.folder, contents.step)
         hidden = manifest.hidden_name(target, "writing", self.run_id)
         self._on_main(lambda: stage_folder(hidden), contents.step)
-        shares = {name: cut(tensors, _file(name, self.group), self.group) for name, tensors in contents.tensors.items()}
+        shares = {
+            name: cut(tensors, f"{name}_{self.group.rank}.safetensors", self.group)
+            for name, tensors in contents.tensors.items()
+        }
         if self.is_async:
             shares = {name: (entries, self._to_host(tensors)) for name, (entries, tensors) in shares.items()}
         num_bytes = sum(tensor.nbytes for _, tensors in shares.values() for tensor in tensors.values())
@@ -152,7 +155,7 @@ class CheckpointWriter:
             facts: dict[str, FileFact] = {}
             for name, (_, tensors) in shares.items():
                 if tensors:
-                    file = _file(name, self.group)
+                    file = f"{name}_{self.group.rank}.safetensors"
                     facts[file] = write_file(pending.hidden / file, pending.counted(safetensors_chunks(tensors)))
             entries = {tensor: entry for part, _ in shares.values() for tensor, entry in part.items()}
             body = record | {
@@ -220,10 +223,6 @@ class CheckpointWriter:
         steps = [number for number in map(manifest.step_of, manifest.list_checkpoints(self.folder)) if number >= 0]
         last = f"the last one is {manifest.folder_of(self.folder, steps[0])}" if steps else "there is none before it"
         raise CheckpointError(f"the checkpoint after step {step} failed: {said}; {last}") from error
-
-
-def _file(name: str, group: Group) -> str:
-    return f"{name}_{group.rank}.safetensors"
 
 
 @cache
