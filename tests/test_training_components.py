@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from trainer.config.groups import MachineArguments, OptimizerArguments, Schedule
 from trainer.data.length import run_length
 from trainer.data.loader import MaxTokensPerRankCollator
 from trainer.data.order import epoch_order
+from trainer.distributed import failure
 from trainer.distributed.group import Group
-from trainer.distributed.topology import Topology, current_topology
+from trainer.distributed.topology import Topology, current_topology, gpu_index, refuse_lone_slurm_task
 from trainer.errors import CheckpointError, RankError, UsageError
 from trainer.optim.build import build_optimizer
 from trainer.optim.gradients import clip, global_norm
@@ -216,6 +218,32 @@ class TestTopology:
     def test_nonsense_is_refused(self, environment: dict[str, str]) -> None:
         with pytest.raises(UsageError, match="torchrun"):
             Topology.from_environment(environment)
+
+    def test_a_slurm_job_of_several_tasks_without_ranks_is_refused(self) -> None:
+        with pytest.raises(UsageError, match=r"SLURM runs 4 tasks .*srun --ntasks-per-node=1 torchrun"):
+            refuse_lone_slurm_task({"SLURM_NTASKS": "4"})
+        refuse_lone_slurm_task({"SLURM_NTASKS": "4", "RANK": "0", "WORLD_SIZE": "8"})
+        refuse_lone_slurm_task({"SLURM_NTASKS": "1"})
+
+    def test_a_rank_gets_its_gpu_or_the_only_one_it_is_shown(self) -> None:
+        last_of_two = Topology(1, 2, 1, 2)
+        assert gpu_index(last_of_two, 2, None) == 1
+        assert gpu_index(last_of_two, 1, "5") == 0
+        for num_visible, visible in ((1, None), (0, "")):
+            with pytest.raises(UsageError, match="local rank 1 of 2 has no GPU"):
+                gpu_index(last_of_two, num_visible, visible)
+
+    def test_a_store_that_never_answers_does_not_hold_up_the_message(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(failure, "SECONDS_TO_SPEAK", 0.05)
+        released = threading.Event()
+
+        def ask_a_frozen_host() -> str:
+            released.wait()
+            return "an answer"
+
+        assert failure._within_deadline(ask_a_frozen_host, "no answer") == "no answer"
+        released.set()
+        assert failure._within_deadline(ask_a_frozen_host, "no answer") == "an answer"
 
     @pytest.mark.world_size(2)
     @pytest.mark.parametrize(

@@ -7,7 +7,10 @@ is used once everything has failed, waits a bounded time, and never hides the er
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -28,14 +31,30 @@ def is_loss_of_peer(error: BaseException) -> bool:
 def announce(error: BaseException, where: str, rank: int, run: int) -> None:
     """Say what stopped this rank."""
     said = _LOST if is_loss_of_peer(error) else f"{where}: {type(error).__name__}: {error}"
-    try:
-        _store().set(_key(rank, run), said)
-    except (RuntimeError, dist.DistError):  # whoever kept the store is gone
-        return
+
+    def write() -> str:
+        try:
+            _store().set(_key(rank, run), said)
+        except (RuntimeError, dist.DistError):  # the process that kept the store is gone
+            return ""
+        return ""
+
+    _within_deadline(write, "")
 
 
 def blame(rank: int, world_size: int, run: int) -> str:
-    """Say which rank failed, from what the others announce in time."""
+    """Say which rank failed, from what the others announce in time.
+
+    Ends even if the host of the store is frozen or cannot be reached: then it says so.
+    """
+    unreachable = (
+        f"the host of the ranks' store did not answer within {2 * SECONDS_TO_SPEAK:.0f} s: another node is down or "
+        "frozen, or the network to it is"
+    )
+    return _within_deadline(lambda: _read_announcements(rank, world_size, run), unreachable)
+
+
+def _read_announcements(rank: int, world_size: int, run: int) -> str:
     others = [other for other in range(world_size) if other != rank]
     said: dict[int, str] = {}
     deadline = time.monotonic() + SECONDS_TO_SPEAK
@@ -57,6 +76,20 @@ def blame(rank: int, world_size: int, run: int) -> str:
     if silent:
         return f"rank {', '.join(silent)} died or hangs: it did not answer within {SECONDS_TO_SPEAK:.0f} s"
     return "the ranks lost each other, though all of them live: look at the network"
+
+
+def _within_deadline(act: Callable[[], str], otherwise: str) -> str:
+    """Return what `act` returns, or `otherwise` if it takes twice the time that a rank has to speak.
+
+    On a thread of its own: a call on a TCPStore whose host is frozen or unreachable can block beyond the timeout of the
+    store, and nothing in the calling thread could end it.
+    """
+    answers: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=lambda: answers.put(act()), name="trainer-store", daemon=True).start()
+    try:
+        return answers.get(timeout=2 * SECONDS_TO_SPEAK)
+    except queue.Empty:
+        return otherwise
 
 
 def _store() -> dist.Store:

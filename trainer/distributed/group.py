@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trainer.config.groups import MachineArguments
 from trainer.distributed.failure import announce, blame, is_loss_of_peer
-from trainer.distributed.topology import Topology, current_topology
+from trainer.distributed.topology import Topology, current_topology, gpu_index, refuse_lone_slurm_task
 from trainer.errors import PeerError, RankError
 
 Given = TypeVar("Given")
@@ -42,6 +42,7 @@ class Group:
         topology = current_topology()
         if dist.is_initialized():
             return cls(topology, _device_of_backend())
+        refuse_lone_slurm_task()
         device = choose_device(args, topology)
         if topology.world_size > 1:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -211,14 +212,19 @@ def _corner(sizes: Iterable[int]) -> tuple[slice, ...]:
 
 def _device_of_backend() -> torch.device:
     """Give the device that the existing group talks over."""
-    return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if "nccl" in dist.get_backend_config()
+        else torch.device("cpu")
+    )
 
 
 def choose_device(args: MachineArguments, topology: Topology) -> torch.device:
     """Give this process its GPU, or the CPU where there is none or `use_cpu` asks for it."""
     if args.use_cpu or not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", topology.local_rank)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    device = torch.device("cuda", gpu_index(topology, torch.cuda.device_count(), visible))
     torch.cuda.set_device(device)
     return device
 

@@ -90,6 +90,40 @@ def current_topology(environment: Mapping[str, str] = os.environ) -> Topology:
     return Topology(rank, world_size, local_rank, local_world_size, restart)
 
 
+def refuse_lone_slurm_task(environment: Mapping[str, str] = os.environ) -> None:
+    """Raise UsageError in a SLURM job of several tasks whose processes were given no ranks.
+
+    Each task would train on its own and write into the same folder.
+    """
+    num_tasks = _whole_number(environment, "SLURM_NTASKS", 1)
+    if num_tasks > 1 and not {"RANK", "WORLD_SIZE"} & environment.keys():
+        raise UsageError(
+            f"SLURM runs {num_tasks} tasks (SLURM_NTASKS), but RANK and WORLD_SIZE are not set: every task would be a "
+            "run of its own. Start one task per node and let torchrun start the ranks: srun --ntasks-per-node=1 "
+            "torchrun --nnodes=$SLURM_NNODES --nproc-per-node=GPUS --rdzv-backend=c10d --rdzv-endpoint=NODE:29500 "
+            "-m trainer train CONFIG.yaml; for one process, unset SLURM_NTASKS"
+        )
+
+
+def gpu_index(topology: Topology, num_visible: int, visible_devices: str | None) -> int:
+    """Return which of the visible GPUs belongs to this rank.
+
+    SLURM and container runtimes can show every rank one GPU of its own (CUDA_VISIBLE_DEVICES names one): number 0.
+
+    Raises:
+        UsageError: there are more ranks on this node than GPUs.
+    """
+    if topology.local_rank < num_visible:
+        return topology.local_rank
+    if num_visible == 1 and visible_devices and "," not in visible_devices:
+        return 0
+    raise UsageError(
+        f"local rank {topology.local_rank} of {topology.local_world_size} has no GPU: {num_visible} are visible "
+        f"(CUDA_VISIBLE_DEVICES = {visible_devices}); start at most as many ranks per node as there are GPUs, or set "
+        "use_cpu"
+    )
+
+
 def _is_slurm_task(environment: Mapping[str, str], rank: int, world_size: int) -> bool:
     """Whether the ranks of the group are the tasks of this job step, in their order."""
     if not {"SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"} <= environment.keys():
