@@ -295,6 +295,18 @@ def test_all_broken_rows_are_told_at_once_or_dropped_and_counted(tmp_path: Path,
     assert (len(store), store.metadata["report"]["broken_dropped"]) == (5, 5)
 
 
+def test_a_preparation_that_ended_early_goes_on_with_what_is_missing(tmp_path: Path, options: Any) -> None:
+    one = write_jsonl(tmp_path / "1.jsonl", random_chats(3))
+    two = write_jsonl(tmp_path / "2.jsonl", [chat("a", "b"), "{"])
+    with pytest.raises(DataError, match="2.jsonl:2"):
+        prepare([str(one), str(two)], TOKENIZER, options())
+    (kept,) = (tmp_path / "cache").glob("*/tokens.arrow")
+    before = kept.stat().st_mtime_ns
+    write_jsonl(two, random_chats(2, seed=1))
+    assert len(prepare([str(one), str(two)], TOKENIZER, options())) == 5
+    assert kept.stat().st_mtime_ns == before
+
+
 def test_dropping_broken_rows_does_not_drop_what_other_options_decide(tmp_path: Path, options: Any) -> None:
     rows = write_jsonl(tmp_path / "t.jsonl", [{"input_ids": [1, 2]}, {"input_ids": "x"}, {"input_ids": [1] * 9}])
     with pytest.raises(DataError, match=r"t.jsonl:3: found a sample of 9 tokens"):
