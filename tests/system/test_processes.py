@@ -157,23 +157,24 @@ def test_a_killed_rank_is_named_by_the_launcher(launch: Launch) -> None:
     assert "Traceback" not in ended.log
 
 
-def test_a_signal_to_the_launcher_reaches_all_ranks(launch: Launch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_launcher_reaches_all_ranks(launch: Launch, tmp_path: Path, number: signal.Signals) -> None:
     """What ranks do about it stands above; here they note it down and end as a trainer would."""
     note = f"""
 import os, pathlib, signal, sys, time
 here = pathlib.Path({str(tmp_path)!r}, os.environ["RANK"])
 def end(*_):
     here.write_text("signalled")
-    sys.exit(143)
-signal.signal(signal.SIGTERM, end)
+    os._exit({128 + number})
+signal.signal({int(number)}, end)
 here.write_text("ready")
 if here.name == "0":
     while not (other := here.with_name("1")).exists() or other.read_text() != "ready": time.sleep(0.01)
-    os.kill(os.getppid(), signal.SIGTERM)
+    os.kill(os.getppid(), {int(number)})
 time.sleep(60)
 """
     (ended,) = launch(1, run_on_two, "timeit", "-n1", "-r1", note, group=False)
-    assert ended.value == (143, ""), ended.log
+    assert ended.value == (128 + number, ""), ended.log
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["signalled", "signalled"]
 
 

@@ -7,8 +7,12 @@ nothing of what the ranks run.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -16,17 +20,21 @@ from torch.distributed.run import main as torchrun
 
 from trainer.errors import RankError
 
+_PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+
 
 def run_on_ranks(nproc_per_node: int, module: str, arguments: Sequence[str]) -> int:
     """Run `python -m module arguments` on that many ranks, and give back the job's exit code.
 
-    SIGINT and SIGTERM are passed on, so that the ranks can save; the exit code is then 128 plus the signal. A rank that
-    fails has said why: the code is its own.
+    SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU are passed on, so that the ranks can save; where they stop,
+    the exit code is 128 plus the signal. A rank that fails has said why: the code is its own.
 
     Raises:
         RankError: a rank was killed.
     """
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # a failure is told once, by us
+    # torchrun itself handles signals that end a job. These others would end the launcher alone, and leave its ranks.
+    before = {number: signal.signal(number, _pass_on) for number in _PASSED_ON}
     try:
         torchrun(["--standalone", f"--nproc-per-node={nproc_per_node}", "-m", module, *arguments])
     except SignalException as stopped:
@@ -37,7 +45,18 @@ def run_on_ranks(nproc_per_node: int, module: str, arguments: Sequence[str]) -> 
             how = f"killed by {failure.signal_name()}"
             raise RankError(f"rank {rank} (pid {failure.pid}) was {how}, and the others were ended") from None
         return int(failure.exitcode)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    """Send a signal to every child of this process: the ranks, which decide what it means."""
+    for thread in Path("/proc/self/task").glob("*/children"):
+        for child in thread.read_text().split():
+            with suppress(ProcessLookupError):  # it has ended meanwhile
+                os.kill(int(child), number)
 
 
 def _cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
