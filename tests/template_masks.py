@@ -257,6 +257,8 @@ def judge(template: str, name: str, chat: dict[str, Any], byte_level: bool = Tru
     has_marks = "generation %}" in template
     spans = [(sample.text[:start], sample.text[start:stop]) for sample in samples for start, stop in sample.spans]
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    # A split chat may hold its turns in another order.
+    spans.sort(key=lambda pair: [not all(word in pair[1] for word in words_of(messages[i])) for i in turns])
     if len(spans) != len(turns):
         return ("by its marks", "several marks") if has_marks else ("wrong", f"{len(spans)} spans")
     for i, (before, span) in zip(turns, spans, strict=True):

@@ -116,13 +116,18 @@ class ChatFormat:
     def _variables(self) -> dict[str, Any]:
         return {**self.special_tokens, **json.loads(self.kwargs)}
 
-    def render(self, messages: Sequence[Message], tools: Any = None, prompt: bool = False) -> tuple[str, list[Span]]:
-        """Return the chat as text and its marked spans; with `prompt`, ending where the assistant begins to write."""
+    def render(
+        self, messages: Sequence[Message], tools: Any = None, prompt: bool = False, with_marks: bool = True
+    ) -> tuple[str, list[Span]]:
+        """Return the chat as text and its marked spans; with `prompt`, ending where the assistant begins to write.
+
+        Finding the marks takes longer than rendering; `with_marks` says whether they are needed.
+        """
         is_all_plain = not tools and all(map(is_plain, messages))
         try:
             with limited_work(RENDER_SECONDS, RENDER_BYTES):
                 if is_all_plain:
-                    text, spans = self._render_plain(messages, prompt)
+                    text, spans = self._render_plain(messages, prompt, with_marks)
                 else:
                     # A field that is null says nothing; only a content that is null is read as such by templates.
                     given = [
@@ -154,7 +159,7 @@ class ChatFormat:
         )
         return rendered[0][0], list(rendered[1][0]) if self.has_marks else []
 
-    def _render_plain(self, messages: Sequence[Message], prompt: bool) -> tuple[str, list[Span]]:
+    def _render_plain(self, messages: Sequence[Message], prompt: bool, with_marks: bool) -> tuple[str, list[Span]]:
         """Render messages of a role and a text, to which the function above does nothing beforehand.
 
         Its copying and renaming of fields takes as long as the template itself.
@@ -164,7 +169,7 @@ class ChatFormat:
         template = chat_template_utils._compile_jinja_template(self.template)
         options: dict[str, Any] = {"tools": None, "documents": None, "add_generation_prompt": prompt}
         options |= {"messages": messages, **self._variables}
-        if not self.has_marks:
+        if not (self.has_marks and with_marks):
             return template.render(options), []
         text, spans = chat_template_utils._render_with_assistant_indices(template, **options)
         return text, list(spans)

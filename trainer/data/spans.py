@@ -159,7 +159,7 @@ class SpanFinder:
         samples = []
         for pattern in patterns:
             num_messages = pattern.example.num_messages
-            text, _ = self.format.render(messages[:num_messages])
+            text, _ = self.format.render(messages[:num_messages], with_marks=False)
             shown = contents[:num_messages]
             if text != _filled(pattern.rendered, shown):
                 shown = [content.strip() for content in shown]
