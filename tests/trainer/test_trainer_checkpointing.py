@@ -133,6 +133,14 @@ class TestTheBestModel:
         assert best in saved_steps(tmp_path)
         assert trainer.evaluate()["eval_loss"] == losses[best]
 
+    def test_the_limit_spares_it_where_later_ones_are_worse(self, tmp_path: Path) -> None:
+        options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "greater_is_better": True}
+        trainer = self.best_run(tmp_path, learning_rate=1e-2, **options)  # the loss falls: the first is "best"
+        trainer.train()
+        best = trainer.state.best_global_step
+        assert best < 6, "the best one would be among the newest"
+        assert saved_steps(tmp_path) == [best, 8]
+
     def test_it_is_known_where_it_was_saved_before_it_was_measured(self, tmp_path: Path) -> None:
         options = {"eval_strategy": "epoch", "num_train_epochs": 2, "learning_rate": 0.01}  # saved in the step itself
         trainer = regression(tmp_path, eval_dataset=RegressionDataset(length=8), **options)
