@@ -244,6 +244,12 @@ class SpanFinder:
         text, marks = self.format.render(upto, tools)
         tail = self._tail(messages, i, tools, text)
         prefix, start = self._start(messages, i, tools, text)
+        before = content_text(messages[i - 1]).strip() if i else ""
+        if before and before in text[start:] and before not in content_text(messages[i]):
+            raise TemplateError(
+                "the chat template joins an assistant turn with the message before it",
+                "join consecutive messages of one role in the document",
+            )
         if len(tail) > len(text) - start:
             tail = text[start:]
         end = self.style.end(bool(called_functions(messages[i])), bool(tools))
