@@ -244,8 +244,11 @@ class SpanFinder:
         text, marks = self.format.render(upto, tools)
         tail = self._tail(messages, i, tools, text)
         prefix, start = self._start(messages, i, tools, text)
-        before = content_text(messages[i - 1]).strip() if i else ""
-        if before and before in text[start:] and before not in content_text(messages[i]):
+        is_second = i > 0 and messages[i - 1]["role"] == "assistant"
+        before = content_text(messages[i - 1]).strip() if is_second else ""
+        said = text[start : max(start, len(text) - len(tail))]
+        written = str(messages[i])  # with its reasoning and calls
+        if before and before in said and before not in written and said.startswith(before):
             raise TemplateError(
                 "the chat template joins an assistant turn with the message before it",
                 "join consecutive messages of one role in the document",
