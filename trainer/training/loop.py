@@ -7,7 +7,7 @@ a signal says stop. Position is two integers, epoch and samples; nothing else de
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from transformers.trainer_callback import TrainerControl
@@ -108,16 +108,21 @@ def train_epoch(run: Run, stop: StopRequest) -> None:
     run.state.epoch_end_is_due = True
     run.events.emit("on_epoch_begin")
     batches = iter(run.batches.epoch(epoch, start))
-    while True:
-        waiting_since = now()
-        batch = next(batches, None)
-        if batch is None:
-            end_of_data(run, epoch, start)
-            break
-        train_batch(run, batch, now() - waiting_since, stop)
-        act(run)
-        if run.control.should_training_stop or run.control.should_epoch_stop or run.is_over:
-            break
+    try:
+        while True:
+            waiting_since = now()
+            batch = next(batches, None)
+            if batch is None:
+                end_of_data(run, epoch, start)
+                break
+            train_batch(run, batch, now() - waiting_since, stop)
+            act(run)
+            if run.control.should_training_stop or run.control.should_epoch_stop or run.is_over:
+                break
+    finally:
+        # The traceback of an error would keep it alive, and with it the thread that reads ahead.
+        if isinstance(batches, Generator):
+            batches.close()
     if run.stop_signal is None:
         close_epoch(run, epoch)
 
