@@ -69,7 +69,7 @@ def record(checkpoint: Path) -> Any:
     state = json.loads((checkpoint / "state.json").read_bytes())
     for line in state["state"].pop("log_history"):
         state.setdefault("history", []).append({name: line[name] for name in line if not name.endswith(CLOCK)})
-    for changing in ("metrics_bytes", "should_stop"):
+    for changing in ("metrics_bytes", "metrics_sha256", "should_stop"):
         state.pop(changing)
     state["state"].pop("best_model_checkpoint")
     return state

@@ -44,6 +44,10 @@ def find_weights(place: str | Path) -> str:
         CheckpointError: a run has neither an export nor a whole checkpoint.
     """
     folder = Path(place)
+    name, _, step = folder.name.partition("-")
+    twin = manifest.folder_of(folder.parent / manifest.FOLDER, int(step)) if step.isdigit() else folder
+    if name == "checkpoint" and (twin / manifest.MANIFEST).is_file():
+        return str(twin)  # checkpoint-N is for transformers' scripts; the checkpoint itself holds everything
     if not folder.is_dir() or (folder / manifest.MANIFEST).is_file() or (folder / "config.json").is_file():
         return str(place)
     exports = list(folder.glob("hf_format/samples_*"))
