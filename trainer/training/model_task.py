@@ -38,6 +38,7 @@ from trainer.distributed.group import Group
 from trainer.errors import UsageError
 from trainer.model.build import prepare_model
 from trainer.model.freezing import operations_per_input
+from trainer.model.loss import router_loss
 from trainer.model.osft.layers import Osft
 from trainer.model.traits import (
     LossFunction,
@@ -300,7 +301,7 @@ class ModelTask:
         if is_from_model and num_items is not None:
             # transformers adds a router loss whole, and it would count once for each micro-batch and rank.
             ranks = 1 if self.args.average_tokens_across_devices else self.group.world_size
-            loss = loss - (1 - self.share.inputs * ranks) * added_router_loss(model, outputs)
+            loss = loss - router_loss(self.prepared, outputs, 1 - self.share.inputs * ranks)
         return loss, outputs
 
     def evaluate(
@@ -328,15 +329,6 @@ class ModelTask:
             f"{dealing.accumulation} micro-batches"
         )
         return lines
-
-
-def added_router_loss(model: nn.Module, outputs: Any) -> Tensor | float:
-    """Return the load-balancing loss of a mixture of experts that its model has added to its loss; 0 without one."""
-    router_loss = outputs.get("aux_loss") if isinstance(outputs, Mapping) else None
-    config = getattr(model, "config", None)
-    if router_loss is None or config is None:
-        return 0.0
-    return float(getattr(config.get_text_config(), "router_aux_loss_coef", 0.0)) * router_loss
 
 
 def default_collator(processing_class: Any) -> Collate:
