@@ -38,7 +38,7 @@ from trainer.hf.prediction import alone, predictions_of, run_evaluation_loop
 from trainer.hf.search import Objective, Search
 from trainer.hf.unsupported import UNSUPPORTED, check_overrides
 from trainer.model.freezing import operations_per_input
-from trainer.model.traits import LossFunction, count_labels
+from trainer.model.traits import ITEMS, LossFunction, count_labels, reads_argument, takes_argument
 from trainer.optim.build import optimizer_class
 from trainer.optim.groups import MATRIX_DIMENSIONS
 from trainer.training.callbacks import RunState
@@ -52,7 +52,6 @@ from trainer.training.task import Task
 from trainer.training.trainer import Callbacks, CoreTrainer
 
 Callback: TypeAlias = TrainerCallback | type[TrainerCallback]
-ModelInit = Callable[..., nn.Module]  # takes a trial, or nothing
 ComputeMetrics = Callable[..., dict[str, float]]
 
 
@@ -76,13 +75,9 @@ class Trainer(CoreTrainer):
         compute_loss_func: from (outputs, labels, num_items_in_batch=) to the loss.
         compute_metrics, preprocess_logits_for_metrics: see transformers' Trainer.
         callbacks: transformers callbacks, called after the trainer's own.
-        optimizers, optimizer_cls_and_kwargs, score_answers: see `CoreTrainer`.
-
-    Raises:
-        UsageError, ModelError, DataError: see the messages.
+        optimizers, optimizer_cls_and_kwargs, score_answers: see `CoreTrainer`, also for the errors raised.
     """
 
-    # Methods that live beside their subject: functions whose first argument is the Trainer.
     from transformers.trainer_pt_utils import (
         get_learning_rates,
         get_num_trainable_parameters,
@@ -111,7 +106,7 @@ class Trainer(CoreTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
-        model_init: ModelInit | None = None,
+        model_init: Callable[..., nn.Module] | None = None,
         compute_loss_func: LossFunction | None = None,
         compute_metrics: ComputeMetrics | None = None,
         callbacks: Callbacks | None = None,
@@ -204,8 +199,6 @@ class Trainer(CoreTrainer):
         """Train from the start, or from a checkpoint, to the end; see `CoreTrainer.train`.
 
         Args:
-            resume_from_checkpoint: a checkpoint's folder; True, the newest whole one in output_dir; "auto", the same,
-                or from the start if there is none; by default the value of the option of that name.
             trial: what `model_init` is given, if it takes an argument; see `hyperparameter_search`.
             ignore_keys_for_eval: outputs of the model that are not predictions, in evaluations while training.
         """
@@ -261,12 +254,12 @@ class Trainer(CoreTrainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | None = None) -> Tensor:
         """Add the gradient of one micro-batch; return its share of the loss of the global batch."""
         inputs = self._prepare_inputs(inputs)
+        items: Any = {ITEMS: num_items_in_batch} if takes_argument(self.compute_loss, ITEMS) else {}
         with self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            loss = self.compute_loss(model, inputs, **items)
         is_divided = self.loss_is_scaled_for_ga
-        if is_divided is None:  # by the model, or by compute_loss_func
-            divides = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
-            is_divided = divides and num_items_in_batch is not None
+        if is_divided is None:
+            is_divided = num_items_in_batch is not None and self._divides_by_items()
         loss = self._model_task.weigh(loss, is_divided=is_divided)
         self.backward(loss)
         return loss.detach()
@@ -285,6 +278,13 @@ class Trainer(CoreTrainer):
             num_items_in_batch = None  # nothing here would divide by it
         loss, outputs = task.compute_loss(model, inputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def _divides_by_items(self) -> bool:
+        """Return whether the loss of compute_loss is a sum divided by num_items_in_batch."""
+        if self.model_accepts_loss_kwargs or self.compute_loss_func is not None:
+            return True
+        # The model does not. An override divides if it reads the number, unless it only hands it on.
+        return type(self).compute_loss is not Trainer.compute_loss and reads_argument(self.compute_loss, ITEMS)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a micro-batch's share of the loss; an override of `training_step` calls this."""
@@ -404,7 +404,7 @@ class Trainer(CoreTrainer):
         """Say what to use instead of what transformers' Trainer has and this one has not."""
         found = inspect.getattr_static(type(self), name, None)
         if isinstance(found, property):
-            # Python comes here when a property raises AttributeError: raise that error again, not one about its name.
+            # Python comes here when a property raises AttributeError: raise that error again.
             return found.__get__(self, type(self))
         advice = f"this Trainer has none: {UNSUPPORTED[name]}" if name in UNSUPPORTED else "there is no such attribute"
         raise AttributeError(f"{type(self).__name__}.{name}: {advice}")

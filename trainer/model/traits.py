@@ -6,6 +6,7 @@ Invariant: the inputs that are given are never changed.
 
 from __future__ import annotations
 
+import dis
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from trainer.errors import ModelError
 from trainer.labels import IGNORE_INDEX
 from trainer.model.precision import accumulation_dtype
 
+ITEMS = "num_items_in_batch"
 LossFunction = Callable[..., Tensor]  # (outputs, labels, num_items_in_batch=) -> loss
 
 
@@ -90,6 +92,20 @@ def _divides_by_items(kind: type[nn.Module]) -> bool:
         return True
     codes = [inspect.unwrap(vars(base)["forward"]).__code__ for base in kind.__mro__ if "forward" in vars(base)]
     return any({"loss_function", "num_items_in_batch"} & {*code.co_names, *code.co_consts} for code in codes)
+
+
+def takes_argument(function: Callable[..., Any], name: str) -> bool:
+    """Return whether a function may be called with an argument of this name."""
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+
+
+def reads_argument(function: Callable[..., Any], name: str) -> bool:
+    """Return whether a Python function reads its argument of this name otherwise than to hand it to `super()`."""
+    code = getattr(inspect.unwrap(getattr(function, "__func__", function)), "__code__", None)
+    if code is None or "super" in code.co_names:
+        return False
+    return any(each.opname.startswith("LOAD_FAST") and name in str(each.argval) for each in dis.get_instructions(code))
 
 
 def find_loss(
