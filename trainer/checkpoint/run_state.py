@@ -113,7 +113,7 @@ def options_of(folder: Path) -> TrainingArguments:
     """
     args, rest = TrainingArguments.from_record(read_options(folder))
     if rest:
-        logger.info("%s was saved with options that are unknown here, which do not matter: %s", folder, rest)
+        logger.debug("%s was saved with options that are unknown here, which do not matter: %s", folder, rest)
     return args
 
 
