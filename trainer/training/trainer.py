@@ -21,6 +21,8 @@ from transformers.trainer_utils import TrainOutput
 
 from trainer.checkpoint.run_state import data_fingerprint, tokenizer_fingerprint
 from trainer.config.arguments import TrainingArguments
+from trainer.data.batched import BatchedLoader
+from trainer.data.length import RunLength
 from trainer.distributed.group import Group
 from trainer.errors import UsageError
 from trainer.model.export import export_model
@@ -31,6 +33,17 @@ from trainer.optim.gradients import LossScale
 from trainer.optim.groups import parameter_groups
 from trainer.optim.schedules import build_schedule, feed_metric
 from trainer.training import environment
+from trainer.training.agreement import (
+    SAME_LENGTHS,
+    SAME_OPTIONS,
+    Facts,
+    agree,
+    data_facts,
+    model_facts,
+    option_facts,
+    version_facts,
+    weight_facts,
+)
 from trainer.training.build import check_names, check_optimizer
 from trainer.training.callbacks import (
     DefaultFlowCallback,
@@ -109,6 +122,7 @@ class CoreTrainer:
         self.score_answers = score_answers
         self._made_schedule = False  # by us, not given
         with self.group.naming_faults(lambda: "before the first step"):
+            agree(self.group, lambda: version_facts() | option_facts(self.args) | weight_facts(model))
             self.task = self.build_task(model, train_dataset, eval_dataset)
         self.processing_class = self.task.processing_class
         self.train_dataset, self.eval_dataset = self.task.train_dataset, self.task.eval_dataset
@@ -176,7 +190,7 @@ class CoreTrainer:
         while True:
             if self._has_trained:
                 self.begin_anew()
-            run = self._build_run()
+            run = self._build_run(asked)
             with sole_run(self.args, self.group):
                 with self.group.naming_faults(lambda: "before the first step"):
                     self._open(run, asked)
@@ -215,10 +229,12 @@ class CoreTrainer:
             train_batch_size=self.task.train_batch_size,
         )
 
-    def _build_run(self) -> Run:
+    def _build_run(self, asked: bool | str | None = None) -> Run:
         loader = self.get_train_dataloader()
         batches = self.task.train_batches(loader)
         length = self.task.length(batches)
+        with self.group.naming_faults(lambda: "before the first step"):
+            agree(self.group, lambda: self._facts(loader, length, asked))
         self.create_optimizer_and_scheduler(length.num_steps)
         optimizer, schedule = self.create_optimizer(), self.create_scheduler(length.num_steps)
         check_optimizer(optimizer, self.model)
@@ -252,6 +268,20 @@ class CoreTrainer:
             log=self.log,
             finish=self._finish_run,
         )
+
+    def _facts(self, loader: DataLoader[Any], length: RunLength, asked: bool | str | None) -> Facts:
+        """Return what all ranks must have in common to train."""
+        lengths = {
+            "steps of the run": length.num_steps,
+            "steps of an epoch": length.steps_per_epoch,
+            "samples of a micro-batch": self.task.train_batch_size,
+        }
+        facts: Facts = {name: (value, SAME_LENGTHS) for name, value in lengths.items()}
+        facts["resume_from_checkpoint"] = Path(asked).name if isinstance(asked, str) else bool(asked), SAME_OPTIONS
+        if self.task.collate is None or isinstance(loader, BatchedLoader):  # else each rank may hold samples of its own
+            facts |= data_facts("train_dataset", self.train_dataset)
+        facts |= data_facts("eval_dataset", self.eval_dataset)
+        return option_facts(self.args) | model_facts(self.args, self.model, self.processing_class) | facts
 
     def _fingerprints(self) -> dict[str, str | None]:
         """Return what identifies data and tokenizer: a checkpoint records it, and a resumed run must agree."""
