@@ -7,6 +7,7 @@ checks in `judge` know nothing of the trainer: they render with transformers and
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import tarfile
@@ -24,7 +25,9 @@ from trainer.data.spans import SpanFinder
 END_NAMES = (
     r"im_end|eot_id|eom_id|eom|message_sep|tools_suffix|end_of_turn|eot|end|return|call|endoftext|end_of_text|END_OF_TURN_TOKEN|eos|/s|turn\||"
     r"assistant_end|end_of_sentence|end▁of▁sentence|im_sep_end|user|observation|system|tool_response|eod|EOT|end_message|"
-    r"turn_end|message_end|endofprompt|role_end|end_of_role|seed:eos|separator|sep|eoa|EOS|endofturn|end_of_msg|msg_end"
+    r"turn_end|message_end|endofprompt|role_end|end_of_role|seed:eos|separator|sep|eoa|EOS|endofturn|end_of_msg|msg_end|"
+    # Idefics and SmolVLM; a tool call of Solar; Nemotron Nano 2, whose EOS is this reserved token.
+    r"end_of_utterance|calls|SPECIAL_12"
 )
 END = re.compile(rf"(?:<[|｜]?/?(?:{END_NAMES})[|｜]?>|\[(?:EOT|e~\[|/?s)\]|</s>|\[e~\[|<eos>)")
 CONTROL = re.compile(
@@ -186,9 +189,16 @@ class Judge:
         if not ends or ends[-1].end() != len(span):
             return f"does not end in a token that ends turns: {span[-40:]!r}"
         # The same history may be given in several forms: whichever of them it was, it must be what stands before.
-        prompts = [self.render(variant, tools, prompt=True) for variant in variants(messages[:i])]
-        faults = [self.fault_before(before, asked) for asked in prompts if asked is not None and i]
-        return faults[0] if faults and all(faults) else None
+        first_fault = None
+        for variant in variants(messages[:i]) if i else ():
+            asked = self.render(variant, tools, prompt=True)
+            if asked is None:
+                continue
+            fault = self.fault_before(before, asked)
+            if fault is None:
+                return None
+            first_fault = first_fault or fault
+        return first_fault
 
     def fault_before(self, before: str, asked: str) -> str | None:
         """Say how the text before a span differs from what the model is given at inference."""
@@ -205,6 +215,7 @@ class Judge:
 
 def variants(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """Yield the messages with arguments as text and as objects, contents as strings and parts, empty or null."""
+    given: list[Any] = []
     for as_text in (None, True, False):
         for empty in ("given", "", None, "absent"):
             for as_parts in (None, False, True):
@@ -225,11 +236,14 @@ def variants(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
                         message["content"] = content[0]["text"]
                     elif content and isinstance(content, str) and as_parts is True:
                         message["content"] = [{"type": "text", "text": content}]
-                yield varied
+                if varied not in given:
+                    given.append(varied)
+                    yield varied
 
 
-def judge(template: str, name: str, chat: dict[str, Any], byte_level: bool = True) -> tuple[str, str]:
-    """Say how the trainer masks a chat: equal, wrong, refused (though it could be masked), or impossible; and why."""
+@functools.lru_cache(maxsize=1)
+def finder_and_judge(template: str, byte_level: bool) -> tuple[SpanFinder, Judge]:
+    """Build both sides of the comparison for a template."""
     tokenizer = build_tokenizer(None, byte_level=byte_level)
     bos, eos = "<s>", "</s>"
     for token in (
@@ -248,10 +262,15 @@ def judge(template: str, name: str, chat: dict[str, Any], byte_level: bool = Tru
     tokenizer.add_special_tokens({"additional_special_tokens": tokens})
     tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template = bos, eos, template
     special = {"bos_token": bos, "eos_token": eos, "pad_token": str(tokenizer.pad_token)}
-    oracle = Judge(template, special)
+    return SpanFinder(ChatFormat.from_tokenizer(tokenizer)), Judge(template, special)
+
+
+def judge(template: str, chat: dict[str, Any], byte_level: bool = True) -> tuple[str, str]:
+    """Say how the trainer masks a chat: equal, wrong, refused (though it could be masked), or impossible; and why."""
+    finder, oracle = finder_and_judge(template, byte_level)
     messages, tools = chat["messages"], chat.get("tools")
     try:
-        samples = SpanFinder(ChatFormat.from_tokenizer(tokenizer)).samples(messages, tools)
+        samples = finder.samples(messages, tools)
     except TemplateError as error:
         return ("refused" if oracle.can_mask(messages, tools) else "impossible"), str(error)
     has_marks = "generation %}" in template
@@ -281,7 +300,7 @@ def main() -> None:
     for package, name, template in found:
         for shape, chat in shapes().items():
             try:
-                outcome, why = judge(template, shape, chat)
+                outcome, why = judge(template, chat)
             except Exception as error:  # noqa: BLE001  that is what is looked for
                 outcome, why = "traceback", repr(error)
             totals[outcome] += 1

@@ -203,3 +203,53 @@ def test_a_header_never_ends_inside_a_control_token() -> None:
     (sample,) = SpanFinder(ChatFormat.from_tokenizer(tokenizer)).samples(calling({"a": 17}))
     start, _ = sample.spans[0]
     assert sample.text.startswith("<|tool_call>", start)
+
+
+def finder_for(template: str) -> SpanFinder:
+    tokenizer = build_tokenizer(None)
+    tokens = sorted(set(re.findall(r"<\|?[a-z_]+\|?>", template)) - set(tokenizer.get_vocab()))
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    tokenizer.chat_template = template
+    return SpanFinder(ChatFormat.from_tokenizer(tokenizer))
+
+
+def trained(finder: SpanFinder, messages: Any) -> list[tuple[str, str]]:
+    """The trained texts, each with what stands before it."""
+    samples = finder.samples(messages)
+    return [(sample.text[:start], sample.text[start:stop]) for sample in samples for start, stop in sample.spans]
+
+
+def test_a_tail_may_hold_the_last_tokens_of_a_header() -> None:
+    """As Kimi K3: <|sep|> ends the header of a message, and stands before the token that ends the message."""
+    finder = finder_for(
+        "{% for m in messages %}<|open|>{{ m.role }}<|sep|>{{ m.content }}<|close|>message<|sep|><|end_of_msg|>"
+        "{% endfor %}{% if add_generation_prompt %}<|open|>assistant<|sep|>{% endif %}"
+    )
+    spans = [span for _, span in trained(finder, LONG)]
+    assert spans == [f"Reply {word}<|close|>message<|sep|><|end_of_msg|>" for word in ("one", "three")]
+
+
+def test_a_prompt_may_go_on_with_an_empty_reasoning_and_begin_a_turn_that_the_chat_does_not() -> None:
+    """As Gemma 4: a second assistant turn gets no header of its own, but the model is given one."""
+    finder = finder_for(
+        "{% for m in messages %}{% if loop.first or m.role != loop.previtem.role %}<|turn>{{ m.role }}\n{% endif %}"
+        "{{ m.content }}<turn|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|turn>assistant\n<|channel>thought\n<channel|>{% endif %}"
+    )
+    assert finder.style.header(has_tools=False) == "<|turn>assistant\n"
+    (before, span), (before_second, second) = trained(finder, [*SHORT, assistant("Reply three")])
+    assert (span, second) == ("Reply one<turn|>", "Reply three<turn|>")
+    assert before.endswith("<|turn>assistant\n")
+    assert before_second.endswith("Reply one<turn|>\n<|turn>assistant\n<|channel>thought\n<channel|>")
+    assert [span for _, span in trained(finder, LONG[1:])] == ["Reply one<turn|>", "Reply three<turn|>"]
+
+
+def test_a_turn_written_into_the_one_before_it_is_refused() -> None:
+    """As a later Gemma 4: calls, results and the answer share a turn, which the generation prompt begins anew."""
+    finder = finder_for(
+        "{% for m in messages %}{% if m.role == 'user' %}<|turn>user\n{% elif loop.previtem.role == 'user' %}"
+        "<|turn>assistant\n{% endif %}{{ m.content }}{% if loop.last or loop.nextitem.role == 'user' %}<turn|>\n"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|turn>assistant\n{% endif %}"
+    )
+    with pytest.raises(TemplateError, match="joins an assistant turn with the message before it"):
+        trained(finder, [*SHORT, {"role": "tool", "content": "4242"}, assistant("Reply three")])

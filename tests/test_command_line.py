@@ -294,6 +294,9 @@ def test_train_says_what_it_leaves_out(tmp_path: Path, job: list[str], caplog: p
     assert main(["train", *job, "--max-steps=1", "--overlong=drop"]) == 0
     assert "chats.jsonl: overlong dropped: 1, tokens dropped: " in caplog.text
     assert "ignored field 'rating': 1" in caplog.text
+    assert re.search(
+        r"roles: assistant: \d+ messages, \d+ trained tokens, \d+ trained turns; .*user: \d+ messages", caplog.text
+    )
 
 
 def test_answers_need_chats(tmp_path: Path, job: list[str], capsys: pytest.CaptureFixture[str]) -> None:

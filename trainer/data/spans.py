@@ -311,10 +311,19 @@ class SpanFinder:
             before = self.style.try_render(messages[:i], tools) or ""
             if common < common_prefix(asked, before):
                 begin = self._start_by_header(messages, i, tools, text, header)
+                if text[:begin] == asked[:begin]:
+                    # What follows this header at inference is history: it is the header of an earlier turn.
+                    raise TemplateError(
+                        "the chat template joins an assistant turn with the message before it",
+                        "join consecutive messages of one role in the document, or give another chat_template",
+                    )
                 given = without_opened_reasoning(asked, len(asked))
                 return asked[:given], begin
             start = min(self.style.token_start(asked, common), self.style.token_start(text, common))
         start = without_opened_reasoning(text, start)
+        if header and header in asked[start:] and not text.startswith(header, start):
+            # The turn goes on with the turn before it, but the model is given a header of its own (Gemma 4).
+            return asked[: without_opened_reasoning(asked, len(asked))], start
         # The generation prompt may leave out a header, behind another assistant turn or always.
         if header and text.startswith(header, start):
             start += len(header)

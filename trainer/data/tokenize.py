@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from trainer.config.groups import DataArguments
 
-RULES_VERSION = 2
+RULES_VERSION = 3
 """Raised whenever the same line and options come to give other tokens or counts: what was cached is prepared anew."""
 
 _NUM_DOCUMENTS_AT_ONCE = 512

@@ -69,15 +69,21 @@ class TurnStyle:
     def _find_header(self, has_tools: bool) -> str:
         tools = EXAMPLE_TOOLS if has_tools else None
         asked = self.format.adapted([{"role": "user", "content": Q}], tools)
+        answered = self.format.adapted([*asked, {"role": "assistant", "content": W}], tools)
         prompt, before = self.try_render(asked, tools, prompt=True), self.try_render(asked, tools)
+        text = self.try_render(answered, tools)
         if prompt is not None and before is not None:
-            written = prompt[common_prefix(prompt, before) :]
-            header = written[: without_opened_reasoning(written, len(written))]
+            begin = self.token_start(prompt, common_prefix(prompt, before))
+            stop = without_opened_reasoning(prompt, len(prompt))
+            if text is not None:
+                # The prompt may go on with an empty reasoning that the turn does not show.
+                common = self.token_start(prompt, common_prefix(prompt, text))
+                if prompt[begin:common].strip():
+                    stop = min(stop, common)
+            header = prompt[begin:stop]
             if header.strip():
                 return header
         # There is no generation prompt, or it is always there.
-        answered = self.format.adapted([*asked, {"role": "assistant", "content": W}], tools)
-        text = self.try_render(answered, tools)
         if text is None or before is None or W not in text:
             return ""
         between = text[common_prefix(before, text) : text.index(W)]
@@ -169,8 +175,11 @@ class TurnStyle:
         return None
 
     def _openers(self, begin: str, has_tools: bool) -> set[str]:
-        """Tokens that begin messages: those of the generation prompt, and the first of a chat."""
-        openers = set(self._tokens.findall(self.header(has_tools)))
+        """Tokens that begin messages: the first of the generation prompt, and the first of a chat.
+
+        Further tokens of the prompt may stand within the tail of a turn as well (Kimi K3's <|sep|>).
+        """
+        openers = set(self._tokens.findall(self.header(has_tools))[:1])
         at = 0
         for match in self._tokens.finditer(begin):
             if begin[at : match.start()].strip():

@@ -19,6 +19,7 @@ from trainer.config.rules import check_data_kind
 from trainer.data.length import RunLength, run_length
 from trainer.data.loader import JsonlDataset, MicroBatch, TokenData, get_data_loader
 from trainer.data.order import EpochSampler
+from trainer.data.prepare import roles_line
 from trainer.data.store import TokenStore
 from trainer.distributed.group import Group
 from trainer.errors import UsageError
@@ -222,6 +223,8 @@ class PackedTask:
             f"data: {len(store):,} samples, {num_tokens:,} tokens, {num_loss_tokens / max(num_tokens, 1):.0%} of them "
             f"trained, longest sample {int(store.lengths.max()):,}"
         ]
+        if roles := roles_line(store):
+            lines.append(f"roles: {roles}")
         if self.eval_dataset is not None:
             lines.append(f"held-out data: {len(self.eval_dataset):,} samples")
         lines.append(
