@@ -22,7 +22,7 @@ from trainer.distributed.group import Group
 from trainer.distributed.topology import Topology
 from trainer.errors import UsageError
 from trainer.training import agreement
-from trainer.training.agreement import MAY_DIFFER, agree, option_facts
+from trainer.training.agreement import MAY_DIFFER, agree, data_facts, option_facts
 
 SECONDS = 20.0  # in which a difference is found, on a busy machine; what it must not be is ddp_timeout
 SAMPLES = random_token_samples([5, 6, 7, 8, 9])
@@ -139,6 +139,12 @@ def test_ranks_with_other_token_data_never_train(ranks: Ranks, tmp_path: Path) -
         assert f"rank 1 differs from rank 0 in train_dataset: {len(samples)} samples, digest " in said
         assert "instead of 5 samples, digest" in said
         assert "look for an old copy on one of the nodes" in said
+    many = random_token_samples([5] * 200)
+    if ranks.rank == 1:
+        ids, labels = many[1]
+        many[1] = [ids[0] ^ 1, *ids[1:]], labels  # not one of those that are read for their labels
+    group, store = Group.join(TrainingArguments(use_cpu=True)), build_store(many)
+    assert "in train_dataset: 200 samples" in refused(lambda: agree(group, lambda: data_facts("train_dataset", store)))
     said = refused(lambda: trainer_of(tmp_path, evals=SAMPLES[: 2 + ranks.rank]).train())
     assert "rank 1 differs from rank 0 in eval_dataset: 3 samples, digest" in said
 
