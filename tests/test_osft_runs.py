@@ -190,8 +190,8 @@ def test_ratios_follow_importance() -> None:
     ("options", "message"),
     [
         ({"osft": True}, "osft needs osft_unfreeze_rank_ratio"),
-        ({"osft_unfreeze_rank_ratio": 0.5}, "have no effect without osft"),
-        ({"osft_train_patterns": ["norm"]}, "have no effect without osft"),
+        ({"osft_unfreeze_rank_ratio": 0.5}, "has no effect without osft"),
+        ({"osft_train_patterns": ["norm"]}, "has no effect without osft"),
         ({"osft": True, "osft_unfreeze_rank_ratio": 1.5}, "osft_unfreeze_rank_ratio = 1.5: must be at most 1"),
         ({"osft": True, "osft_unfreeze_rank_ratio": 0.5, "osft_rank_ratios": {"a": 2}}, "a number from 0 to 1"),
     ],

@@ -12,7 +12,7 @@ from trainer.data.loader import get_data_loader
 from trainer.data.order import EpochSampler, epoch_order
 from trainer.data.packing import plan_batch
 from trainer.data.store import TokenStore
-from trainer.errors import UsageError
+from trainer.errors import DataError
 
 BUDGET = 40
 
@@ -77,7 +77,7 @@ def test_large_batches_at_any_world_size(num_ranks: int) -> None:
 
 
 def test_no_sample_is_dropped_for_its_length() -> None:
-    with pytest.raises(UsageError, match="sample 2 has 11 tokens"):
+    with pytest.raises(DataError, match="sample 2 has 11 tokens"):
         plan_batch([1, 2, 11], 10, 2)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers import TrainerCallback
 
 from tests.fixtures.models import tiny_llama
 from tests.fixtures.oracles import relative_difference
@@ -29,6 +30,26 @@ from tests.trainer.trainer_test_utils import (
 from trainer.config.arguments import TrainingArguments
 from trainer.errors import ModelError, UsageError
 from trainer.hf.trainer import Trainer
+
+
+class Recomputing(TrainerCallback):
+    """Notes at each step whether the model recomputes activations."""
+
+    def __init__(self) -> None:
+        self.recomputes: list[bool] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.recomputes.append(any(getattr(module, "gradient_checkpointing", False) for module in model.modules()))
+
+
+class Compiled(TrainerCallback):
+    """Notes at each step whether the model is compiled."""
+
+    def __init__(self) -> None:
+        self.is_compiled: list[bool] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.is_compiled.append(model._compiled_call_impl is not None)
 
 
 class TestOptions:
@@ -82,10 +103,9 @@ class TestOptions:
         def run(name: str, **more: Any) -> dict[str, torch.Tensor]:
             args = TrainingArguments(str(tmp_path / name), max_steps=2, export_final=False, disable_tqdm=True, **more)
             trainer = Trainer(tiny_llama().double(), args, train_dataset=labelled_rows(4))
+            trainer.add_callback(seen := Recomputing())
             trainer.train()
-            assert any(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules()) == bool(
-                more
-            )
+            assert seen.recomputes == [bool(more)] * 2
             return weights_of(trainer.model)
 
         settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
@@ -96,8 +116,10 @@ class TestOptions:
         options = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 2}
         compiled = get_regression_trainer(output_dir=tmp_path / "compiled", pretrained=False, **options, **PLAIN)
         plain = get_regression_trainer(output_dir=tmp_path / "plain", pretrained=False, max_steps=2, **PLAIN)
-        assert compiled.model._compiled_call_impl is not None
+        compiled.add_callback(seen := Compiled())
         compiled.train()
+        assert seen.is_compiled == [True] * 2
+        assert compiled.model._compiled_call_impl is None  # the model is as before
         plain.train()
         assert line_of(compiled) == pytest.approx(line_of(plain), rel=REGRESSION_FP32)
 

@@ -188,7 +188,7 @@ def test_without_generate_logits_are_predicted(tmp_path: Path) -> None:
 
 def test_questions_without_labels_are_answered(tmp_path: Path) -> None:
     trainer = build(tmp_path)
-    trainer.data_collator = trainer.road.collate = lambda samples: {
+    trainer.data_collator = lambda samples: {
         name: values for name, values in pad_sequences(samples).items() if name != "labels"
     }
     predicted = trainer.predict(trainer.eval_dataset[:5])

@@ -70,6 +70,10 @@ class Entry:
         """Say why the pieces do not cover the tensor once, if they do not."""
         covered = 0
         for piece in self.pieces:
+            if self.kind == OWN:  # each rank has one of its own under this name, perhaps of another shape
+                if any(start != 0 for start in piece.offset) or any(length < 0 for length in piece.shape):
+                    return f"a piece of shape {piece.shape} at {piece.offset} is not a whole tensor"
+                continue
             if len(piece.offset) != len(self.shape) or len(piece.shape) != len(self.shape):
                 return f"a piece has {len(piece.shape)} dimensions instead of {len(self.shape)}"
             for start, length, size in zip(piece.offset, piece.shape, self.shape, strict=True):

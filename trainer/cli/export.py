@@ -30,6 +30,10 @@ def run(words: Sequence[str]) -> int:
     options = parse_alone("trainer export", words, ExportOptions, "Write Hugging Face weights.")
     from trainer.training.saved_model import find_weights
 
+    if not options.source.exists():
+        raise UsageError(
+            f"{options.source}: there is no such folder; name a run, a checkpoint or a Hugging Face folder"
+        )
     folder = Path(find_weights(options.source))
     if options.target.resolve() == folder.resolve():
         raise UsageError(f"source and target are the same folder: {folder}")

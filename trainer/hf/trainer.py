@@ -119,7 +119,7 @@ class Trainer(CoreTrainer):
         self.model_init, self.compute_loss_func, self.compute_metrics = model_init, compute_loss_func, compute_metrics
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
         self._given_collator, self._trial = data_collator, None
-        self._memory = memory_tracker(args is None or args.skip_memory_metrics)
+        self._memory = memory_tracker(getattr(args, "skip_memory_metrics", True))
         self._memory.start()
         super().__init__(
             model,

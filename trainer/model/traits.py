@@ -52,7 +52,7 @@ class LossRule:
 
 def check_module(model: Any, *, is_packed: bool = False) -> None:
     """Raise ModelError where something is no module, or one that cannot be trained, or not on packs if it shall."""
-    if not isinstance(model, nn.Module):
+    if not is_packed and not isinstance(model, nn.Module):
         raise ModelError(f"model is a {type(model).__name__}: give a torch.nn.Module")
     if is_packed and (not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None):
         raise ModelError(f"model is a {type(model).__name__}: give a transformers causal language model, not wrapped")
