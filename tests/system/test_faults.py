@@ -100,7 +100,7 @@ def test_an_exception_on_one_rank_reaches_the_others(launch, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_nan_on_one_rank_stops_all_alike(launch, tmp_path: Path, rank: int) -> None:
-    after_the_probe = 12  # of how models pack, which runs some forwards before the first step
+    after_the_probe = 6  # of how models pack, which runs four forwards before the first step
     outcomes, _ = run_with(launch, tmp_path, nan(rank, at=("forward", after_the_probe)))
     for outcome in outcomes:
         assert isinstance(outcome.error, NonFiniteError), outcomes.report()
