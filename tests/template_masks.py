@@ -29,9 +29,9 @@ END_NAMES = (
     # Idefics and SmolVLM; a tool call of Solar; Nemotron Nano 2, whose EOS is this reserved token.
     r"end_of_utterance|calls|SPECIAL_12"
 )
-END = re.compile(rf"(?:<[|｜]?/?(?:{END_NAMES})[|｜]?>|\[(?:EOT|e~\[|/?s)\]|</s>|\[e~\[|<eos>)")
+END = re.compile(rf"(?:<[|｜]?/?(?:{END_NAMES})[|｜]?>|\[(?:EOT|e~\[|/?s)\]|</s>|\[e~\[|<eos>|\[\|endofturn\|\])")
 CONTROL = re.compile(
-    r"<[|｜][^<>{}'\"]{1,40}[|｜]>|<[a-zA-Z_▁:/][\w▁:/|]{1,30}>|\[/?[A-Z_]{2,24}\]|\[gMASK\]|<[a-z_]+\|>|<\|[a-z_\"]+>|\[e~\[|\]~b\]"
+    r"<[|｜][^<>{}'\"]{1,40}[|｜]>|<[a-zA-Z_▁:/][\w▁:/|]{1,30}>|\[/?[A-Z_]{2,24}\]|\[gMASK\]|<[a-z_]+\|>|<\|[a-z_\"]+>|\[e~\[|\]~b\]|\[\|[a-z]+\|\]"
 )
 OPENED = re.compile(
     r"(?:<[\w:|]*(?:think|thought|reason|START_THINKING|inner_prefix)[\w:|]*>|\[THINK\])\s*\Z"
@@ -287,6 +287,67 @@ def judge(template: str, chat: dict[str, Any], byte_level: bool = True) -> tuple
     return "equal", ""
 
 
+FAMILIES = {
+    "Apertus": "apertus",
+    "Apriel": "apriel",
+    "Command, Aya (Cohere)": "cohere|command|aya",
+    "DeepSeek": "deepseek",
+    "EXAONE": "exaone",
+    "Falcon-H1": "falcon",
+    "Gemma": "gemma",
+    "GLM": "glm",
+    "gpt-oss": "gpt-?oss",
+    "Granite": "granite",
+    "Hermes, ChatML": "hermes|chatml",
+    "Idefics, SmolVLM": "idefics|smolvlm",
+    "Kimi": "kimi",
+    "LFM2": "lfm",
+    "Nemotron": "nemotron",
+    "Qwen, QwQ": "qwen|qwq",
+    "Llama": "llama(?!-cpp)",
+    "MiniCPM": "minicpm",
+    "MiniMax": "minimax",
+    "Mistral": "mistral|ministral|devstral|pixtral",
+    "Phi": "phi",
+    "Seed-OSS": "seed-oss",
+    "SmolLM3": "smollm",
+    "Solar": "solar",
+}
+"""Families of models, and what is in the names of their templates; the first that fits counts."""
+
+
+def table_by_family(results: list[tuple[str, str, str, str]]) -> str:
+    """Lay out outcomes (name of the template, shape, outcome, reason) by family, with the commonest refusals."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    names: dict[str, set[str]] = defaultdict(set)
+    reasons: dict[str, Counter[str]] = defaultdict(Counter)
+    for name, _, outcome, why in results:
+        family = next(
+            (f for f, pattern in FAMILIES.items() if re.search(pattern, name.rpartition("/")[2].lower())), "others"
+        )
+        names[family].add(name)
+        counts[family][outcome] += 1
+        if outcome in ("refused", "impossible"):
+            short = re.sub(
+                r"the chat template |of an assistant turn|\(field.*?\)|, (?:even|so) .*|refuses it: ", "", why
+            )
+            reasons[family][" ".join(re.sub(r"[|`<>]", "", short).split())[:70]] += 1
+    lines = [
+        "| family | templates | equal | by its marks | impossible | refused | wrong | why refused, commonest first |"
+    ]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |")
+    for family in [*sorted(names.keys() - {"others"}, key=str.lower), "others"]:
+        if family in names:
+            numbers = [counts[family][outcome] for outcome in OUTCOMES]
+            why = "; ".join(f"{reason} ({count})" for reason, count in reasons[family].most_common(3))
+            cells = " | ".join(str(number or "") for number in numbers)
+            lines.append(f"| {family} | {len(names[family])} | {cells} | {why} |")
+    return "\n".join(lines)
+
+
+OUTCOMES = ("equal", "by its marks", "impossible", "refused", "wrong")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
@@ -294,8 +355,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="take each n-th template only")
     parser.add_argument("--show", default="wrong,refused,traceback", help="outcomes to list")
     args = parser.parse_args()
-    totals: Counter[str] = Counter()
-    table: dict[str, Counter[str]] = defaultdict(Counter)
+    results = []
     found = [item for item in published(args.folder) if args.only in item[1]][:: args.every]
     for package, name, template in found:
         for shape, chat in shapes().items():
@@ -303,15 +363,13 @@ def main() -> None:
                 outcome, why = judge(template, chat)
             except Exception as error:  # noqa: BLE001  that is what is looked for
                 outcome, why = "traceback", repr(error)
-            totals[outcome] += 1
-            table[f"{package}/{name}"][outcome] += 1
+            results.append((f"{package}/{name}", shape, outcome, why))
             if outcome in args.show.split(","):
                 print(f"{outcome}: {package}/{name} · {shape}: {why[:200]}", flush=True)
-    names = ("equal", "by its marks", "impossible", "refused", "wrong")
-    print(f"\n| template | {' | '.join(names)} |\n| --- |{' ---: |' * len(names)}")
-    for name, counts in table.items():
-        print(f"| {name} | " + " | ".join(str(counts[outcome] or "") for outcome in names) + " |")
-    print(f"\n{len(found)} templates, {totals.total():,} cases: {dict(totals)}")
+    totals = Counter(outcome for _, _, outcome, _ in results)
+    print(f"\n{table_by_family(results)}\n\n{len(found)} templates, {len(results):,} cases: {dict(totals)}")
+    if totals["wrong"] or totals["traceback"]:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

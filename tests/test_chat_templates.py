@@ -253,3 +253,16 @@ def test_a_turn_written_into_the_one_before_it_is_refused() -> None:
     )
     with pytest.raises(TemplateError, match="joins an assistant turn with the message before it"):
         trained(finder, [*SHORT, {"role": "tool", "content": "4242"}, assistant("Reply three")])
+
+
+def test_an_open_last_turn_gets_the_token_that_ends_turns_within_the_chat() -> None:
+    """As Apertus and Apriel 1.6: behind a system prompt of the template, the user's header is not the chat's first."""
+    finder = finder_for(
+        "<|system_start|>Be brief<|system_end|>{% for m in messages %}<|{{ m.role }}_start|>{{ m.content }}"
+        "{% if m.role == 'user' %}<|user_end|>{% elif not loop.last %}<|assistant_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant_start|>{% endif %}{# <|user_start|> #}"
+    )
+    assert [span for _, span in trained(finder, LONG)] == [
+        f"Reply {word}<|assistant_end|>" for word in ("one", "three")
+    ]
+    assert finder.style.stop_tokens[:1] == ("<|assistant_end|>",)

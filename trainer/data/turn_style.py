@@ -147,7 +147,9 @@ class TurnStyle:
             return TurnEnd(also_of_user[0] if also_of_user else at_end[-1], tail)
         if within is None:
             return None
-        followed = self._before_openers(within, openers)
+        # The next message is the user's again: it begins with what both have before its content.
+        next_header = begin[len(begin) - common_prefix(begin[::-1], within[::-1]) :]
+        followed = self._before_openers(within, openers | set(self._tokens.findall(next_header)[:1]))
         if not followed:
             # It may stop where the next message begins (GLM), if that does not begin as the model's own turns do.
             begins_own = set(self._tokens.findall(self.header(has_tools)))
