@@ -43,6 +43,7 @@ def train(args: TrainingArguments) -> int:
     from trainer.cli.progress import ProgressDisplay, show_answers, show_summary
     from trainer.distributed.group import Group
     from trainer.model.tokenizer import load_tokenizer
+    from trainer.training.agreement import agree, option_facts, version_facts
     from trainer.training.build import check_names, load_datasets
     from trainer.training.trainer import CoreTrainer
 
@@ -50,6 +51,7 @@ def train(args: TrainingArguments) -> int:
     logging.disable_progress_bar()  # ours says what happens
     tokenizer = load_tokenizer(args)
     with Group.join(args) as group:
+        agree(group, lambda: version_facts() | option_facts(args))  # preparing data may take hours
         with PreparationDisplay() as progress:
             train_dataset, eval_dataset = load_datasets(args, tokenizer, group, progress)
         trainer = CoreTrainer(
