@@ -18,7 +18,7 @@ from trainer.errors import CheckpointError, ModelError, UsageError
 from trainer.model.build import load_model
 from trainer.model.prepared import Prepared
 from trainer.model.tokenizer import load_tokenizer
-from trainer.training.checkpoints import MODEL_FILES, build_saved_model, build_saved_optimizer
+from trainer.training.checkpoints import MODEL_FILES, build_saved_model, build_saved_optimizer, by_either_name
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,10 @@ def find_weights(place: str | Path) -> str:
         CheckpointError: a run has neither an export nor a whole checkpoint.
     """
     folder = Path(place)
-    name, _, step = folder.name.partition("-")
-    twin = manifest.folder_of(folder.parent / manifest.FOLDER, int(step)) if step.isdigit() else folder
-    if name == "checkpoint" and (twin / manifest.MANIFEST).is_file():
-        return str(twin)  # checkpoint-N is for transformers' scripts; the checkpoint itself holds everything
-    if not folder.is_dir() or (folder / manifest.MANIFEST).is_file() or (folder / "config.json").is_file():
+    checkpoint = by_either_name(folder)  # checkpoint-N is for transformers' scripts; the checkpoint holds everything
+    if (checkpoint / manifest.MANIFEST).is_file():
+        return str(checkpoint)
+    if not folder.is_dir() or (folder / "config.json").is_file():
         return str(place)
     exports = list(folder.glob("hf_format/samples_*"))
     if exports:
