@@ -4,6 +4,7 @@ A fresh interpreter takes seconds to import torch and transformers. So only what
 starts some; the others run the command line on new ranks (`launch` without a group: torchrun's environment).
 """
 
+import fcntl
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -34,6 +35,7 @@ from trainer.distributed.launch import _cause, run_on_ranks
 from trainer.errors import RankError
 
 SECONDS_TO_NOTICE = 45  # from the death of a rank to the end of the job: idle machine 2, 30 if torchrun must insist
+SECONDS_TO_END = 15  # from the death of the launcher to the end of its ranks: 3.5 on an idle machine
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
 HELP_COST = 4  # of `trainer train --help`, next to importing what reads the command line
 
@@ -97,7 +99,7 @@ def job(tmp_path: Path) -> Iterator[Job]:
     yield made
     if made.process is not None:
         with made.process:  # closes its pipe
-            made.process.terminate()  # a launcher that is killed leaves its ranks behind
+            made.process.terminate()
 
 
 def train(launch: Launch, world_size: int, job: Job, *extra: str, faults: Sequence[Fault] = ()) -> Outcomes:
@@ -176,6 +178,41 @@ time.sleep(60)
     (ended,) = launch(1, run_on_two, "timeit", "-n1", "-r1", note, group=False)
     assert ended.value == (128 + number, ""), ended.log
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["signalled", "signalled"]
+
+
+def test_ranks_end_soon_after_a_killed_launcher_and_give_free_what_they_locked(launch: Launch, tmp_path: Path) -> None:
+    """One ends at once, as while it starts; one goes on, as in a step that takes long."""
+    note = f"""
+import fcntl, os, pathlib, signal, time
+from trainer.distributed.orphan import end_with_launcher
+end_with_launcher()
+here = pathlib.Path({str(tmp_path)!r}, os.environ["RANK"])
+lock = here.open("w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+if here.name == "0":
+    while not (other := here.with_name("1.ready")).exists(): time.sleep(0.01)
+    os.kill(os.getppid(), signal.SIGKILL)
+else:
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    here.with_name("1.ready").touch()
+while True: time.sleep(60)
+"""
+    (ended,) = launch(1, run_on_two, "timeit", "-n1", "-r1", note, group=False)
+    assert ended.signal == "SIGKILL", ended.log
+    deadline = time.monotonic() + SECONDS_TO_END
+    for rank in "01":
+        with (tmp_path / rank).open() as lock:
+            while not is_free(lock):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+
+
+def is_free(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def words_of_mini_trainer(job: Job) -> list[str]:

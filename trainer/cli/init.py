@@ -29,7 +29,7 @@ class Recipe:
     next_steps: tuple[str, ...] = (
         "trainer preview {file}     shows samples, and what of them is trained",
         "trainer plan {file}        shows steps and packing, before anything is loaded",
-        "trainer train {file}       trains; --nproc-per-node N on N GPUs",
+        "trainer train {file}       trains; --nproc-per-node auto on all GPUs",
     )
 
 

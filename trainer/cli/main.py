@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from trainer import __version__
 from trainer.cli.logs import level_in, logs_on_stderr
 from trainer.config.suggest import nearest
+from trainer.distributed.orphan import end_with_launcher
 from trainer.errors import PeerError, TrainerError, UsageError
 
 COMMANDS = {
@@ -56,6 +57,7 @@ def run_command(name: str, words: list[str]) -> int:
 
 def report_errors(run: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:
     """Run a command; a user's error becomes one message on stderr and an exit code."""
+    end_with_launcher()
     try:
         return run(words)
     except UsageError as error:

@@ -88,7 +88,7 @@ def parse(
     own = {name: given.pop(name) for name in [*given] if name in fields_of_command and name not in fields}
     _check_general(own)
     file = _options_of_file(config)
-    launches = own.get("nproc_per_node", 1) != 1 and Topology.from_environment().world_size == 1
+    launches = own.get("nproc_per_node", 1) not in (1, "auto") and Topology.from_environment().world_size == 1
     args = _combine(file, given, str(config), rules, is_quiet=launches)  # the ranks that it starts tell
     wanted = extra(**own)
     check_options(wanted)

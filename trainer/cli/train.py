@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from trainer.cli.check import check_before_start
 from trainer.cli.parse import parse, said_once
@@ -18,7 +19,9 @@ from trainer.distributed.topology import Topology
 class LaunchArguments:
     """Processes on this machine."""
 
-    nproc_per_node: int = option(1, "Processes to train on; more than 1 starts torchrun.", above=0)
+    nproc_per_node: int | Literal["auto"] = option(
+        1, "Processes to train on; more than 1 starts torchrun. auto: one for each GPU.", above=0
+    )
 
 
 def run(words: Sequence[str]) -> int:
@@ -28,10 +31,12 @@ def run(words: Sequence[str]) -> int:
             "train", words, GROUPS, LaunchArguments, "Prepare the data, train, evaluate, save.", COMMAND_RULES
         )
         check_before_start(args)
-    if launch.nproc_per_node > 1 and Topology.from_environment().world_size == 1:
-        from trainer.distributed.launch import run_on_ranks
+    if launch.nproc_per_node != 1 and Topology.from_environment().world_size == 1:
+        from trainer.distributed.launch import number_of_ranks, run_on_ranks
 
-        return run_on_ranks(launch.nproc_per_node, "trainer", ["train", *words])
+        num_ranks = number_of_ranks(launch.nproc_per_node, use_cpu=args.use_cpu)
+        if num_ranks > 1:
+            return run_on_ranks(num_ranks, "trainer", ["train", *words])
     return train(args)
 
 

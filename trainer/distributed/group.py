@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trainer.config.groups import MachineArguments
 from trainer.distributed.failure import announce, blame, is_loss_of_peer
+from trainer.distributed.orphan import end_with_launcher
 from trainer.distributed.topology import Topology, current_topology, gpu_index, refuse_lone_slurm_task
 from trainer.errors import PeerError, RankError
 
@@ -40,6 +41,7 @@ class Group:
     def join(cls, args: MachineArguments) -> Group:
         """Join the group that exists, or start the one that the environment describes."""
         topology = current_topology()
+        end_with_launcher()
         if dist.is_initialized():
             return cls(topology, _device_of_backend())
         refuse_lone_slurm_task()

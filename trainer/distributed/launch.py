@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
+import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import main as torchrun
@@ -21,6 +23,13 @@ from torch.distributed.run import main as torchrun
 from trainer.errors import RankError
 
 _PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+
+
+def number_of_ranks(asked: int | Literal["auto"], *, use_cpu: bool) -> int:
+    """Return how many ranks to start: as many as asked; for "auto" one for each GPU, or one on the CPU."""
+    if asked != "auto":
+        return asked
+    return 1 if use_cpu else max(torch.cuda.device_count(), 1)
 
 
 def run_on_ranks(nproc_per_node: int, module: str, arguments: Sequence[str]) -> int:
