@@ -39,7 +39,8 @@ HEAD = """# Optimizers
 
 `optim=NAME` takes one of these, or your own as `module:Class`. Written by `python tests/optimizer_table.py` from the
 registry (`trainer/optim/registry.py`) and the results of its suite (`{suite}`); do not edit.
-`pip install reference-trainer[optimizers]` brings the packages.
+`pip install 'reference-trainer[optimizers]'` brings the packages; galore-torch, apollo-torch (whose licence, CC-BY-NC,
+forbids commercial use) and grokadamw are in `research-optimizers`.
 
 - *bytes*: of the optimizer's state for each parameter of a {rows} x {columns} float32 matrix (low rank: {rank}); half
   of it with `optim_bf16_state` where marked with \\*

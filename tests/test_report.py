@@ -217,4 +217,4 @@ def test_the_package_is_named_where_it_is_missing(
     folder = train(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["report", str(folder)]) == EXIT_FAILED
-    assert "pip install matplotlib" in capsys.readouterr().err
+    assert "pip install 'reference-trainer[report]'" in capsys.readouterr().err

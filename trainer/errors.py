@@ -54,6 +54,11 @@ class IsolationError(ModelError):
 class MissingPackageError(TrainerError, ImportError):
     """An optional package is needed; the message holds the exact `pip install`."""
 
+    @classmethod
+    def in_extra(cls, need: str, extra: str) -> MissingPackageError:
+        """Build the error that says what needs which package, and the extra of ours that brings it."""
+        return cls(f"{need}: pip install 'reference-trainer[{extra}]'")
+
 
 class CheckpointError(TrainerError, RuntimeError):
     """A checkpoint could not be written, or what lies on disk is not a valid one."""

@@ -179,7 +179,7 @@ def open_trackers(flags: MiniTrainerFlags) -> None:
         try:
             tracker = importlib.import_module(name)
         except ImportError as error:
-            raise MissingPackageError(f"--{name}_...: {error}; pip install {name}") from error
+            raise MissingPackageError.in_extra(f"--{name}_...: {error}", name) from error
         if name == "wandb":
             tracker.init(project=flags.wandb_project, entity=flags.wandb_entity, name=flags.wandb_run_name)
         else:

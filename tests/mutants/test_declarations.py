@@ -41,7 +41,7 @@ def test_an_edit_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_table_in_the_documents_has_every_bug() -> None:
-    text = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "laws.md").read_text(encoding="utf-8")
     for bug in BUGS:
         assert f"| {bug.law} | {bug.what} | `{bug.test.split('::')[-1]}` |" in text
-    assert sum(line.startswith("| L") for line in text.splitlines()) == len(BUGS)
+    assert sum(line.startswith("| L") for line in text.partition("## Known bugs")[2].splitlines()) == len(BUGS)

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.shape.source import ROOT
+from trainer.cli.doctor import OPTIONAL
+from trainer.config.choices import TRACKERS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+EXTRAS = PROJECT["project"]["optional-dependencies"]
 NEEDED_BY_UV = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
 
 
@@ -40,6 +43,30 @@ def test_the_lowest_versions_are_those_that_the_package_admits() -> None:
 
 def test_uv_run_installs_the_tests_requirements() -> None:
     assert PROJECT["dependency-groups"]["dev"] == [f"{PROJECT['project']['name']}[test]"]
+
+
+def test_every_extra_that_is_named_is_there() -> None:
+    """Error messages, documents and tests tell users what to install."""
+    files = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("trainer/**/*.py")]
+    named: dict[str, str] = {}
+    for file in files:
+        for extras in re.findall(r"reference-trainer\\?\[([a-z,-]+)\\?\]", file.read_text(encoding="utf-8")):
+            named.update(dict.fromkeys(extras.split(","), str(file)))
+    advised = {"optimizers", "research-optimizers", *TRACKERS, *(extra for _, extra in OPTIONAL.values())}
+    assert {"report", "search", "all"} <= named.keys()
+    assert (named.keys() | advised) - EXTRAS.keys() == set(), named
+
+
+def test_all_brings_what_users_may_want_and_are_free_to_use() -> None:
+    (whole,) = EXTRAS["all"]
+    brought = set(whole.partition("[")[2].rstrip("]").split(","))
+    assert brought == EXTRAS.keys() - {"all", "test", "docs", "research-optimizers"}
+
+
+def test_the_tables_of_dependencies_name_each() -> None:
+    listed = re.findall(r"^\| `([\w-]+)` \|", (ROOT / "docs" / "install.md").read_text(encoding="utf-8"), flags=re.M)
+    needed = [re.split(r"[<>=]", requirement)[0] for requirement in PROJECT["project"]["dependencies"]]
+    assert listed == [*needed, *(extra for extra in EXTRAS if extra != "all")]
 
 
 def test_uv_resolves_the_pinned_versions(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ class TestSearch:
 
 def test_the_package_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(MissingPackageError, match="pip install optuna"):
+    with pytest.raises(MissingPackageError, match=r"pip install 'reference-trainer\[search\]'"):
         searcher(tmp_path).hyperparameter_search(n_trials=1)
 
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """wandb that writes to a folder and asks nobody."""
-    package = pytest.importorskip("wandb", reason="wandb is not installed (extra: tracking)")
+    package = pytest.importorskip("wandb", reason="wandb is not installed (extra: wandb)")
     for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true", "DISABLE_GIT": "true"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     yield package
@@ -34,7 +34,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
 @pytest.fixture
 def mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """mlflow with a store of files."""
-    package = pytest.importorskip("mlflow", reason="mlflow is not installed (extra: tracking)")
+    package = pytest.importorskip("mlflow", reason="mlflow is not installed (extra: mlflow)")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     package.set_tracking_uri((tmp_path / "mlruns").as_uri())
     yield package
@@ -46,7 +46,7 @@ def logged(trainer: Any, name: str) -> dict[int, float]:
 
 
 def test_tensorboard_has_what_was_logged(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed (extra: tracking)")
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (extra: tensorboard)")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     trainer = get_regression_trainer(output_dir=tmp_path, report_to="tensorboard", **RUN)
@@ -152,14 +152,14 @@ def build_model_folder(folder: Path, tokenizer: Path) -> Path:
 
 @pytest.mark.world_size(2)
 def test_the_lead_rank_reports_alone(ranks: Any, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed (extra: tracking)")
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (extra: tensorboard)")
     get_regression_trainer(output_dir=tmp_path, report_to="tensorboard", **RUN).train()
     assert (tmp_path / "runs").exists() == ranks.is_main
 
 
 def test_all_means_what_is_installed_and_none_nothing() -> None:
     assert reporters("none") == reporters(["none"]) == reporters([]) == []
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed (extra: tracking)")
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (extra: tensorboard)")
     assert all(isinstance(callback, TrainerCallback) for callback in reporters("tensorboard"))
 
 

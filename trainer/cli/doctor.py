@@ -26,7 +26,8 @@ OPTIONAL = {  # package -> (what it is for, the extra that brings it)
     "matplotlib": ("trainer report", "report"),
     "peft": ("LoRA", "lora"),
     "bitsandbytes": ("8-bit optimizers", "optimizers"),
-    "datasets": ("data sets of the hub", "data"),
+    "rouge_score": ("the scorer rouge_l", "rouge"),
+    "datasets": ("data sets of the hub", "datasets"),
     "optuna": ("hyperparameter_search", "search"),
 }
 KNOWN_FAULTS = (  # (package, versions up to which, what is wrong)

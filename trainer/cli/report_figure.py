@@ -62,7 +62,7 @@ def draw_figure(runs: Sequence[WrittenRun]) -> str:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingPackageError("trainer report needs the package matplotlib; pip install matplotlib") from error
+        raise MissingPackageError.in_extra("trainer report needs the package matplotlib", "report") from error
 
     panels = plan_panels(runs)
     num_rows = -(-len(panels) // COLUMNS)

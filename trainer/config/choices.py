@@ -31,7 +31,8 @@ SCHEDULES = (
     *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"),
     *("reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy"),
 )
-TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}  # of the extra `tracking` -> module
+RESEARCH = ("galore_torch", "apollo_torch", "grokadamw")  # not in the extra `optimizers`: see pyproject.toml
+TRACKERS = ("tensorboard", "wandb", "mlflow")  # each is a module, and an extra
 
 
 def check_choices(optim: str, lr_scheduler_type: str, report_to: list[str], use_liger_kernels: bool) -> None:
@@ -47,10 +48,10 @@ def check_choices(optim: str, lr_scheduler_type: str, report_to: list[str], use_
         raise UsageError(one_of("optim", optim, OPTIMIZERS, ", or your own as module:Class"))
     module = OPTIMIZERS.get(optim)
     if module is not None:
-        check_installed(f"optim = {optim!r}", module, "optimizers")
+        check_installed(f"optim = {optim!r}", module, "research-optimizers" if module in RESEARCH else "optimizers")
     for name in report_to:
         if name in TRACKERS:
-            check_installed(f"report_to = {name!r}", TRACKERS[name], "tracking")
+            check_installed(f"report_to = {name!r}", name, name)
     if use_liger_kernels:
         check_installed("use_liger_kernels", "liger_kernel", "gpu")
 
@@ -58,6 +59,4 @@ def check_choices(optim: str, lr_scheduler_type: str, report_to: list[str], use_
 def check_installed(option: str, module: str, extra: str) -> None:
     """Raise MissingPackageError where a module is not installed, with the extra of ours that brings it."""
     if importlib.util.find_spec(module) is None:
-        raise MissingPackageError(
-            f"{option} needs the package {module}, which is not installed: pip install 'reference-trainer[{extra}]'"
-        )
+        raise MissingPackageError.in_extra(f"{option} needs the package {module}, which is not installed", extra)

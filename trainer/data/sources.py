@@ -421,7 +421,7 @@ def _datasets() -> Any:
     try:
         import datasets
     except ImportError:
-        raise MissingPackageError("reading this data needs the package datasets: `pip install datasets`") from None
+        raise MissingPackageError.in_extra("reading this data needs the package datasets", "datasets") from None
     return datasets
 
 

@@ -94,7 +94,7 @@ def check(trainer: Any) -> None:
     try:
         import optuna  # noqa: F401
     except ImportError as error:
-        raise MissingPackageError("hyperparameter_search needs the package optuna; pip install optuna") from error
+        raise MissingPackageError.in_extra("hyperparameter_search needs the package optuna", "search") from error
     if trainer.model_init is None:
         raise UsageError("hyperparameter_search trains a new model in each trial: give model_init")
     if trainer.group.world_size > 1:

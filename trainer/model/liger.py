@@ -40,7 +40,7 @@ def liger_settings(model: nn.Module, device: torch.device | str) -> list[Setting
     if torch.device(device).type != "cuda":
         raise ModelError(f"use_liger_kernels: the kernels need a GPU, the device is {device}; leave the option off")
     if importlib.util.find_spec(PACKAGE) is None:
-        raise MissingPackageError("use_liger_kernels needs the package liger-kernel; pip install liger-kernel")
+        raise MissingPackageError.in_extra("use_liger_kernels needs the package liger-kernel", "gpu")
     settings = fused_settings(model, torch.device(device))
     if not settings:
         raise ModelError(f"use_liger_kernels: no kernel of Liger's fits a part of {type(model).__name__}; leave it off")

@@ -63,7 +63,7 @@ def rouge_l(answer: str, reference: str) -> float:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise MissingPackageError("score_answers rouge_l needs rouge-score; pip install rouge-score") from error
+        raise MissingPackageError.in_extra("score_answers rouge_l needs rouge-score", "rouge") from error
     return float(RougeScorer(["rougeL"]).score(reference, answer)["rougeL"].fmeasure)
 
 
