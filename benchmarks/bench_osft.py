@@ -30,7 +30,7 @@ from tests.fixtures.oracles import protected_share
 from trainer.config.groups import ModelArguments
 from trainer.model.build import prepare_model
 from trainer.model.loss import token_loss_sum
-from trainer.model.osft.targets import find_targets, num_free_directions
+from trainer.model.osft.layers import find_targets, num_free_directions
 
 BETWEEN_LOOKS = 50  # steps
 

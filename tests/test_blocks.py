@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tests.fixtures.corpora import write_jsonl
 from tests.fixtures.tokenizers import build_tokenizer
 from trainer.config.groups import DataArguments
-from trainer.data.blocks import BlockCutter, end_with_eos
 from trainer.data.mixture import split_validation
 from trainer.data.prepare import prepare
 from trainer.data.store import Sample, TokenBatch
+from trainer.data.tokenize import BlockCutter, end_with_eos
 from trainer.errors import UsageError
 
 EOS = 9

@@ -20,6 +20,7 @@ from tests.fixtures.runs import build_trainer, random_token_samples
 from tests.fixtures.varlen import NeverReads
 from trainer.config.arguments import TrainingArguments
 from trainer.config.groups import ModelArguments
+from trainer.data.loader import to_device
 from trainer.errors import ModelError, UsageError
 from trainer.model.attention import attention_settings, choose_attention, packed_sdpa
 from trainer.model.borrowing import Borrowing
@@ -29,7 +30,6 @@ from trainer.model.isolation import check_isolation
 from trainer.model.loss import token_loss_sum
 from trainer.model.prepared import Prepared
 from trainer.model.varlen import varlen
-from trainer.training.process import to_device
 
 GATHERING = ("fsdp::all_gather_copy_in",)
 LENGTHS = [5, 1, 9, 3]

@@ -78,7 +78,7 @@ def test_a_replay_on_one_process_finds_the_place(ranks, capsys: pytest.CaptureFi
 def replay_alone(folder: Path) -> Any:
     from trainer.distributed.group import Group
     from trainer.distributed.topology import Topology
-    from trainer.training.replay import replay
+    from trainer.training.nonfinite import replay
 
     return replay(folder, Group(Topology(), torch.device("cpu")))
 

@@ -32,9 +32,8 @@ from trainer.config.groups import OptimizerArguments
 from trainer.errors import MissingPackageError, UsageError
 from trainer.optim.adapters import averaged_weights, round_at_random
 from trainer.optim.build import build_optimizer, parse_options
-from trainer.optim.gradients import global_norm
+from trainer.optim.gradients import global_norm, last_backward
 from trainer.optim.groups import parameter_groups
-from trainer.optim.in_backward import last_backward
 from trainer.optim.registry import GONE, OPTIMIZERS, is_installed, load_class
 
 

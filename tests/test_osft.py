@@ -46,8 +46,7 @@ from trainer.model.build import load_model
 from trainer.model.fsdp import local_part
 from trainer.model.loss import token_loss_sum
 from trainer.model.osft.factors import decompose, reconstruction_error, start_osft
-from trainer.model.osft.layers import Osft, OsftLinear, merged_weight, osft_layers
-from trainer.model.osft.targets import apply_osft, num_free_directions
+from trainer.model.osft.layers import Osft, OsftLinear, apply_osft, merged_weight, num_free_directions, osft_layers
 from trainer.optim.build import build_optimizer
 from trainer.optim.registry import OPTIMIZERS, is_installed
 

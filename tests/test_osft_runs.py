@@ -29,8 +29,7 @@ from trainer.cli.progress import ProgressDisplay
 from trainer.data.order import epoch_order
 from trainer.errors import LeakError, UsageError
 from trainer.mini_trainer import MiniTrainerFlags
-from trainer.model.osft.layers import merged_weight, osft_layers
-from trainer.model.osft.targets import apply_osft, target_ratios
+from trainer.model.osft.layers import apply_osft, merged_weight, osft_layers, target_ratios
 
 SAMPLES = random_token_samples((9, 3, 17, 5, 30, 2, 11, 7, 24, 4, 13, 6))
 METRICS = {"osft/leak", "osft/projected_share", "osft/reconstruction_error"}

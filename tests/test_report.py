@@ -153,7 +153,7 @@ def test_what_is_not_known_gets_no_row(tmp_path: Path) -> None:
 
 
 def test_long_runs_are_drawn_with_means(tmp_path: Path) -> None:
-    from trainer.cli.report_figure import MANY
+    from trainer.cli.report import MANY
 
     line = {"step_seconds": 1.0, "data_seconds": 0.0}
     lines = [json.dumps({**line, "step": step, "loss": 10.0 ** (step % 3)}) for step in range(1, 3 * MANY + 1)]

@@ -27,8 +27,7 @@ from trainer.distributed.group import Group
 from trainer.distributed.topology import Topology, current_topology, gpu_index, refuse_lone_slurm_task
 from trainer.errors import CheckpointError, RankError, UsageError
 from trainer.optim.build import build_optimizer
-from trainer.optim.gradients import clip, global_norm
-from trainer.optim.in_backward import last_backward
+from trainer.optim.gradients import clip, global_norm, last_backward
 from trainer.optim.schedules import build_schedule
 from trainer.training import run_dir
 from trainer.training.callbacks import Every

@@ -37,7 +37,7 @@ MAY_USE_TORCH_DISTRIBUTED = {
     "trainer/model/fsdp.py",
     "trainer/checkpoint/tensors.py",
 }
-LOAD_NO_TORCH = ("cli.main", "cli.planning", "cli.report", "data.packing")
+LOAD_NO_TORCH = ("cli.main", "cli.plan", "cli.report", "data.packing")
 NAMES_A_DTENSOR = ("torch.distributed.tensor", "torch.distributed.device_mesh")
 
 

@@ -42,7 +42,7 @@ from trainer.config.arguments import TrainingArguments
 from trainer.config.groups import ScheduleArguments
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError, NonFiniteError, UsageError
-from trainer.optim.in_backward import last_backward
+from trainer.optim.gradients import last_backward
 from trainer.optim.registry import GONE, OPTIMIZERS, is_installed
 from trainer.optim.schedules import build_schedule
 

@@ -58,7 +58,7 @@ class Findings:
 def run(words: Sequence[str]) -> int:
     """Look, print; return 1 where something is wrong that a run would meet."""
     options = parse_alone("trainer doctor", words, DoctorOptions, "Look at this machine.")
-    from trainer.training.environment import environment_record
+    from trainer.training.process import environment_record
 
     found = Findings()
     record = environment_record()

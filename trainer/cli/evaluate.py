@@ -48,9 +48,9 @@ def run(words: Sequence[str]) -> int:
     from trainer.data.prepare import prepare
     from trainer.distributed.group import Group
     from trainer.optim.adapters import averaged_weights
-    from trainer.training.build import load_datasets
     from trainer.training.packed_task import PackedTask
     from trainer.training.saved_model import open_saved_model
+    from trainer.training.task import load_datasets
 
     with Group.join(MachineArguments(use_cpu=options.use_cpu)) as group:
         saved = open_saved_model(

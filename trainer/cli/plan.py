@@ -1,21 +1,32 @@
-"""`trainer plan`: what a run will do, on any number of ranks, before a tensor exists."""
+"""`trainer plan`: the length of a run, and its first epoch on each number of ranks, as tables. Loads no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
 from trainer.cli.check import check_before_start
 from trainer.cli.parse import parse
+from trainer.cli.stores import open_training_data, read_config
+from trainer.config.arguments import TrainingArguments
 from trainer.config.fields import option
 from trainer.config.groups import GROUPS
 from trainer.config.rules import COMMAND_RULES
+from trainer.data.length import EpochForecast, Layout, forecast, run_length
+from trainer.data.mixture import temperature_weights
+from trainer.data.packing import TOKENS
+from trainer.data.planner import CostModel, cost_model_from_config
+from trainer.data.store import TokenStore
 from trainer.errors import UsageError
 
 
 @dataclass
 class PlanArguments:
-    """What to foretell."""
+    """What to predict."""
 
     world_size: list[int] = option([1], "Numbers of ranks to plan for.")
     temperature: float | None = option(
@@ -31,7 +42,85 @@ def run(words: Sequence[str]) -> int:
     check_before_start(args, needs_model=False)
     if min(wanted.world_size, default=0) < 1:
         raise UsageError(f"world_size = {wanted.world_size}: give numbers of ranks, at least 1")
-    from trainer.cli.planning import show_plan
-
     show_plan(args, wanted.world_size, wanted.temperature)
     return 0
+
+
+console = Console()
+
+
+def show_plan(args: TrainingArguments, world_sizes: list[int], temperature: float | None) -> None:
+    """Plan the training data and print the run's length, its sources, and a line for each number of ranks."""
+    store, _ = open_training_data(args)
+    length = run_length(store.num_loss_tokens, args.batch_size, args.order_seed, args)
+    steps = "without end" if length.num_steps is None else f"{length.num_steps:,} steps"
+    per_epoch = f"batch_size {args.batch_size}: {length.steps_per_epoch:,} steps an epoch"
+    console.print(f"{len(store):,} samples, {per_epoch}, {steps}", soft_wrap=True)
+    if len(store.source_names) > 1:
+        console.print(source_table(store, length.num_steps))
+    if temperature is not None:
+        sizes = store.metadata["samples_of_sources"]
+        weights = temperature_weights(sizes, temperature)
+        named = zip(store.source_names, weights, strict=True)
+        words = ", ".join(f"{name}: {weight:.4f}" for name, weight in named)
+        console.print(f"weights at temperature {temperature:g}: {words}", soft_wrap=True, markup=False)
+    cost = planned_cost(args)
+    console.print(epoch_table(args, {ranks: first_epoch(args, store, ranks, cost) for ranks in world_sizes}))
+
+
+def source_table(store: TokenStore, num_steps: int | None) -> Table:
+    """Lay out what of an epoch each source gives; a step has this share of each, on average."""
+    table = Table(title="sources, in an epoch")
+    for column in (
+        "source",
+        "samples",
+        "tokens",
+        "loss tokens",
+        "share of samples",
+        "share of tokens",
+        "times",
+        "steps",
+    ):
+        table.add_column(column, justify="left" if column == "source" else "right")
+    sources, num_sources = store.sources, len(store.source_names)
+    samples = np.bincount(sources, minlength=num_sources)
+    tokens = np.bincount(sources, store.lengths, num_sources)
+    loss_tokens = np.bincount(sources, store.num_loss_tokens, num_sources)
+    whole = store.metadata["samples_of_sources"]
+    for i, name in enumerate(store.source_names):
+        share = samples[i] / len(store)
+        steps = "without end" if num_steps is None else f"{num_steps * share:,.1f}"
+        counts = (f"{samples[i]:,}", f"{int(tokens[i]):,}", f"{int(loss_tokens[i]):,}")
+        shares = (f"{share:.1%}", f"{tokens[i] / tokens.sum():.1%}", f"{samples[i] / max(whole[i], 1):.2f}")
+        table.add_row(name, *counts, *shares, steps)
+    return table
+
+
+def first_epoch(args: TrainingArguments, store: TokenStore, world_size: int, cost: CostModel) -> EpochForecast:
+    """Plan the first epoch on so many ranks."""
+    layout = Layout(args.batch_size, args.max_tokens_per_rank, world_size, cost)
+    return forecast(store.lengths, store.num_loss_tokens, layout, args.order_seed).epochs[0]
+
+
+def planned_cost(args: TrainingArguments) -> CostModel:
+    """Give what packing will balance: by the model's shape where its config lies on this machine, else tokens alone."""
+    if args.packing_cost == "tokens":
+        return TOKENS
+    config = read_config(args)
+    if config is None:
+        console.print("no config.json on this machine: packing is planned by tokens alone", soft_wrap=True)
+        return TOKENS
+    return cost_model_from_config(config)
+
+
+def epoch_table(args: TrainingArguments, epochs: dict[int, EpochForecast]) -> Table:
+    """Lay out one epoch on each number of ranks."""
+    table = Table(title=f"first epoch, {args.max_tokens_per_rank:,} tokens per rank")
+    for column in ("ranks", "steps", "micro-batches", "empty packs", "packing", "balance", "tokens", "loss tokens"):
+        table.add_column(column, justify="right")
+    for world_size, epoch in epochs.items():
+        counts = (world_size, epoch.num_steps, epoch.num_micro_batches, epoch.num_placeholders)
+        shares = (f"{epoch.packing_efficiency:.1%}", f"{epoch.balance:.1%}")
+        tokens = (f"{epoch.num_tokens:,}", f"{epoch.num_loss_tokens:,}")
+        table.add_row(*(f"{count:,}" for count in counts), *shares, *tokens)
+    return table

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers.trainer_callback import TrainerCallback, TrainerControl
 
-from trainer.cli.preparing import SECONDS_BEFORE_SHOWING, SECONDS_BETWEEN_LINES
+from trainer.cli.stores import SECONDS_BEFORE_SHOWING, SECONDS_BETWEEN_LINES
 from trainer.config.arguments import TrainingArguments
 from trainer.training.callbacks import RunState
 from trainer.training.generate import Answer

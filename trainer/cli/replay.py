@@ -27,8 +27,7 @@ def run(words: Sequence[str]) -> int:
     from trainer.config.arguments import TrainingArguments
     from trainer.distributed.group import Group
     from trainer.errors import UsageError
-    from trainer.training.nonfinite import CRASH
-    from trainer.training.replay import replay
+    from trainer.training.nonfinite import CRASH, replay
 
     if not (options.folder / CRASH).is_file():
         raise UsageError(f"{options.folder}: holds no record of a step; name crash/step_N of a run")

@@ -44,12 +44,12 @@ def train(args: TrainingArguments) -> int:
     """Train in this process, with progress; give the exit code."""
     from transformers.utils import logging
 
-    from trainer.cli.preparing import PreparationDisplay
     from trainer.cli.progress import ProgressDisplay, show_answers, show_summary
+    from trainer.cli.stores import PreparationDisplay
     from trainer.distributed.group import Group
     from trainer.model.tokenizer import load_tokenizer
     from trainer.training.agreement import agree, option_facts, version_facts
-    from trainer.training.build import check_names, load_datasets
+    from trainer.training.task import check_names, load_datasets
     from trainer.training.trainer import CoreTrainer
 
     check_names(args)

@@ -190,6 +190,17 @@ def collate_pack(tokens: Arrays, lengths: NDArray[np.integer], totals: BatchTota
     )
 
 
+def to_device(data: Any, device: torch.device) -> Any:
+    """Copy the tensors of a micro-batch to the device, however they are nested; everything else stays as it is."""
+    if isinstance(data, torch.Tensor):
+        return data.to(device, non_blocking=True)
+    if isinstance(data, Mapping):
+        return type(data)({name: to_device(value, device) for name, value in data.items()})  # type: ignore[call-arg]
+    if isinstance(data, list | tuple):
+        return type(data)(to_device(value, device) for value in data)
+    return data
+
+
 def _row(values: NDArray[np.int64]) -> torch.Tensor:
     return torch.from_numpy(values)[None]
 

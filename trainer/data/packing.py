@@ -14,8 +14,7 @@ from operator import itemgetter
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.costs import TOKENS, CostModel, cost_model_from_config
-from trainer.data.planner import Batch, pack, spread_to_empty
+from trainer.data.planner import TOKENS, Batch, CostModel, cost_model_from_config, pack, spread_to_empty
 from trainer.errors import DataError, UsageError
 
 __all__ = [

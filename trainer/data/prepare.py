@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainer.config.groups import DataArguments
-from trainer.data.blocks import BlockCutter, end_with_eos
 from trainer.data.cache import fingerprint, open_or_build
 from trainer.data.formats import Reading
 from trainer.data.jsonl import detect_file_kind
@@ -29,7 +28,7 @@ from trainer.data.messages import KNOWN_ROLES
 from trainer.data.mixture import SourceSpec, are_held_out, find_overlap, mix, source_specs, split_validation
 from trainer.data.sources import Source, find_sources, is_dataset
 from trainer.data.store import StoreWriter, TokenBatch, TokenStore
-from trainer.data.tokenize import Recipe
+from trainer.data.tokenize import BlockCutter, Recipe, end_with_eos
 from trainer.data.workers import Broken, Task, Tokenized, TokenizerPool
 from trainer.errors import DataError, UsageError
 

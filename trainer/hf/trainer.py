@@ -30,7 +30,7 @@ from transformers.trainer_utils import BestRun, EvalLoopOutput, PredictionOutput
 
 from trainer.config.arguments import TrainingArguments
 from trainer.data.batched import Collate, has_length
-from trainer.data.loader import is_token_data
+from trainer.data.loader import is_token_data, to_device
 from trainer.errors import UsageError
 from trainer.hf import hub
 from trainer.hf.accelerator import AcceleratorShim
@@ -46,7 +46,6 @@ from trainer.training.evaluate import PADDING
 from trainer.training.metrics import now
 from trainer.training.model_task import ModelTask
 from trainer.training.out_of_memory import memory_tracker
-from trainer.training.process import to_device
 from trainer.training.scores import ScoreAnswers
 from trainer.training.task import Task
 from trainer.training.trainer import Callbacks, CoreTrainer

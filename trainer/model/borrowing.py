@@ -1,17 +1,21 @@
-"""Settings of a user's model that hold while a trainer runs it, and are taken back after that.
+"""What a trainer changes of a user's model while it runs it, and takes back after that: attributes, embedding noise.
 
 This is the one place that assigns to attributes of a model. Invariant: after the outermost `held`, each attribute is
-what it was, or absent again.
+what it was, or absent again; outside of `embedding_noise`, and in evaluation mode, nothing is added.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from trainer.errors import ModelError
 
 _ABSENT = object()
 
@@ -67,3 +71,37 @@ def _put_back(owner: Any, name: str, value: Any) -> None:
         delattr(owner, name)
     else:
         setattr(owner, name, value)
+
+
+@contextmanager
+def embedding_noise(model: nn.Module, alpha: float | None) -> Iterator[None]:
+    """Add uniform noise of at most alpha / sqrt(T * D) to every embedding (N,T,D) inside; None adds none.
+
+    NEFTune (Jain et al. 2023): a regulariser, in training mode alone. N samples, T tokens, D hidden size.
+    """
+    if alpha is None:
+        yield
+        return
+    strength = alpha
+
+    def add_noise(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        if not module.training:
+            return output
+        limit = strength / math.sqrt(output.size(1) * output.size(2))
+        return output + torch.empty_like(output).uniform_(-limit, limit)
+
+    hook = _embeddings(model).register_forward_hook(add_noise)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _embeddings(model: Any) -> nn.Module:
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        embeddings = None
+    if not isinstance(embeddings, nn.Module):
+        raise ModelError(f"neftune_noise_alpha: {type(model).__name__} has no input embeddings to add noise to")
+    return embeddings

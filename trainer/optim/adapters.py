@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.optim import Optimizer
 
 from trainer.errors import CheckpointError
-from trainer.optim.in_backward import only
+from trainer.optim.gradients import only
 
 
 class Revived(Optimizer):

@@ -1,16 +1,25 @@
-"""Gradients over ranks: summed where nobody did it yet, their global norm, and clipping by it.
+"""From the backward pass to the update: gradients over ranks, norm, clipping, float16's loss scale, steps in backward.
 
-A sharded gradient (DTensor) is summed over ranks by FSDP2 already; that of one held whole by every rank is not. Also
-here: the scale of the loss in float16, whose small gradients would be 0. A step whose gradients overflow is taken again
-at half the scale, so that no sample is lost; every rank sees the same norm and so has the same scale.
+A sharded gradient (DTensor) is summed over ranks by FSDP2 already; that of one held whole by every rank is not.
+
+The scale of the loss keeps small gradients in float16 from being 0. A step whose gradients overflow is taken again at
+half the scale, so that no sample is lost; every rank sees the same norm and so has the same scale.
+
+With `InBackward`, gradients of the whole model never exist together. They add up through all micro-batches of a step
+but the last; in its backward pass each parameter moves, and its gradient is freed, as soon as that is complete. So the
+step is the ordinary one at any number of micro-batches, and light in memory with one. Nothing can look at all gradients
+before the first of them is used: they cannot be clipped by their global norm, and a non-finite one is found after the
+step.
 """
 
 from __future__ import annotations
 
 import math
+import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +27,81 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.optim import Optimizer
 
 from trainer.distributed.group import Group
-from trainer.optim.in_backward import used_norms
+from trainer.distributed.topology import current_topology
+
+
+class InBackward(Optimizer):
+    """Mixin: steps on each parameter as its gradient becomes complete, inside `last_backward`.
+
+    A parameter that every rank holds whole (a scalar) waits for `step`: its gradient is summed over ranks before that.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._is_last_backward = False
+        self._norms: list[Tensor] = []  # of gradients that are gone
+        itself = weakref.ref(self)
+
+        def step_on(parameter: Tensor) -> None:
+            optimizer = itself()
+            if optimizer is not None and optimizer._is_last_backward:
+                optimizer._step_on(parameter)
+
+        is_alone = current_topology().world_size == 1
+        self._group_of: dict[Tensor, int] = {}
+        for index, group in enumerate(self.param_groups):
+            for parameter in group["params"]:
+                if is_alone or isinstance(parameter, DTensor):
+                    self._group_of[parameter] = index
+                    parameter.register_post_accumulate_grad_hook(step_on)
+
+    @contextmanager
+    def last_backward(self) -> Iterator[None]:
+        """Step during the backward pass inside."""
+        self._is_last_backward, self._norms = True, []
+        try:
+            yield
+        finally:
+            self._is_last_backward = False
+
+    @property
+    def used_norms(self) -> list[Tensor]:
+        """Norms of the gradients that the last backward pass used up, one for each parameter."""
+        return self._norms
+
+    def _step_on(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self._norms.append(torch.linalg.vector_norm(parameter.grad.detach()))
+        with only(self, self.param_groups[self._group_of[parameter]], parameter):
+            self.step()
+        parameter.grad = None
+
+
+@contextmanager
+def only(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Iterator[None]:
+    """Let the optimizer see one of its parameters alone inside, under the settings of its group."""
+    groups = optimizer.param_groups
+    optimizer.param_groups = [{**group, "params": [parameter]}]
+    try:
+        yield
+    finally:
+        optimizer.param_groups = groups
+
+
+def last_backward(optimizer: Optimizer) -> AbstractContextManager[None]:
+    """Wrap the backward pass that completes the gradients of a step; changes nothing for other optimizers."""
+    return optimizer.last_backward() if isinstance(optimizer, InBackward) else nullcontext()
+
+
+def steps_in_backward(optimizer: Optimizer) -> bool:
+    """Whether an optimizer has stepped by the time when all gradients are known."""
+    return isinstance(optimizer, InBackward)
+
+
+def used_norms(optimizer: Optimizer | None) -> list[Tensor]:
+    """Norms of gradients that were used and freed in backward; the norm of these is part of the norm of all."""
+    return optimizer.used_norms if isinstance(optimizer, InBackward) else []
+
 
 CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
 

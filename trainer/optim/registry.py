@@ -26,7 +26,7 @@ from trainer.optim.adapters import (
     PagedLocalShards,
     TorchaoState,
 )
-from trainer.optim.in_backward import InBackward
+from trainer.optim.gradients import InBackward
 from trainer.optim.muon import MUON_OPTIONS, mark_hidden_matrices
 
 ADAM = ("betas", "eps")  # constructor arguments that adam_beta1, adam_beta2 and adam_epsilon give

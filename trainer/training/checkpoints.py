@@ -51,8 +51,7 @@ from trainer.data.length import RunLength
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError, TrainerError, UsageError, named_error
 from trainer.model.build import build_on_meta, prepare_model, read_config
-from trainer.model.osft.layers import is_osft_parameter
-from trainer.model.osft.targets import apply_osft
+from trainer.model.osft.layers import apply_osft, is_osft_parameter
 from trainer.model.prepared import Prepared
 from trainer.optim.adapters import is_averaging
 from trainer.optim.build import build_optimizer

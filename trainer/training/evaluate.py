@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import nested_numpify
 
 from trainer.config.arguments import TrainingArguments
 from trainer.config.groups import EvaluationArguments
-from trainer.data.loader import MicroBatch
+from trainer.data.loader import MicroBatch, to_device
 from trainer.distributed.group import Group
 from trainer.errors import NonFiniteError, UsageError
 from trainer.labels import IGNORE_INDEX
@@ -28,7 +28,6 @@ from trainer.model.fsdp import inference
 from trainer.model.loss import token_loss_sum
 from trainer.model.prepared import Prepared
 from trainer.training.metrics import BatchMetrics
-from trainer.training.process import to_device
 
 PADDING = IGNORE_INDEX  # of rows that are narrower than others
 MEASURED = ("loss", "num_loss_tokens", "num_samples", "runtime", "samples_per_second", "steps_per_second")

@@ -50,9 +50,9 @@ from trainer.model.traits import (
     find_loss,
 )
 from trainer.training.batches import GlobalModelBatch, InputCounts, ModelBatches
-from trainer.training.build import check_evaluations
 from trainer.training.generate import Answer
 from trainer.training.metrics import BatchCounts
+from trainer.training.task import check_evaluations
 
 logger = logging.getLogger(__name__)
 

@@ -14,20 +14,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.checkpoint import manifest
 from trainer.config.arguments import TrainingArguments
-from trainer.data.loader import get_data_loader
+from trainer.data.loader import get_data_loader, to_device
 from trainer.data.order import EpochSampler
 from trainer.data.store import TokenStore
 from trainer.distributed.group import Group
-from trainer.model.osft.factors import start_osft
-from trainer.model.osft.importance import block_importance
-from trainer.model.osft.layers import Osft
-from trainer.model.osft.targets import apply_osft
+from trainer.model.osft.factors import block_importance, start_osft
+from trainer.model.osft.layers import Osft, apply_osft
 from trainer.model.prepared import Prepared
-from trainer.training.build import build_model
 from trainer.training.callbacks import Events
 from trainer.training.checkpoints import read_importance
 from trainer.training.metrics import now, peak_memory_bytes
-from trainer.training.process import to_device
+from trainer.training.task import build_model
 
 
 def build_split_model(

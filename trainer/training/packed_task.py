@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trainer.config.arguments import TrainingArguments
 from trainer.config.rules import check_data_kind
 from trainer.data.length import RunLength, run_length
-from trainer.data.loader import JsonlDataset, MicroBatch, TokenData, get_data_loader
+from trainer.data.loader import JsonlDataset, MicroBatch, TokenData, get_data_loader, to_device
 from trainer.data.order import EpochSampler
 from trainer.data.prepare import roles_line
 from trainer.data.store import TokenStore
@@ -28,7 +28,12 @@ from trainer.model.freezing import operations_per_input
 from trainer.model.loss import token_loss_sum
 from trainer.model.prepared import Prepared
 from trainer.model.tokenizer import load_tokenizer
-from trainer.training.build import (
+from trainer.training.evaluate import check_metric, evaluation_loss
+from trainer.training.generate import Answer, Question, answer_questions, check_room, end_ids, questions_of
+from trainer.training.metrics import BatchCounts
+from trainer.training.osft import build_split_model
+from trainer.training.scores import ScoreAnswers, measured_names, score
+from trainer.training.task import (
     build_cost,
     check_evaluations,
     check_fit,
@@ -36,12 +41,6 @@ from trainer.training.build import (
     check_samples,
     load_datasets,
 )
-from trainer.training.evaluate import check_metric, evaluation_loss
-from trainer.training.generate import Answer, Question, answer_questions, check_room, end_ids, questions_of
-from trainer.training.metrics import BatchCounts
-from trainer.training.osft import build_split_model
-from trainer.training.process import to_device
-from trainer.training.scores import ScoreAnswers, measured_names, score
 
 
 class PackedBatches:

@@ -1,17 +1,28 @@
-"""What holds for the whole process while it trains: seeds, TF32, how memory is kept; and tensors to the device."""
+"""What holds for the whole process: seeds, TF32, how memory is kept; and the record of where a run happened.
+
+`environment.json` beside every run holds the record, and `trainer doctor` prints it: versions, machine, command line,
+git commit, seeds.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import set_seed
 from transformers.trainer_utils import enable_full_determinism
 
+from trainer import __version__
+from trainer.atomic import write_json
 from trainer.config.arguments import TrainingArguments
+from trainer.errors import OutputError
 from trainer.model.precision import use_tf32
 
 # Parameters of glibc's mallopt, from malloc.h.
@@ -41,12 +52,93 @@ def keep_freed_memory() -> bool:
     return is_kept and bool(mallopt(M_TRIM_THRESHOLD, ANY_SIZE))
 
 
-def to_device(data: Any, device: torch.device) -> Any:
-    """Copy the tensors of a micro-batch to the device, however they are nested; everything else stays as it is."""
-    if isinstance(data, Tensor):
-        return data.to(device, non_blocking=True)
-    if isinstance(data, Mapping):
-        return type(data)({name: to_device(value, device) for name, value in data.items()})  # type: ignore[call-arg]
-    if isinstance(data, list | tuple):
-        return type(data)(to_device(value, device) for value in data)
-    return data
+FILE = "environment.json"
+PACKAGES = (  # that decide what a run computes, and how fast
+    *("torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow", "huggingface-hub"),
+    *("liger-kernel", "peft", "bitsandbytes", "datasets", "triton", "flash-attn"),
+)
+VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "ATEN_CPU_CAPABILITY", "MKL_CBWR")
+
+
+def environment_record(seed: int | None = None) -> dict[str, Any]:
+    """Return the record as plain values."""
+    variables = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    variables |= {name: value for name, value in os.environ.items() if name.startswith(("NCCL_", "TORCH_NCCL_"))}
+    return {
+        "trainer": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": installed_versions(),
+        "processor": processor_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": [gpu_record(i) for i in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+        "variables": variables,
+        "command": sys.argv,
+        "git": git_commit(Path.cwd()),
+        "seed": seed,
+    }
+
+
+def write_record(folder: Path, seed: int) -> None:
+    """Write the record into a run's folder.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        write_json(folder / FILE, environment_record(seed))
+    except OSError as error:
+        raise OutputError(f"{folder / FILE} cannot be written: {error}") from error
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions of the packages of `PACKAGES` that are installed."""
+    versions: dict[str, str] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def processor_name() -> str:
+    """Return the processor's name as Linux tells it, elsewhere as Python does."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.processor()
+
+
+def gpu_record(index: int) -> dict[str, Any]:
+    """Return name, memory in bytes and compute capability of a GPU."""
+    properties = torch.cuda.get_device_properties(index)
+    return {
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "capability": f"{properties.major}.{properties.minor}",
+    }
+
+
+def git_commit(folder: Path) -> dict[str, Any] | None:
+    """Return commit and whether files differ from it, of the repository that a folder is in; None without one."""
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        is_changed = bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "is_changed": is_changed}
+
+
+def _git(folder: Path, *words: str) -> str:
+    command = ["git", "-C", str(folder), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()

@@ -20,8 +20,7 @@ from trainer.distributed.group import Group
 from trainer.errors import NonFiniteError, UsageError
 from trainer.model.osft.layers import Osft
 from trainer.optim.adapters import is_averaging
-from trainer.optim.gradients import LossScale, clip, global_norm, sum_whole_gradients
-from trainer.optim.in_backward import last_backward, steps_in_backward
+from trainer.optim.gradients import LossScale, clip, global_norm, last_backward, steps_in_backward, sum_whole_gradients
 from trainer.optim.schedules import advance, step_schedule
 from trainer.training.metrics import BatchMetrics
 from trainer.training.signals import StopRequest

@@ -25,14 +25,13 @@ from trainer.data.batched import BatchedLoader
 from trainer.data.length import RunLength
 from trainer.distributed.group import Group
 from trainer.errors import UsageError
+from trainer.model.borrowing import embedding_noise
 from trainer.model.export import export_model
-from trainer.model.noise import embedding_noise
 from trainer.optim.adapters import averaged_weights
 from trainer.optim.build import build_optimizer
 from trainer.optim.gradients import LossScale
 from trainer.optim.groups import parameter_groups
 from trainer.optim.schedules import build_schedule, feed_metric
-from trainer.training import environment
 from trainer.training.agreement import (
     SAME_LENGTHS,
     SAME_OPTIONS,
@@ -44,7 +43,6 @@ from trainer.training.agreement import (
     version_facts,
     weight_facts,
 )
-from trainer.training.build import check_names, check_optimizer
 from trainer.training.callbacks import (
     DefaultFlowCallback,
     Events,
@@ -62,11 +60,11 @@ from trainer.training.nonfinite import CrashRecorder
 from trainer.training.osft import start
 from trainer.training.out_of_memory import Snapshot, free_cached_memory, is_out_of_memory, next_batch_size
 from trainer.training.packed_task import PackedTask
-from trainer.training.process import set_up_process
+from trainer.training.process import set_up_process, write_record
 from trainer.training.run_dir import WEIGHTS, open_output_dir, sole_run
 from trainer.training.scores import ScoreAnswers
 from trainer.training.step import Engine
-from trainer.training.task import Task, describe_model
+from trainer.training.task import Task, check_names, check_optimizer, describe_model
 
 logger = logging.getLogger(__name__)
 
@@ -300,7 +298,7 @@ class CoreTrainer:
         else:
             run.length = run.checkpoints.restore(source, run.length)
         if self.group.is_main:
-            environment.write_record(Path(self.args.output_dir), self.args.seed)
+            write_record(Path(self.args.output_dir), self.args.seed)
             for line in self._describe(run, source):
                 logger.info("%s", line)
         if self.task.osft is not None:

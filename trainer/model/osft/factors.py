@@ -1,26 +1,35 @@
-"""Singular value decompositions of all split matrices, spread over the ranks, and how well they describe the weights.
+"""What OSFT takes from the weights: factors of the split matrices, and how much each block changes what passes it.
+
+The singular value decompositions are spread over the ranks. `block_importance` decides the ratio of each block.
 
 Knows nothing of training. Invariants: a rank holds one matrix and its factors at a time on top of its shards; all
 ranks, replicas too, end with the factors that one rank computed; what is decomposed already is left alone, so a
-resumed run computes none.
+resumed run computes none; all ranks measure the importance on the same packs and agree to the last bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trainer.model.fsdp import (
+    decoder_blocks,
     gather_rows,
+    inference,
     largest_of_ranks,
     local_part,
     model_mesh,
     scatter_rows,
     sum_over_shards,
 )
+from trainer.model.loss import token_loss_sum
 from trainer.model.osft.layers import Osft, OsftLinear
+from trainer.model.prepared import Prepared
 
 LARGEST_SKEWNESS = 1e-5  # of singular vectors; more of it would break osft_leak_limit
 Progress = Callable[[int, int], None]
@@ -132,3 +141,34 @@ def _undecomposed(osft: Osft) -> list[OsftLinear]:
 def _work(layer: OsftLinear) -> int:
     num_outputs, num_inputs = layer.weight.shape
     return num_outputs * num_inputs * min(num_outputs, num_inputs)
+
+
+def block_importance(prepared: Prepared, micro_batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The mean cosine similarity of what enters and what leaves each block, over all tokens; relative to their mean.
+
+    A block whose output resembles its input passes on what was learned before; it gets a value above 1, and more of
+    its directions are protected.
+
+    Args:
+        prepared: The model, read as packs; every rank of its mesh calls.
+        micro_batches: The same packs on every rank, on the model's device.
+    """
+    model = prepared.model
+    similarities: dict[str, list[Tensor]] = {name: [] for name in decoder_blocks(model)}
+    with ExitStack() as stack, inference(model):
+        for name, block in decoder_blocks(model).items():
+            note = partial(_note_similarity, similarities[name].append)
+            stack.callback(block.register_forward_hook(note, with_kwargs=True).remove)
+        for micro_batch in micro_batches:
+            token_loss_sum(prepared, micro_batch)
+    means = {name: torch.cat(values).double().mean().item() for name, values in similarities.items()}
+    average = sum(means.values()) / len(means)
+    return {name: mean / average for name, mean in means.items()}
+
+
+def _note_similarity(
+    note: Callable[[Tensor], None], block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    entering: Tensor = args[0] if args else kwargs["hidden_states"]
+    leaving: Tensor = output[0] if isinstance(output, tuple) else output
+    note(nn.functional.cosine_similarity(entering.float(), leaving.float(), dim=-1).flatten())
