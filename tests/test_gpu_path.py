@@ -1,5 +1,8 @@
 """What a CPU can tell of the path that a GPU takes, and, where there is one, that the host never waits for it."""
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -31,6 +34,7 @@ from trainer.model.loss import token_loss_sum
 from trainer.model.prepared import Prepared
 from trainer.model.varlen import varlen
 
+ROOT = Path(__file__).resolve().parent.parent
 GATHERING = ("fsdp::all_gather_copy_in",)
 LENGTHS = [5, 1, 9, 3]
 PACKS = [[7, 9], [5, 6, 7], [12], [3, 4, 5, 6], [20, 1], [8] * 5, [30, 2], [2, 2], [11, 12, 13], [40]]
@@ -203,3 +207,33 @@ class TestCompilation:
             token_loss_sum(prepared, build_pack(lengths)).backward()
             counts.append(compiler.frame_count)
         assert len(set(counts)) == 1
+
+
+GPU_ONLY_GROUP = """
+import sys
+import torch, torch.distributed as dist, torch.multiprocessing as mp
+from trainer.distributed.group import Group
+from trainer.distributed.topology import Topology
+
+def run(rank, folder):
+    # As nccl alone: the group has a back end for GPUs and none for what lies on the CPU.
+    dist.init_process_group("cuda:gloo", store=dist.FileStore(folder + "/store", 2), rank=rank, world_size=2)
+    group = Group(Topology(rank, 2, rank, 2), torch.device("cpu"))
+    assert group.sum([1.0 + rank, 5.0]) == [3.0, 10.0]
+    assert group.any(rank == 1) and not group.any(False)
+    assert group.from_main([7, 8] if rank == 0 else []) == [7, 8]
+    assert group.first_error(ValueError("no") if rank == 1 else None) == "rank 1: ValueError: no"
+    assert [len(part) for part in group.gather(torch.zeros(rank + 1))] == [1, 2]
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    mp.start_processes(run, (sys.argv[1],), nprocs=2, start_method="fork")
+"""
+
+
+def test_flags_counts_and_errors_travel_between_cpus_where_the_group_serves_gpus_alone(tmp_path: Path):
+    script = tmp_path / "gpu_only.py"
+    script.write_text(GPU_ONLY_GROUP)
+    command = [sys.executable, str(script), str(tmp_path)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

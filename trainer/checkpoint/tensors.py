@@ -140,7 +140,7 @@ def _equal_on_all_ranks(tensors: Mapping[str, Tensor], group: Group) -> set[str]
         digest = hashlib.blake2b(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=7)
         digest.update(_bytes_of(tensor))
         fingerprints.append(int.from_bytes(digest.digest(), "big"))
-    mine = torch.tensor(fingerprints, device=group.device)
+    mine = torch.tensor(fingerprints)
     leads = group.sum_tensor(mine.clone() if group.is_main else torch.zeros_like(mine))
     num_other = group.sum_tensor((mine != leads).long()).tolist()
     return {name for name, count in zip(names, num_other, strict=True) if not count}

@@ -34,8 +34,13 @@ class Group:
         self._owns_process_group = owns_process_group
         self.mesh: DeviceMesh | None = None
         self._num_runs = 0  # equal on all ranks
+        # Flags, counts and errors travel between CPUs: a wait for them over NCCL ends in its watchdog's abort when a
+        # rank is gone, and nobody is told which.
+        self._control: dist.ProcessGroup | None = None
         if topology.world_size > 1:
             self.mesh = init_device_mesh(device.type, (topology.world_size,), mesh_dim_names=("data",))
+            if "cpu" not in dist.get_backend_config():
+                self._control = dist.new_group(backend="gloo")
 
     @classmethod
     def join(cls, args: MachineArguments) -> Group:
@@ -77,26 +82,26 @@ class Group:
 
     def sum(self, values: list[float]) -> list[float]:
         """Sum each value over ranks, in float64, in one collective; every rank gets the same result."""
-        return self.sum_tensor(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+        return self.sum_tensor(torch.tensor(values, dtype=torch.float64)).tolist()
 
     def sum_tensor(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum a tensor over ranks in place, and give it back."""
+        """Sum a tensor of the run's device or of the CPU over ranks in place, and return it."""
         if self.mesh is not None:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self._control if values.device.type == "cpu" else None)
         return values
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Give every rank's tensor, in the order of ranks: same type and number of dimensions (>= 1), any sizes."""
         if self.mesh is None:
             return [tensor]
-        sizes = torch.stack(self._gather_alike(torch.tensor(tensor.shape, device=self.device)))
+        sizes = torch.stack(self._gather_alike(torch.tensor(tensor.shape)))
         room = tensor.new_zeros(sizes.amax(0).tolist())
         room[_corner(tensor.shape)] = tensor
         return [part[_corner(size)] for part, size in zip(self._gather_alike(room), sizes.tolist(), strict=True)]
 
     def _gather_alike(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(gathered, tensor)
+        dist.all_gather(gathered, tensor, group=self._control if tensor.device.type == "cpu" else None)
         return gathered
 
     def any(self, flag: bool) -> bool:
@@ -130,14 +135,14 @@ class Group:
         if failed is None:
             return None
         letters = list(text) if failed == self.rank else [0] * int(sizes[failed])
-        said = self.sum_tensor(torch.tensor(letters, dtype=torch.int32, device=self.device)).tolist()
+        said = self.sum_tensor(torch.tensor(letters, dtype=torch.int32)).tolist()
         return f"rank {failed}: {bytes(said).decode(errors='replace')}" if self.world_size > 1 else text.decode()
 
     def from_main(self, numbers: list[int]) -> list[int]:
         """Give every rank the lead's numbers."""
         count = int(self.sum([float(len(numbers)) * self.is_main])[0])
         mine = numbers if self.is_main else [0] * count
-        return self.sum_tensor(torch.tensor(mine, dtype=torch.int64, device=self.device)).tolist()
+        return self.sum_tensor(torch.tensor(mine, dtype=torch.int64)).tolist()
 
     @contextmanager
     def naming_faults(self, where: Callable[[], str]) -> Iterator[None]:

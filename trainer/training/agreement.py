@@ -152,7 +152,7 @@ def agree(group: Group, list_facts: Callable[[], Facts]) -> None:
     names = {_number(name): name for name in facts}
     place = [group.topology.local_rank, group.topology.local_world_size]
     rows = [place, *([number, _number(texts[name])] for number, name in sorted(names.items()))]
-    told = [part.tolist() for part in group.gather(torch.tensor(rows, dtype=torch.int64, device=group.device))]
+    told = [part.tolist() for part in group.gather(torch.tensor(rows, dtype=torch.int64))]
     _check_nodes([(local_rank, size) for (local_rank, size), *_ in told])
     values = [dict(part[1:]) for part in told]  # of each rank: number of a fact's name -> number of its value
     differing = {number for rank in values for number in rank if any(rank[number] != v.get(number) for v in values)}
@@ -165,7 +165,7 @@ def agree(group: Group, list_facts: Callable[[], Facts]) -> None:
 
 def _exchange(group: Group, mine: Mapping[str, tuple[str, str]]) -> list[dict[str, tuple[str, str]]]:
     """Give every rank's facts that differ: name -> value in words, and what to do."""
-    letters = torch.tensor(list(json.dumps(mine).encode()), dtype=torch.uint8, device=group.device)
+    letters = torch.tensor(list(json.dumps(mine).encode()), dtype=torch.uint8)
     return [json.loads(bytes(part.tolist())) for part in group.gather(letters)]
 
 
