@@ -3,4 +3,5 @@
 pytest_plugins: list[str] = [
     "tests.fixtures.selection",
     "tests.fixtures.ranks.plugin",
+    "tests.fixtures.conformance.plugin",
 ]

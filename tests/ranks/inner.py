@@ -16,7 +16,14 @@ from tests.fixtures.ranks.launch import Launch
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = "tests.fixtures.ranks.plugin"
-INSTALLED = ("-p", "no:pytest_ranks", "-p", "no:trainer_ranks")  # the same plugin, installed; its former name
+INSTALLED = (
+    "-p",
+    "no:pytest_ranks",
+    "-p",
+    "no:trainer_ranks",
+    "-p",
+    "no:trainer_conformance",
+)  # conftest.py names them
 LOAD = (*INSTALLED, "-p", PLUGIN, "-p", "no:cacheprovider")
 OPTIONS = ("-v", "-Werror", *LOAD, "-o", "rank_preload=")
 HEADER = """
