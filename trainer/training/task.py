@@ -25,6 +25,7 @@ from trainer.distributed.group import Group
 from trainer.errors import DataError, UsageError
 from trainer.model.build import Adapt, load_model, prepare_model
 from trainer.model.isolation import check_positions
+from trainer.model.lora import add_lora
 from trainer.model.osft.layers import Osft
 from trainer.model.prepared import Prepared
 from trainer.optim.build import find_class
@@ -208,8 +209,12 @@ def build_model(
 
     `adapt` changes its modules before it is sharded.
     """
+    is_lora = args.lora_rank is not None
     if model is None:
-        return load_model(args, tokenizer, group.mesh, group.device, seed=args.seed, adapt=adapt)
+        lora = args if is_lora else None
+        return load_model(args, tokenizer, group.mesh, group.device, seed=args.seed, adapt=adapt, lora=lora)
+    if is_lora:
+        model = add_lora(model, args, args.seed)
     return prepare_model(model, args, group.mesh, group.device, is_packed=True, adapt=adapt)
 
 
