@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import stat
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.atomic import is_untouched, read_listing, sync, write_listing
+from trainer.distributed.group import unhurried
 from trainer.errors import CheckpointError
 from trainer.model.fsdp import any_rank, is_main, whole
 from trainer.model.lora import ADAPTER_CONFIG, adapter_tensors, is_adapted
@@ -63,13 +65,14 @@ def export_model(
     dtype = save_dtype if save_dtype is not None or is_adapted(model) else prepared.stored_dtype
     tensors = _gather(model, dtype, is_main(mesh))
     error: Exception | None = None
-    if is_main(mesh):
-        try:
-            _check_range(tensors)
-            hidden = _stage(model, tokenizer, tensors, target, max_shard_size)
-            (_move_files if is_shared else _replace_folder)(hidden, target)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as caught:
-            error = caught
+    with unhurried(None if mesh is None else partial(any_rank, mesh=mesh)):
+        if is_main(mesh):
+            try:
+                _check_range(tensors)
+                hidden = _stage(model, tokenizer, tensors, target, max_shard_size)
+                (_move_files if is_shared else _replace_folder)(hidden, target)
+            except (OSError, ValueError, RuntimeError, SafetensorError) as caught:
+                error = caught
     if error is not None:
         any_rank(True, mesh)
         raise CheckpointError(f"could not export to {target}: {error}") from error

@@ -149,7 +149,7 @@ def load_datasets(
     """
     if args.data_path is None and not args.data_mixture:
         raise UsageError("data_path is missing: name the files to train on, or give Trainer a train_dataset")
-    with group.main_first():
+    with group.naming_faults(lambda: "preparing the data"), group.main_first():
         train, held_out, notes = load_data(args, tokenizer, args.seed, args.longest_sample, progress)
     if group.is_main:
         for note in notes:
