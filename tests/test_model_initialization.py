@@ -2,17 +2,15 @@
 
 import importlib.util
 import json
-import sys
-import types
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoModelForCausalLM
 
 from tests.fixtures import tolerances
+from tests.fixtures.liger import stand_in_for_liger
 from tests.fixtures.models import (
     ATTENTION_ONLY,
     VOCABULARY,
@@ -420,24 +418,7 @@ class TestLigerKernels:
 
     @pytest.mark.parametrize("name", ["llama", "gemma", "qwen3", "olmo2"])
     def test_kernels_are_chosen_by_what_they_compute_and_for_one_model_alone(self, name, monkeypatch):
-        """Stand-ins for Liger's kernels, which need a GPU: formulas under Liger's names."""
-
-        def norm(hidden, weight, epsilon, offset, casting, in_place):
-            assert not in_place
-            return F.rms_norm(hidden, weight.shape, None, epsilon) * (weight + offset)
-
-        stand_ins = {
-            "rms_norm": {"LigerRMSNormFunction": norm},
-            "swiglu": {"LigerSiLUMulFunction": lambda gate, up: F.silu(gate) * up},
-            "geglu": {"LigerGELUMulFunction": lambda gate, up: F.gelu(gate, approximate="tanh") * up},
-        }
-        for place in ("liger_kernel", "liger_kernel.ops"):
-            monkeypatch.setitem(sys.modules, place, types.ModuleType(place))
-        for place, functions in stand_ins.items():
-            module = types.ModuleType(place)
-            for function_name, function in functions.items():
-                setattr(module, function_name, types.SimpleNamespace(apply=function))
-            monkeypatch.setitem(sys.modules, f"liger_kernel.ops.{place}", module)
+        stand_in_for_liger(monkeypatch)
         model, other = build_model(name), build_model(name)
         settings = fused_settings(model, torch.device("cpu"))
         kinds = {type(each.owner).__name__ for each in settings}

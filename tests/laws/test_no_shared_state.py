@@ -1,19 +1,27 @@
 """L16: two trainers, models or threads in one process do not know of each other; a model comes back as it was."""
 
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
 from tests.fixtures.datasets import labelled_rows
+from tests.fixtures.liger import stand_in_for_liger
 from tests.fixtures.models import build_model, build_pack, prepared_for_packs, tiny_llama
 from tests.fixtures.runs import build_trainer, gradients_of, random_token_samples, weights_of
 from trainer import Trainer, TrainingArguments
+from trainer.model.borrowing import Borrowing
+from trainer.model.liger import fused_settings
 from trainer.model.loss import token_loss_sum
 
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's tracing
+T = TypeVar("T")
 SAMPLES = random_token_samples((9, 3, 17, 5, 30, 2, 11, 7))
 OPTIONS: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -21,6 +29,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "transformers' attention": {"attn_implementation": "sdpa"},
     "recomputed": {"gradient_checkpointing": True},
 }
+# Trainers of token data compile by torch's own compiler, which takes long, and refuse kernels that need a GPU.
+COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
+OPTIONS_OF_MODELS: dict[str, dict[str, Any]] = {**OPTIONS, "compiled": COMPILED, "kernels": {}}
 
 
 def attributes_of(model: torch.nn.Module) -> dict[str, Any]:
@@ -32,7 +43,7 @@ def attributes_of(model: torch.nn.Module) -> dict[str, Any]:
     return seen | {"config": model.config.to_dict(), "attention": model.config._attn_implementation}
 
 
-def rows_trained(folder: Path, model: Any, **options: Any) -> Any:
+def rows_trained(folder: Path, model: Any, **options: Any) -> float:
     args = TrainingArguments(
         output_dir=str(folder),
         use_cpu=True,
@@ -41,7 +52,6 @@ def rows_trained(folder: Path, model: Any, **options: Any) -> Any:
         export_final=False,
         max_steps=2,
         per_device_train_batch_size=4,
-        learning_rate=1e-2,
         disable_tqdm=True,
         **options,
     )
@@ -71,38 +81,81 @@ def test_a_second_trainer_of_a_model_with_other_options_is_right(tmp_path: Path)
 def test_rows_after_packs_and_bfloat16_are_trained_as_if_alone(tmp_path: Path) -> None:
     model = tiny_llama()
     build_trainer(tmp_path / "packs", SAMPLES, model, bf16=True, learning_rate=0.0).train()
-    assert rows_trained(tmp_path / "again", model) == rows_trained(tmp_path / "alone", tiny_llama())
+    for options in (COMPILED, {}):
+        alone = rows_trained(tmp_path / "alone", tiny_llama(), learning_rate=0.0, **options)
+        assert rows_trained(tmp_path / "again", model, learning_rate=0.0, **options) == alone
 
 
-def test_two_threads_train_two_models_as_each_alone(tmp_path: Path) -> None:
+def gradients_of_packs(model: Any, name: str) -> dict[str, torch.Tensor]:
+    """Gradients of a few packs under the options of that name."""
+    prepared = prepared_for_packs(model.train(), **OPTIONS_OF_MODELS[name])
+    if name == "kernels":
+        settings = fused_settings(model, torch.device("cpu"))
+        assert settings
+        prepared = replace(prepared, borrowing=Borrowing([*prepared.borrowing.settings, *settings]))
+    with prepared.in_use():
+        for step in range(4):
+            token_loss_sum(prepared, build_pack([7, 4, 9], seed=step)).backward()
+    found = gradients_of(prepared.model)
+    model.zero_grad()
+    return found
+
+
+def in_threads(jobs: Mapping[str, Callable[[], T]]) -> dict[str, T]:
+    """Run all jobs at the same time, each in a thread, and return what they returned."""
+    with ThreadPoolExecutor(len(jobs)) as threads:
+        running = {name: threads.submit(job) for name, job in jobs.items()}
+        return {name: future.result() for name, future in running.items()}
+
+
+def are_equal(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+    return some.keys() == others.keys() and all(torch.equal(value, others[name]) for name, value in some.items())
+
+
+def test_threads_compute_as_each_alone_with_other_dtypes_attention_and_kernels(monkeypatch) -> None:
+    stand_in_for_liger(monkeypatch)
     search = masking_utils.find_packed_sequence_indices
     names = dict(AttentionInterface._global_mapping), dict(AttentionMaskInterface._global_mapping)
-
-    def gradients(model: Any, options: dict[str, Any]) -> dict[str, torch.Tensor]:
-        prepared = prepared_for_packs(model.train(), **options)
-        with prepared.in_use():
-            for step in range(4):
-                token_loss_sum(prepared, build_pack([7, 4, 9], seed=step)).backward()
-        return gradients_of(prepared.model)
-
-    jobs = list(enumerate(OPTIONS.values()))
-    expected = [gradients(tiny_llama(seed), options) for seed, options in jobs]
-    models = [tiny_llama(seed) for seed, _ in jobs]  # drawn from torch's one global generator
-    found: dict[int, dict[str, torch.Tensor]] = {}
-
-    def note(seed: int, options: dict[str, Any]) -> None:
-        found[seed] = gradients(models[seed], options)
-
-    threads = [Thread(target=note, args=job) for job in jobs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for seed, _ in jobs:
-        assert found[seed].keys() == expected[seed].keys()
-        assert all(torch.equal(found[seed][name], gradient) for name, gradient in expected[seed].items())
+    cells = list(OPTIONS_OF_MODELS)
+    expected = {name: gradients_of_packs(tiny_llama(seed), name) for seed, name in enumerate(cells)}
+    models = [tiny_llama(seed) for seed in range(len(cells))]  # drawn from torch's one global generator
+    jobs = {name: partial(gradients_of_packs, model, name) for model, name in zip(models, cells, strict=True)}
+    found = in_threads(jobs)
+    for name in cells:
+        assert are_equal(found[name], expected[name]), name
     assert masking_utils.find_packed_sequence_indices is search
     assert names == (dict(AttentionInterface._global_mapping), dict(AttentionMaskInterface._global_mapping))
+
+
+def test_one_model_computes_in_turn_as_each_alone_with_kernels_and_without(monkeypatch) -> None:
+    stand_in_for_liger(monkeypatch)
+    cells = ["float32", "kernels", "compiled", "kernels", "bfloat16", "float32"]
+    alone = {name: gradients_of_packs(tiny_llama(), name) for name in dict.fromkeys(cells)}
+    assert not are_equal(alone["float32"], alone["bfloat16"])
+    model = tiny_llama()
+    for name in cells:
+        assert are_equal(gradients_of_packs(model, name), alone[name]), name
+
+
+def test_trainers_in_threads_train_as_each_alone(tmp_path: Path) -> None:
+    def build(folder: str, seed: int, name: str) -> Trainer:
+        options = {"max_steps": 2, "save_strategy": "no", **OPTIONS[name]}
+        return build_trainer(tmp_path / folder / str(seed), SAMPLES, tiny_llama(seed), **options)
+
+    def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+        trainer.train()
+        return weights_of(trainer.model)
+
+    expected = {name: weights(build("alone", seed, name)) for seed, name in enumerate(OPTIONS)}
+    trainers = {name: build("threads", seed, name) for seed, name in enumerate(OPTIONS)}
+    rows = partial(rows_trained, learning_rate=1e-2, **COMPILED)
+    loss_of_rows = rows(tmp_path / "alone" / "rows", tiny_llama())
+    jobs: dict[str, Callable[[], Any]] = {name: partial(weights, trainer) for name, trainer in trainers.items()}
+    jobs["rows"] = partial(rows, tmp_path / "threads" / "rows", tiny_llama())
+    found = in_threads(jobs)
+    assert found.pop("rows") == loss_of_rows
+    for name, values in expected.items():
+        assert are_equal(found[name], values), name
 
 
 def test_a_trainer_leaves_no_trace_on_another_model(tmp_path: Path) -> None:

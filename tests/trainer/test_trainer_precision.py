@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from tests.fixtures.models import tiny_llama
 from tests.fixtures.oracles import relative_difference
-from tests.fixtures.runs import weights_of
+from tests.fixtures.runs import build_store, random_token_samples, weights_of
 from tests.fixtures.tolerances import (
     COMPUTE_FP16,
 )
@@ -79,3 +80,33 @@ class TestLossScale:
         assert half.state.num_samples_seen == full.state.num_samples_seen
         assert 1 <= half.state.loss_scale <= FIRST_SCALE
         assert relative_difference(weights_of(half.model), weights_of(full.model)) < COMPUTE_FP16
+
+
+@pytest.mark.world_size(2)
+def test_weights_are_gathered_in_bfloat16_for_token_data_and_for_rows(ranks) -> None:
+    """Between steps they are float32; what a layer computes with is what FSDP2 has gathered."""
+    data = {"token data": build_store(random_token_samples((9, 3, 17, 5))), "rows": labelled_rows(8)}
+    gathered: dict[str, set[torch.dtype]] = {name: set() for name in data}
+    for name, dataset in data.items():
+        args = TrainingArguments(
+            str(ranks.tmp_path / name.replace(" ", "_")),
+            bf16=True,
+            use_cpu=True,
+            max_steps=1,
+            save_strategy="no",
+            export_final=False,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(tiny_llama(), args, train_dataset=dataset)
+        for module in trainer.model.modules():
+            if isinstance(module, nn.Linear):
+                note = partial(note_dtype, gathered[name])
+                module.register_forward_pre_hook(note)
+        trainer.train()
+        assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    assert gathered == {"token data": {torch.bfloat16}, "rows": {torch.bfloat16}}
+
+
+def note_dtype(seen: set[torch.dtype], module: Any, inputs: Any) -> None:
+    if module.weight.numel():
+        seen.add(module.weight.dtype)
