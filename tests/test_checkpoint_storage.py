@@ -216,7 +216,7 @@ def told_of_a_save(folder: Path, is_async: bool) -> list[tuple[int, int, float]]
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_how_far_a_save_is_can_be_told(launch, tmp_path: Path, is_async: bool) -> None:
+def test_a_save_reports_its_progress(launch, tmp_path: Path, is_async: bool) -> None:
     slow_file = delay(0, 1.0, at=("write", 1, "optimizer_0.safetensors"))
     (told,) = launch(1, told_of_a_save, tmp_path, is_async, faults=[slow_file]).values
     assert told[-1][:2] == (2400, 2400)

@@ -49,7 +49,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     assert f"trainer {name}" in capsys.readouterr().out
 
 
-def test_without_a_command_it_shows_the_usage_and_fails() -> None:
+def test_the_command_line_without_a_command_shows_the_usage_and_fails() -> None:
     assert main([]) == 2
 
 

@@ -143,7 +143,7 @@ class TestEpochOrder:
         assert chi_squared < tolerances.CHI_SQUARED_23_DEGREES
 
     @pytest.mark.parametrize(("n", "seed", "epoch"), [(0, 0, 0), (-1, 0, 0), (3, -1, 0), (3, 2**64, 0), (3, 0, -1)])
-    def test_out_of_range(self, n: int, seed: int, epoch: int) -> None:
+    def test_epoch_order_refuses_arguments_out_of_range(self, n: int, seed: int, epoch: int) -> None:
         with pytest.raises(UsageError, match=r"samples|seed|epoch"):
             epoch_order(n, seed, epoch)
 
@@ -360,7 +360,7 @@ class TestGetDataLoader:
         assert sorted(read) == sorted(held)
         assert 0 < len(held) < 10
 
-    def test_going_on_late_in_an_epoch_reads_nothing_before_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_loader_that_starts_late_in_an_epoch_reads_nothing_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
         sampler = EpochSampler(1000)
         sampler.set_epoch(3, start=990)
         read: list[int] = []
@@ -461,7 +461,7 @@ class TestForecast:
         assert plan.num_micro_batches > 1
         assert told.balance == cost.of(lengths).sum() / (4 * dearest)
 
-    def test_many_ranks(self) -> None:
+    def test_a_forecast_for_1024_ranks_has_no_placeholder(self) -> None:
         told = forecast(np.full(2048, 10), np.full(2048, 9), Layout(2048, 100, world_size=1024))
         assert (told.num_micro_batches, told.epochs[0].num_placeholders) == (1, 0)
 

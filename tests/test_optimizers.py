@@ -374,7 +374,7 @@ class TestScheduleFree:
         take_steps(model, optimizer, [regression_batch(8, seed=step) for step in range(6)])
         return model, optimizer
 
-    def test_looking_at_the_averages_changes_nothing(self, name: str) -> None:
+    def test_reading_averaged_weights_changes_nothing(self, name: str) -> None:
         model, optimizer = self.run(name)
         before = weights_of(model)
         with averaged_weights(optimizer):

@@ -116,7 +116,7 @@ def test_a_model_starts_unchanged(name: str) -> None:
         assert torch.equal(merged_weight(layer), plain.model.get_submodule(name).weight)
 
 
-def test_by_default_every_linear_layer_of_the_blocks_is_split_and_nothing_else_trains() -> None:
+def test_osft_splits_every_linear_layer_of_the_blocks_by_default_and_trains_nothing_else() -> None:
     model = split_model()[0].model
     assert {name.rpartition(".")[2] for name in osft_layers(model)} == set(LINEAR_LAYERS_OF_LLAMA)
     assert len(osft_layers(model)) == 2 * len(LINEAR_LAYERS_OF_LLAMA)

@@ -279,7 +279,7 @@ def test_a_torn_cache_is_rebuilt(tmp_path: Path, options: Any, name: str) -> Non
     assert contents(again) == expected
 
 
-def test_many_at_once_prepare_once(tmp_path: Path, options: Any) -> None:
+def test_processes_that_prepare_at_once_prepare_once(tmp_path: Path, options: Any) -> None:
     path, stores = write_chats(tmp_path / "c.jsonl", 200), []
     threads = [threading.Thread(target=lambda: stores.append(prepare(path, TOKENIZER, options()))) for _ in range(6)]
     for thread in threads:

@@ -60,7 +60,7 @@ def shown_in_colour(store: TokenStore) -> str:
 
 
 @given(st.sampled_from(TOKENIZERS), PLAIN, st.data())
-def test_between_the_marks_stands_what_is_trained(tokenizer: Any, text: str, data: st.DataObject) -> None:
+def test_a_preview_marks_what_is_trained(tokenizer: Any, text: str, data: st.DataObject) -> None:
     text = f"a{text}"  # one like SentencePiece keeps no space in front
     encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     ids, n = encoded["input_ids"], len(encoded["input_ids"])
@@ -93,7 +93,7 @@ def test_the_answers_of_a_chat_are_trained_to_the_end_of_turn(preview_text: Run)
     assert "user\none" in shown
 
 
-def test_before_each_sample_stands_where_it_is_from_and_its_counts(preview: Run) -> None:
+def test_a_preview_names_place_and_counts_of_each_sample(preview: Run) -> None:
     lines = [{"input_ids": [5]}, {"input_ids": [7, 8, 9, 6]}, {"input_ids": [7, 8, 9], "labels": [7, -100, 9]}]
     shown = preview(lines, "--on-untrainable=drop")
     assert "2 samples; ⟦this⟧ is trained" in shown
@@ -107,7 +107,7 @@ def test_labels_that_are_other_tokens_are_shown_and_counted(preview: Run) -> Non
     assert "5 ⟦7 8 ⟧8" in shown
 
 
-def test_it_shows_as_many_as_asked_from_where_asked(preview_text: Run) -> None:
+def test_a_preview_shows_as_many_samples_as_asked_from_where_asked(preview_text: Run) -> None:
     documents = [{"text": f"number {i}"} for i in range(6)]
     assert re.findall("sample [0-9]", preview_text(documents)) == ["sample 0", "sample 1", "sample 2"]
     assert re.findall("sample [0-9]", preview_text(documents, "--start=3", "--num-samples=1")) == ["sample 3"]

@@ -117,7 +117,7 @@ class TestByMetric:
         schedule = build_schedule(sgd(), arguments("reduce_lr_on_plateau", patience=1, factor=0.5), None)
         assert self.feed(schedule, [3.0, 2.0, 2.0, 2.0, 1.0]) == [0.1, 0.1, 0.1, 0.05, 0.05]
 
-    def test_more_may_be_better(self) -> None:
+    def test_a_schedule_by_metric_may_take_more_for_better(self) -> None:
         args = arguments("reduce_lr_on_plateau", patience=0, factor=0.5)
         schedule = build_schedule(sgd(), args, None, is_more_better=True)
         assert self.feed(schedule, [1.0, 2.0, 3.0, 3.0]) == [0.1, 0.1, 0.1, 0.05]
@@ -149,7 +149,7 @@ class TestByMetric:
         assert [line["learning_rate"] for line in step_lines(tmp_path / "run")] == [1e-2, 1e-2, 5e-3]
 
     @pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
-    def test_it_needs_evaluations(self, name: str) -> None:
+    def test_a_schedule_by_metric_needs_evaluations(self, name: str) -> None:
         with pytest.raises(UsageError, match="goes by metric_for_best_model: set eval_strategy"):
             TrainingArguments(lr_scheduler_type=name)
 

@@ -85,7 +85,7 @@ class TestGradients:
         clip(parameters, global_norm(parameters), max_norm)
         assert global_norm(parameters).item() == pytest.approx(left, rel=CLIPPED_NORM)
 
-    def test_where_there_are_none_the_norm_is_0_and_nothing_is_clipped(self) -> None:
+    def test_the_norm_of_no_gradients_is_0_and_nothing_is_clipped(self) -> None:
         parameters = [torch.nn.Parameter(torch.zeros(2))]
         norm = global_norm(parameters)
         clip(parameters, norm, max_norm=1.0)
@@ -174,7 +174,7 @@ class TestSchedule:
 
 
 class TestRunLength:
-    def test_more_epochs_than_numbers_can_hold_never_end(self) -> None:
+    def test_a_run_of_infinite_epochs_never_ends(self) -> None:
         import numpy as np
 
         assert run_length(np.ones(20), 1, 0, ScheduleArguments(num_train_epochs=1e308)).num_steps is None
@@ -203,7 +203,7 @@ class TestRunLength:
 
 
 class TestTopology:
-    def test_without_torchrun_it_is_one_process(self) -> None:
+    def test_a_topology_without_torchrun_is_one_process(self) -> None:
         assert Topology.from_environment({}) == Topology(0, 1, 0, 1)
 
     def test_the_topology_is_what_torchrun_sets(self) -> None:
@@ -384,10 +384,9 @@ class TestStopRequest:
     def test_any_rank_s_signal_counts(self) -> None:
         stop = StopRequest()
         flags = stop.as_flags()
-        assert stop.agreed(flags) is None
-        assert stop.agreed({**flags, "stopped_by_SIGTERM": 1.0}) == signal.SIGTERM
-        assert not stop.agreed_to_save(flags)
-        assert stop.agreed_to_save({**flags, "asked_to_save": 1.0})
+        assert stop.agreed(flags) == (None, False)
+        assert stop.agreed({**flags, "stopped_by_SIGTERM": 1.0}) == (signal.SIGTERM, False)
+        assert stop.agreed({**flags, "asked_to_save": 1.0}) == (None, True)
         assert len(flags) == len(SIGNALS) + 1
 
 

@@ -154,7 +154,7 @@ class MiniTrainerFlags:
 
 
 def run(words: Sequence[str]) -> int:
-    """Parse mini_trainer's flags and train; give the exit code."""
+    """Parse mini_trainer's flags and train; return the exit code."""
     from trainer.cli.train import train
 
     with said_once():
@@ -166,7 +166,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def open_trackers(flags: MiniTrainerFlags) -> None:
-    """Tell the trackers, on the main rank, what their flags say; transformers' callbacks take up what is open.
+    """Set up the trackers on the main rank as their flags say; transformers' callbacks use the run that is open.
 
     Raises:
         MissingPackageError: a tracker is not installed.

@@ -102,7 +102,7 @@ def train_and_listen(folder: Path) -> list[str]:
     return messages.texts
 
 
-def test_on_several_ranks_the_export_is_named(launch: Any, tmp_path: Path) -> None:
+def test_an_error_on_several_ranks_names_the_export(launch: Any, tmp_path: Path) -> None:
     said, _ = launch(2, train_and_listen, tmp_path).values
     assert any(f"run `trainer export {tmp_path}/checkpoints/step_2 FOLDER` first" in text for text in said)
     with pytest.raises(OSError, match=r"no file named model\.safetensors"):

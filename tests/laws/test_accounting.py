@@ -1,4 +1,4 @@
-"""L7: what is logged is what a recomputation by hand gives; what the plan foretells is what the run does."""
+"""L7: what is logged is what a recomputation by hand gives; what the plan predicts is what the run does."""
 
 import functools
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_every_step_counts_what_it_trained(ranks: Ranks) -> None:
 
 
 @pytest.mark.world_size(1, 2, 3)
-def test_the_run_does_what_the_plan_foretells(ranks: Ranks) -> None:
+def test_the_run_does_what_the_plan_predicts(ranks: Ranks) -> None:
     lines, store = lines_of_a_run(ranks), build_store(SAMPLES)
     layout = Layout(BATCH_SIZE, BUDGET, ranks.world_size, TOKENS)
     told = forecast(store.lengths, store.num_loss_tokens, layout, SEED, EPOCHS)

@@ -145,7 +145,7 @@ class TestSteps:
         max_steps=st.sampled_from([-1, 1, 7]),
         drop_last=st.booleans(),
     )
-    def test_there_are_as_many_as_counted_by_hand(
+    def test_steps_are_as_many_as_counted_by_hand(
         self,
         tmp_path_factory: pytest.TempPathFactory,
         num_samples: int,

@@ -202,7 +202,7 @@ class TestEvents:
         ],
         ids=str,
     )
-    def test_come_in_the_documented_order(self, tmp_path: Path, options: dict[str, Any]) -> None:
+    def test_events_come_in_the_documented_order(self, tmp_path: Path, options: dict[str, Any]) -> None:
         calls = Calls()
         given = {"callbacks": [calls], "num_train_epochs": 1, "eval_len": 16, **options}
         trainer = get_regression_trainer(output_dir=tmp_path, **given)

@@ -123,7 +123,7 @@ class TestTheBestModel:
             folder, SAMPLES, tiny_llama(), SAMPLES[:4], max_steps=8, **{**defaults, "save_strategy": "best", **options}
         )
 
-    def test_it_is_kept_and_loaded(self, tmp_path: Path) -> None:
+    def test_the_best_model_is_kept_and_loaded(self, tmp_path: Path) -> None:
         trainer = self.best_run(tmp_path, learning_rate=0.3, save_total_limit=1)
         trainer.train()
         losses = {line["step"]: line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line}
@@ -141,7 +141,7 @@ class TestTheBestModel:
         assert best < 6, "the best one would be among the newest"
         assert saved_steps(tmp_path) == [best, 8]
 
-    def test_it_is_known_where_it_was_saved_before_it_was_measured(self, tmp_path: Path) -> None:
+    def test_a_best_model_saved_before_it_was_measured_is_known(self, tmp_path: Path) -> None:
         options = {"eval_strategy": "epoch", "num_train_epochs": 2, "learning_rate": 0.01}  # saved in the step itself
         trainer = regression(tmp_path, eval_dataset=RegressionDataset(length=8), **options)
         trainer.train()
@@ -209,7 +209,7 @@ class TestResuming:
         assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 13))
         assert saved_steps(tmp_path) == [4, 8, 12]
 
-    def test_if_all_are_damaged_nothing_starts_anew_in_silence(self, tmp_path: Path) -> None:
+    def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(self, tmp_path: Path) -> None:
         regression(tmp_path, max_steps=4).train()
         flip_bit(checkpoint(tmp_path, 4) / "state.json")
         with pytest.raises(CheckpointError, match=r"No valid checkpoint .* to go on from; step_4: .*state.json"):

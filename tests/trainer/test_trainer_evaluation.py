@@ -191,7 +191,7 @@ def test_metrics_see_inputs_and_losses_when_asked(ranks: Any, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("every", [1, 3, None])
-def test_where_predictions_wait_does_not_show(tmp_path: Path, every: int | None) -> None:
+def test_the_place_where_predictions_wait_does_not_change_them(tmp_path: Path, every: int | None) -> None:
     trainer = build(tmp_path, eval_accumulation_steps=every, per_device_eval_batch_size=4, eval_len=30)
     check(trainer.evaluate(), trainer.eval_dataset)
     apart = build(

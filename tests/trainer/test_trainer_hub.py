@@ -127,7 +127,7 @@ def test_a_model_is_pushed_on_demand(tmp_path: Path, hub: Hub) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"hub_token": "hf_other"}], ids=["no token", "wrong token"])
-def test_who_may_not_push_is_told_at_once(tmp_path: Path, hub: Hub, options: dict[str, Any]) -> None:
+def test_a_user_who_may_not_push_is_refused_at_once(tmp_path: Path, hub: Hub, options: dict[str, Any]) -> None:
     with pytest.raises(OutputError, match="(?s)run could not be made on the hub: .*give hub_token"):
         get_regression_trainer(output_dir=tmp_path / "run", push_to_hub=True, **options)
 

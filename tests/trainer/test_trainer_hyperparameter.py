@@ -53,7 +53,7 @@ class TestSearch:
         assert all((folder / "metrics.jsonl").is_file() for folder in tmp_path.iterdir())
         assert trainer.args.to_dict() == before
 
-    def test_usually_learning_rate_epochs_seed_and_batch_size_are_searched(self, tmp_path: Path) -> None:
+    def test_a_search_by_default_covers_learning_rate_epochs_seed_and_batch_size(self, tmp_path: Path) -> None:
         sizes = []
         trainer = searcher(tmp_path, eval_strategy="no")
         trainer.hyperparameter_search(

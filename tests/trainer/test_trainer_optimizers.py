@@ -245,7 +245,7 @@ def test_decays_as_by_hand(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", cases(["adamw_torch", "muon", "ademamix", "lion_32bit", "stable_adamw"]))
-def test_more_ranks_take_up_the_state_of_one(name: str, launch: Any, tmp_path: Path) -> None:
+def test_optimizer_state_of_one_rank_resumes_on_more(name: str, launch: Any, tmp_path: Path) -> None:
     expected = launch(1, save_on_one_process, tmp_path, name).values[0]
     assert launch(2, go_on_sharded, tmp_path, name).values[0] == pytest.approx(expected, rel=tolerance_for(name))
 
@@ -287,10 +287,10 @@ class TestRuns:
             assert ours == pytest.approx(theirs, rel=NORM_FP32)
         assert all(torch.equal(value, weights[1][n]) for n, value in weights[0].items())
 
-    def test_a_gradient_that_is_not_finite_spoils_what_steps_in_backward(self, tmp_path: Path) -> None:
+    def test_a_non_finite_gradient_is_an_error_with_steps_in_backward(self, tmp_path: Path) -> None:
         trainer = build_trainer(tmp_path / "run", SAMPLES, optim="lomo", max_grad_norm=0.0)
         trainer.model.lm_head.weight.data[5, 5] = math.nan
-        with pytest.raises(NonFiniteError, match="the weights are spoilt; go back to a checkpoint"):
+        with pytest.raises(NonFiniteError, match="the weights are damaged; go back to a checkpoint"):
             trainer.train()
 
     @pytest.mark.skipif(not is_installed(OPTIMIZERS["schedule_free_adamw"]), reason="pip install schedulefree")

@@ -179,7 +179,7 @@ def test_options_of_generation_belong_to_this_trainer(tmp_path: Path) -> None:
     assert Seq2SeqTrainingArguments.from_mapping(json.loads(args.to_json_string())).generation_config["max_length"] == 7
 
 
-def test_without_generate_logits_are_predicted(tmp_path: Path) -> None:
+def test_predictions_without_generate_are_logits(tmp_path: Path) -> None:
     off = {"predict_with_generate": False, "generation_max_length": None, "compute_metrics": None}
     predicted = build(tmp_path, "bart", **off).predict(sequence_task()[1][:12])
     assert predicted.predictions[0].shape[-1] == VOCABULARY

@@ -20,7 +20,7 @@ from trainer.optim.adapters import revive
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[Any, dict[str, Tensor]]:
-    """Give an optimizer's state as JSON and named tensors.
+    """Return an optimizer's state as JSON and named tensors.
 
     Raises:
         CheckpointError: it moves something that is no parameter of the model, or keeps what cannot be saved.
@@ -42,7 +42,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, model: nn.Module, form: Any, stored: StoredTensors, kept: frozenset[str]
 ) -> None:
-    """Give an optimizer that was built as the saved one the state of the saved one.
+    """Restore the saved state into an optimizer that was built like the saved one.
 
     Args:
         optimizer: built anew over the same parameters.

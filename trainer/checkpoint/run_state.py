@@ -151,13 +151,13 @@ def check_changes(changes: Mapping[str, str], allowed: Collection[str], place: s
 
 
 def callback_states(callbacks: Sequence[TrainerCallback]) -> list[Any]:
-    """Give the state of each callback that exports one, in transformers' protocol."""
+    """Return the state of each callback that exports one, in transformers' protocol."""
     exporting = (callback for callback in callbacks if isinstance(callback, ExportableState))
     return [[type(callback).__name__, callback.state()] for callback in exporting]
 
 
 def restore_callbacks(callbacks: Sequence[TrainerCallback], saved: list[Any]) -> None:
-    """Give callbacks their state back, each to the next one of its class; they stay the objects that they are."""
+    """Restore the state of callbacks, each saved one in the next of its class; they stay the same objects."""
     waiting = [callback for callback in callbacks if isinstance(callback, ExportableState)]
     for name, state in saved:
         found = next((callback for callback in waiting if type(callback).__name__ == name), None)
@@ -232,31 +232,27 @@ def _bytes(text: str) -> torch.Tensor:
 
 
 def data_fingerprint(dataset: Any) -> str | None:
-    """Give what tells a data set from others: content of token data, else its own fingerprint, else its length."""
+    """Return what identifies a data set: content of token data, else its own fingerprint, else its length."""
     if dataset is None:
         return None
     if isinstance(dataset, TokenStore):
-        return _store_fingerprint(dataset)
+        digest = hashlib.sha256(np.ascontiguousarray(dataset.lengths).tobytes())
+        digest.update(np.ascontiguousarray(dataset.num_loss_tokens).tobytes())
+        for i in np.unique(np.linspace(0, len(dataset) - 1, NUM_SAMPLES_READ).astype(int)):
+            sample = dataset.sample(int(i))
+            digest.update(sample.input_ids.tobytes())
+            digest.update(sample.labels.tobytes())
+        return f"{len(dataset)} samples {digest.hexdigest()[:32]}"
     if isinstance(own := getattr(dataset, "_fingerprint", None), str):
         return f"{type(dataset).__name__} {own}"
     return f"{type(dataset).__name__} of {len(dataset) if has_length(dataset) else 'unknown'} samples"
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str | None:
-    """Give what tells a tokenizer from others: vocabulary, rules, special tokens, chat template."""
+    """Return what identifies a tokenizer: a hash of vocabulary, rules, special tokens and chat template."""
     if tokenizer is None or not hasattr(tokenizer, "get_vocab"):
         return None
     rules = tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else ""
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     parts = [sorted(tokenizer.get_vocab().items()), rules, special, getattr(tokenizer, "chat_template", None)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _store_fingerprint(store: TokenStore) -> str:
-    digest = hashlib.sha256(np.ascontiguousarray(store.lengths).tobytes())
-    digest.update(np.ascontiguousarray(store.num_loss_tokens).tobytes())
-    for i in np.unique(np.linspace(0, len(store) - 1, NUM_SAMPLES_READ).astype(int)):
-        sample = store.sample(int(i))
-        digest.update(sample.input_ids.tobytes())
-        digest.update(sample.labels.tobytes())
-    return f"{len(store)} samples {digest.hexdigest()[:32]}"

@@ -27,7 +27,6 @@ from trainer.checkpoint.manifest import INDEX
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError
 from trainer.model.fsdp import Region, local_part
-from trainer.model.lora import is_adapted
 
 OPTIMIZER = "optimizer"  # what the names of its tensors begin with
 SPLIT, SHARED, OWN = "split", "shared", "own"  # in pieces, equal on all ranks, another one on each rank
@@ -360,7 +359,7 @@ def fill(tensor: Tensor, name: str, stored: StoredTensors) -> None:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Give the tensors to save, sharded as they are.
+    """Return the tensors to save, sharded as they are.
 
     Raises:
         CheckpointError: the model keeps state that is no tensor.
@@ -369,10 +368,9 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     strange = [name for name, value in stored.items() if not isinstance(value, Tensor)]
     if strange:
         raise CheckpointError(f"{strange[0]} of the model is no tensor: a checkpoint cannot hold it")
-    # What adapters adapt stays as it is: a digest of it is recorded.
-    is_whole = not is_adapted(model)
+    is_adapted = hasattr(model, "peft_config")
     tensors: dict[str, Tensor] = {
-        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad or is_whole
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad or not is_adapted
     }
     return tensors | {name: buffer for name, buffer in model.named_buffers() if name in stored}
 
@@ -395,7 +393,7 @@ TENSOR, TUPLE, DICT = "$tensor", "$tuple", "$dict"
 
 
 def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Give the JSON form of a value; its tensors go into `tensors`, named by their path from `name` on.
+    """Return the JSON form of a value; its tensors go into `tensors`, named by their path from `name` on.
 
     Raises:
         CheckpointError: something in it is neither number, text, tensor, list, tuple nor dict.
@@ -424,7 +422,7 @@ def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def unpack(form: Any, read: Callable[[str], Tensor]) -> Any:
-    """Give the value back; `read` gives a tensor by its name."""
+    """Return the value that was packed; `read` returns a tensor by its name."""
     if isinstance(form, list):
         return [unpack(item, read) for item in form]
     if not isinstance(form, dict):

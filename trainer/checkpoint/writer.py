@@ -133,7 +133,7 @@ class CheckpointWriter:
         return self._finish() if num_failed or num_done == self.group.world_size else None
 
     def wait(self) -> Path | None:
-        """Wait until the save in flight is published, and give it; None if there is none (all ranks call)."""
+        """Wait until the save in flight is published, and return it; None if there is none (all ranks call)."""
         return None if self._pending is None else self._finish()
 
     def _to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -171,25 +171,22 @@ class CheckpointWriter:
         pending, self._pending = self._pending, None
         assert pending is not None
         pending.report(self._report)
-        with self.group.unhurried():
-            while pending.thread.is_alive():
-                pending.thread.join(SECONDS_BETWEEN_LOOKS)
-                pending.report(self._report)
+        while pending.thread.is_alive():
+            pending.thread.join(SECONDS_BETWEEN_LOOKS)
+            pending.report(self._report)
         step = pending.contents.step
         self._agree(pending.error, step, pending.hidden)
         self._on_main(lambda: self._publish(pending), step, pending.hidden)
-        if self.limit is not None:
-            _, error = self.group.try_on_main(self._retire, OSError, CheckpointError)
+        if (limit := self.limit) is not None:
+            _, error = self.group.try_on_main(
+                lambda: manifest.retire(self.folder, limit, self.best_step, self.run_id), OSError, CheckpointError
+            )
             if (said := self.group.first_error(error)) is not None:
                 raise CheckpointError(f"{pending.target} is there, but older ones could not be removed: {said}")
         return pending.target
 
-    def _retire(self) -> None:
-        assert self.limit is not None
-        manifest.retire(self.folder, self.limit, self.best_step, self.run_id)
-
     def _on_main(self, act: Callable[[], object], step: int, hidden: Path | None = None) -> None:
-        """Have the main rank do something; if it fails, it fails on every rank."""
+        """Run something on the main rank; if it fails there, raise on every rank."""
         _, error = self.group.try_on_main(act, OSError, CheckpointError)
         self._agree(error, step, hidden)
 

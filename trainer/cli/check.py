@@ -87,7 +87,7 @@ def _check_model_folder(name: str, given: str) -> None:
 
 
 def _is_there(given: str) -> bool:
-    """Whether a path exists, or is a name of the hub or a pattern, of which only reading tells."""
+    """Return whether a path exists, or is a name of the hub or a pattern, of which only reading tells."""
     return given.startswith("hf://") or any(c in given for c in "*?[") or Path(given).expanduser().exists()
 
 

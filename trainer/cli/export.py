@@ -1,9 +1,9 @@
-"""`trainer export`: a run's weights, or any Hugging Face folder, written anew in another type, or adapters merged."""
+"""`trainer export`: a run's weights, or any Hugging Face folder, written anew in another type."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -23,11 +23,10 @@ class ExportOptions:
         None, "Type of the weights; as stored if unset."
     )
     max_shard_size: str = option("5GB", "Largest weight file.")
-    merge: bool = option(False, "Add adapters (LoRA) to the weights that they adapt; else adapters stay adapters.")
 
 
 def run(words: Sequence[str]) -> int:
-    """Read, convert, write; give the exit code."""
+    """Read, convert, write; return the exit code."""
     options = parse_alone("trainer export", words, ExportOptions, "Write Hugging Face weights.")
     from trainer.training.saved_model import find_weights
 
@@ -57,16 +56,10 @@ def export(source: Path, options: ExportOptions) -> None:
     import torch
 
     from trainer.model.export import export_model
-    from trainer.model.lora import is_adapted, merge
     from trainer.optim.adapters import averaged_weights
     from trainer.training.saved_model import open_saved_model
 
     saved = open_saved_model(source)
-    prepared = saved.prepared
-    if options.merge and not is_adapted(prepared.outer):
-        raise UsageError(f"--merge has no effect: {source} holds no adapters; leave it out")
     dtype = getattr(torch, options.save_dtype) if options.save_dtype else None
     with averaged_weights(saved.optimizer):
-        if options.merge:
-            prepared = replace(prepared, model=merge(prepared.outer), wrapper=None)
-        export_model(prepared, saved.tokenizer, options.target, dtype, options.max_shard_size)
+        export_model(saved.prepared, saved.tokenizer, options.target, dtype, options.max_shard_size)

@@ -142,7 +142,7 @@ class InitOptions:
 
 
 def run(words: Sequence[str]) -> int:
-    """Write the file, say what to do with it; give the exit code."""
+    """Write the file, say what to do with it; return the exit code."""
     options = parse_alone("trainer init", words, InitOptions, "Write a commented YAML file to start from.")
     recipe = RECIPES[options.recipe]
     path = options.output or Path(f"{options.recipe}.yaml")

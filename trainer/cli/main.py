@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from trainer import __version__
-from trainer.cli.logs import display_that_may_fail, level_in, logs_on_stderr
+from trainer.cli.logs import level_in, logs_on_stderr
 from trainer.config.suggest import nearest
 from trainer.distributed.orphan import end_with_launcher
 from trainer.errors import PeerError, TrainerError, UsageError
@@ -21,7 +21,7 @@ COMMANDS = {
     "train": "prepare the data, train, evaluate, save",
     "prepare": "tokenize a data set and report what is in it",
     "preview": "show samples, and what of them is trained",
-    "plan": "foretell steps, micro-batches and packing, for any number of ranks",
+    "plan": "predict steps, micro-batches and packing, for any number of ranks",
     "evaluate": "measure loss and scores of a run, a checkpoint or any model",
     "generate": "answer a prompt, a file of chats, or a chat in the terminal",
     "export": "write Hugging Face weights in another type",
@@ -34,7 +34,7 @@ EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and give its exit code."""
+    """Run the command line and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(usage())
@@ -51,12 +51,8 @@ def run_command(name: str, words: list[str]) -> int:
         near = nearest(name, COMMANDS)
         advice = f"did you mean {near!r}?" if near else f"one of {', '.join(COMMANDS)}"
         return fail(f"unknown command {name!r}: {advice}", EXIT_USAGE)
-    with display_that_may_fail() as shown, logs_on_stderr(level_in(words)):
-        code = report_errors(lambda words: int(importlib.import_module(f"trainer.cli.{name}").run(words)), words)
-        shown.flush()
-        is_lost = shown.error is not None and not isinstance(shown.error, BrokenPipeError)
-        # What `train` does lies in its folder; of others the output is the result. Who closes a pipe has seen enough.
-        return code or (EXIT_FAILED if is_lost and name != "train" else 0)
+    with logs_on_stderr(level_in(words)):
+        return report_errors(lambda words: int(importlib.import_module(f"trainer.cli.{name}").run(words)), words)
 
 
 def report_errors(run: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:
@@ -75,13 +71,13 @@ def report_errors(run: Callable[[Sequence[str]], int], words: Sequence[str]) -> 
 
 
 def fail(message: str, code: int) -> int:
-    """Print an error and give its exit code."""
+    """Print an error and return its exit code."""
     print(f"trainer: error: {message}", file=sys.stderr)
     return code
 
 
 def usage() -> str:
-    """Give the overview of all commands."""
+    """Return the overview of all commands."""
     lines = [f"  {name:<9} {text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [

@@ -267,7 +267,7 @@ def _combine(
 
 
 def _follows(file: Mapping[str, Any], rules: Sequence[Rule]) -> bool:
-    """Whether a file by itself follows the rules of a command, so that flags are what leaves options idle."""
+    """Return whether a file by itself follows the rules of a command, so that flags are what leaves options idle."""
     try:
         check_rules(TrainingArguments(**file), rules)
     except CombinationError:

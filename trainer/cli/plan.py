@@ -35,7 +35,7 @@ class PlanArguments:
 
 
 def run(words: Sequence[str]) -> int:
-    """Print the plan; give the exit code."""
+    """Print the plan; return the exit code."""
     args, wanted = parse(
         "plan", words, GROUPS, PlanArguments, "Predict steps, micro-batches and packing.", COMMAND_RULES
     )
@@ -103,7 +103,7 @@ def first_epoch(args: TrainingArguments, store: TokenStore, world_size: int, cos
 
 
 def planned_cost(args: TrainingArguments) -> CostModel:
-    """Give what packing will balance: by the model's shape where its config lies on this machine, else tokens alone."""
+    """Return what packing will balance: by the model's shape where its config is on this machine, else tokens."""
     if args.packing_cost == "tokens":
         return TOKENS
     config = read_config(args)

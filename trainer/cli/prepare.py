@@ -36,7 +36,7 @@ class PrepareArguments:
 
 
 def run(words: Sequence[str]) -> int:
-    """Prepare every data set that the options name; give the exit code."""
+    """Prepare every data set that the options name; return the exit code."""
     groups = (DataArguments, ModelArguments, BatchArguments)
     args, wanted = parse("prepare", words, groups, PrepareArguments, "Tokenize, check and count a data set.")
     data = [given for given in (args.data_mixture or args.data_path, args.validation_data_path) if given is not None]

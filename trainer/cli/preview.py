@@ -43,7 +43,7 @@ class PreviewArguments:
 
 
 def run(words: Sequence[str]) -> int:
-    """Prepare the data set and show the samples that the options name; give the exit code."""
+    """Prepare the data set and show the samples that the options name; return the exit code."""
     groups = (DataArguments, ModelArguments, BatchArguments)
     args, wanted = parse("preview", words, groups, PreviewArguments, "Show samples, and what of them is trained.")
     data = args.data_mixture or args.data_path
@@ -117,7 +117,7 @@ def show_broken(console: Console, args: Any, data: Any, most: int) -> int:
 
 
 def build_decoder(tokenizer: Any) -> Callable[[list[int]], str]:
-    """Give what turns ids into text, special tokens too; without a tokenizer, into numbers."""
+    """Return what turns ids into text, special tokens too; without a tokenizer, into numbers."""
     if tokenizer is None:
         return lambda ids: "".join(f"{i} " for i in ids)
     return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

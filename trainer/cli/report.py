@@ -52,18 +52,18 @@ def read_runs(folders: Sequence[Path]) -> list[WrittenRun]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value can be drawn; a metric may be anything."""
+    """Return whether a value can be drawn; a metric may be anything."""
     return type(value) in (int, float) and math.isfinite(value)
 
 
 def numbers(lines: Iterable[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Give (steps, values) of the lines that hold a number of this name."""
+    """Return (steps, values) of the lines that hold a number of this name."""
     held = [(line["step"], line[name]) for line in lines if is_number(line.get(name))]
     return [step for step, _ in held], [value for _, value in held]
 
 
 def waiting_share(steps: Sequence[Mapping[str, Any]]) -> float:
-    """Give the share of the time of some steps that went by before their batches had come."""
+    """Return the share of the time of some steps that was spent waiting for their batches."""
     waited, busy = (sum(line[name] for line in steps) for name in ("data_seconds", "step_seconds"))
     return float(waited / (waited + busy))
 
@@ -185,7 +185,7 @@ def _draw_steps(axes: Any, name: str, runs: Sequence[WrittenRun]) -> None:
 
 
 def _means(values: Sequence[float]) -> list[float]:
-    """Give the means of at most MANY stretches of equal length."""
+    """Return the means of at most MANY stretches of equal length."""
     length = len(values) // (MANY + 1) + 1
     return [statistics.fmean(values[start : start + length]) for start in range(0, len(values), length)]
 
@@ -246,7 +246,7 @@ class ReportOptions:
 
 
 def run(words: Sequence[str]) -> int:
-    """Read, draw, write, say where; give the exit code."""
+    """Read, draw, write, say where; return the exit code."""
     options = parse_alone("trainer report", words, ReportOptions, "Draw runs.")
     if not 1 <= len(options.folders) <= len(COLOURS):
         raise UsageError(
@@ -264,7 +264,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def render_page(runs: Sequence[WrittenRun]) -> str:
-    """Give the page as HTML."""
+    """Return the page as HTML."""
     title = escape(", ".join(run.name for run in runs))
     headings = [
         f'<span style="color:{colour}">&#9632;</span> {escape(run.name)}'
@@ -280,7 +280,7 @@ def render_page(runs: Sequence[WrittenRun]) -> str:
 
 
 def summarise(run: WrittenRun) -> dict[str, str]:
-    """Give the numbers of a run, over the steps in its file."""
+    """Return the numbers of a run, over the steps in its file."""
     held = {row: (numbers(run.steps, name)[1], choose, form) for row, name, choose, form in NUMBERS}
     rows = {row: form.format(choose(values)) for row, (values, choose, form) in held.items() if values}
     if run.steps:
@@ -291,7 +291,7 @@ def summarise(run: WrittenRun) -> dict[str, str]:
 
 
 def _best_evaluation(run: WrittenRun) -> dict[str, str]:
-    """Give the best value of the metric that the run chooses by."""
+    """Return the best value of the metric that the run chooses by."""
     name = "eval_" + run.options.get("metric_for_best_model", "loss").removeprefix("eval_")
     steps, values = numbers(run.evaluations, name)
     if not values:

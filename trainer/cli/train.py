@@ -25,7 +25,7 @@ class LaunchArguments:
 
 
 def run(words: Sequence[str]) -> int:
-    """Parse, launch if asked, train; give the exit code."""
+    """Parse, launch if asked, train; return the exit code."""
     with said_once():
         args, launch = parse(
             "train", words, GROUPS, LaunchArguments, "Prepare the data, train, evaluate, save.", COMMAND_RULES
@@ -41,7 +41,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def train(args: TrainingArguments) -> int:
-    """Train in this process, with progress; give the exit code."""
+    """Train in this process, with progress; return the exit code."""
     from transformers.utils import logging
 
     from trainer.cli.progress import ProgressDisplay, show_answers, show_summary
@@ -56,8 +56,7 @@ def train(args: TrainingArguments) -> int:
     logging.disable_progress_bar()  # ours says what happens
     tokenizer = load_tokenizer(args)
     with Group.join(args) as group:
-        with group.naming_faults(lambda: "before the first step"):
-            agree(group, lambda: version_facts() | option_facts(args))  # preparing data may take hours
+        agree(group, lambda: version_facts() | option_facts(args))  # preparing data may take hours
         with PreparationDisplay() as progress:
             train_dataset, eval_dataset = load_datasets(args, tokenizer, group, progress)
         trainer = CoreTrainer(

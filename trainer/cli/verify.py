@@ -40,7 +40,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
-    """Give the checkpoints that a folder is or holds, newest first.
+    """Return the checkpoints that a folder is or holds, newest first.
 
     Raises:
         UsageError: there are none.

@@ -38,7 +38,6 @@ from trainer.config.groups import (
     HubArguments,
     LoaderArguments,
     LoggingArguments,
-    LoraArguments,
     MachineArguments,
     ModelArguments,
     OptimizerArguments,
@@ -145,7 +144,6 @@ class TrainingArguments(  # the last base's options come first
     LoaderArguments,
     BatchArguments,
     DataArguments,
-    LoraArguments,
     OsftArguments,
     ModelArguments,
     ExportArguments,
@@ -264,7 +262,7 @@ class TrainingArguments(  # the last base's options come first
 
     @property
     def does_evaluate(self) -> bool:
-        """Whether some option asks for evaluation during or after training."""
+        """Return whether some option asks for evaluation during or after training."""
         return (
             self.eval_strategy != "no"
             or self.min_samples_per_evaluation is not None
@@ -273,7 +271,7 @@ class TrainingArguments(  # the last base's options come first
         )
 
     def in_steps(self, name: str, max_steps: int) -> int:
-        """Give logging_steps, eval_steps or save_steps as steps of a run of `max_steps` (-1: as many as there are)."""
+        """Return logging_steps, eval_steps or save_steps in steps of a run of `max_steps` (-1: all there are)."""
         interval = self.logging_steps if (given := getattr(self, name)) is None else given
         if interval < 1 and max_steps <= 0:
             raise UsageError(f"{name} = {interval} is a share of all steps, which are not known: give max_steps")
@@ -301,7 +299,7 @@ class TrainingArguments(  # the last base's options come first
 
     @property
     def has_held_out_data(self) -> bool:
-        """Whether some option names data that is not trained on."""
+        """Return whether some option names data that is not trained on."""
         return bool(self.validation_split) or self.validation_data_path is not None
 
     def to_dict(self) -> dict[str, Any]:
@@ -317,11 +315,11 @@ class TrainingArguments(  # the last base's options come first
         return given | {name: unset[name] for name in self._derived_names()}
 
     def to_json_string(self) -> str:
-        """Give every option as readable JSON; `from_mapping(json.loads(...))` is its inverse."""
+        """Return every option as readable JSON; `from_mapping(json.loads(...))` is its inverse."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     def to_sanitized_dict(self) -> dict[str, Any]:
-        """Give every option as a number, a truth value or text, which is what trackers take."""
+        """Return every option as a number, a truth value or text, which is what trackers take."""
         return {
             name: value if isinstance(value, bool | int | float) else str(value)
             for name, value in self.to_dict().items()

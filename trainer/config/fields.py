@@ -58,7 +58,7 @@ def option(default: Any, help: str, *, at_resume: AtResume = "fixed", is_secret:
 
 
 def is_free_at_resume(field: dataclasses.Field[Any]) -> bool:
-    """Whether a resumed run may change an option; one that a script declares by itself is fixed."""
+    """Return whether a resumed run may change an option; one that a script declares by itself is fixed."""
     return getattr(field.metadata.get("help"), "at_resume", "fixed") == "free"
 
 
@@ -212,7 +212,7 @@ def parse_json(text: str) -> dict[str, Any]:
 
 
 def is_union(hint: Any) -> bool:
-    """Whether a type annotation allows several types."""
+    """Return whether a type annotation allows several types."""
     return get_origin(hint) in (Union, types.UnionType)
 
 

@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self
 
 from trainer.config.foreign_names import LEFT_TO_SCRIPTS, NOT_HERE
-from trainer.config.groups import DataArguments, LoaderArguments, LoraArguments, MachineArguments
+from trainer.config.groups import DataArguments, LoaderArguments, MachineArguments
 from trainer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ class FieldViews:
         is_first = len(own) == len(fields)  # of TrainingArguments itself, where nothing is hidden yet
         self.of_instance = {name: _with_init(field, True) for name, field in own.items()}
         self.of_class = dict(own)
-        of_scripts = (*dataclasses.fields(DataArguments), *dataclasses.fields(LoraArguments))
-        for name in (*LEFT_TO_SCRIPTS, *(field.name for field in of_scripts)):
+        for name in (*LEFT_TO_SCRIPTS, *(field.name for field in dataclasses.fields(DataArguments))):
             if is_first:  # what scripts load by themselves, and declare beside ours
                 self.of_class[name] = _with_init(own[name], False)
         for name, about in NOT_HERE.items():
@@ -127,12 +126,12 @@ class ProcessProperties(MachineArguments, LoaderArguments):
 
     @property
     def should_log(self) -> bool:
-        """Whether this process reports for all."""
+        """Return whether this process reports for all."""
         return self._topology.is_main
 
     @property
     def should_save(self) -> bool:
-        """Whether this process writes for all; of sharded weights each writes its part."""
+        """Return whether this process writes for all; of sharded weights each writes its part."""
         return self._topology.is_main
 
     @property
@@ -149,7 +148,7 @@ class ProcessProperties(MachineArguments, LoaderArguments):
 
     @property
     def parallel_mode(self) -> ParallelMode:
-        """Whether there are several processes, as transformers says it."""
+        """Return whether there are several processes, as transformers says it."""
         from transformers.training_args import ParallelMode
 
         return ParallelMode.DISTRIBUTED if self.world_size > 1 else ParallelMode.NOT_PARALLEL
@@ -170,7 +169,7 @@ class ProcessProperties(MachineArguments, LoaderArguments):
         return self.per_device_eval_batch_size
 
     def get_process_log_level(self) -> int:
-        """Give the level of transformers' messages; on all ranks but the lead, warnings."""
+        """Return the level of transformers' messages: warnings on all ranks but the main one."""
         from transformers.utils.logging import get_verbosity
 
         return get_verbosity() if self.should_log else logging.WARNING

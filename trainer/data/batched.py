@@ -175,12 +175,12 @@ def build_loader(
 
 
 def is_stream(dataset: Any) -> bool:
-    """Whether samples come one after another and cannot be asked for by number."""
+    """Return whether samples come one after another and cannot be asked for by number."""
     return isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
 
 
 def has_length(dataset: Any) -> bool:
-    """Whether the number of samples is known."""
+    """Return whether the number of samples is known."""
     try:
         return len(dataset) >= 0
     except (TypeError, AttributeError, NotImplementedError):
@@ -200,7 +200,7 @@ def _num_own(dealing: Dealing, num_samples: int) -> int:
 
 
 def keep_columns(dataset: Any, collate: Collate, columns: Sequence[str]) -> tuple[Any, Collate]:
-    """Give data set and collator such that batches have these columns alone.
+    """Return data set and collator such that batches have these columns alone.
 
     Raises:
         UsageError: none of the data set's columns is among them.
@@ -216,7 +216,7 @@ def keep_columns(dataset: Any, collate: Collate, columns: Sequence[str]) -> tupl
 
 
 def sample_lengths(dataset: Any, length_column: str, input_name: str) -> list[int]:
-    """Give the length of every sample: from its column, or by measuring its input.
+    """Return the length of every sample: from its column, or by measuring its input.
 
     Raises:
         UsageError: there is neither.

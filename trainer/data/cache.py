@@ -103,7 +103,7 @@ def _remove_abandoned(home: Path, own: str) -> None:
 
 @contextmanager
 def _lock(directory: Path, wait: bool) -> Iterator[bool]:
-    """Let one process build this store at a time; give whether it is this one."""
+    """Lock the store, which one process builds at a time; yield whether this process holds the lock."""
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         file = directory.with_name(f"{directory.name}.lock").open("w")

@@ -104,12 +104,12 @@ class ChatFormat:
 
     @cached_property
     def has_marks(self) -> bool:
-        """Whether the template marks what the assistant writes."""
+        """Return whether the template marks what the assistant writes."""
         return _MARKS.search(self.template) is not None and _MARKS.search(self.tool_template) is not None
 
     @cached_property
     def reads_clock(self) -> bool:
-        """Whether the template writes today's date into the text."""
+        """Return whether the template writes today's date into the text."""
         return "strftime_now" in self.template
 
     @cached_property
@@ -203,7 +203,7 @@ class ChatFormat:
         return adapted
 
     def _takes(self, role: str, form: str) -> bool:
-        """Whether the content of a role may be a string ('strings') or a list of text parts ('parts')."""
+        """Return whether the content of a role may be a string ('strings') or a list of text parts ('parts')."""
         if (role, form) not in self._facts:
             self._facts[role, form] = any(W in text for text in self._texts_with_content(role, form))
         return bool(self._facts[role, form])

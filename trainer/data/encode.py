@@ -47,7 +47,7 @@ class Encoder:
         self._control = None if split_special_tokens else _control_texts(state)
 
     def has_control_text(self, text: str) -> bool:
-        """Whether some of this text would become a control token, as if the template had written it."""
+        """Return whether some of this text would become a control token, as if the template had written it."""
         return self._control is not None and self._control.search(text) is not None
 
     def token_ids(self, tokens: Sequence[str]) -> list[int]:
@@ -157,7 +157,7 @@ def _bytes_per_token(backend: Tokenizer, state: dict[str, Any]) -> NDArray[np.in
 
 
 def _is_byte_level(state: dict[str, Any]) -> bool:
-    """Whether each character of a token stands for one byte of the text, to which nothing but NFC was done before."""
+    """Return whether each character of a token stands for one byte of the text, which at most NFC has changed."""
     first = state["pre_tokenizer"] or {}
     parts = first.get("pretokenizers", [first])
     prefixed = any(part.get("add_prefix_space") for part in parts)

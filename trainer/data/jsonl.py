@@ -356,7 +356,7 @@ def read_tokens(document: Document, vocabulary_size: int | None = None) -> tuple
 
 
 def agrees_on_loss_tokens(document: Document, labels: NDArray[np.int32]) -> bool:
-    """Whether `num_loss_counted_tokens`, if stated, is the number of labels trained after the shift by one."""
+    """Return whether `num_loss_counted_tokens`, if stated, is the number of labels trained after the shift by one."""
     stated = document.fields.get("num_loss_counted_tokens")
     return stated is None or stated == int(np.count_nonzero(labels[1:] != IGNORE_INDEX))
 

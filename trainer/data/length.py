@@ -94,7 +94,7 @@ def _sizes(num_samples: int, batch_size: int) -> Counts:
 
 
 def _first_step_reaching(limit: int | None, counts: Callable[[int], Counts], steps_per_epoch: int) -> int | None:
-    """Give the first step, from 1, after which the summed counts are at least the limit."""
+    """Return the first step, from 1, after which the summed counts are at least the limit."""
     if limit is None:
         return None
     per_epoch = int(counts(0).sum())

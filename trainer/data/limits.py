@@ -47,7 +47,7 @@ def limited_work(seconds: float, num_bytes: int | None = None) -> Iterator[None]
 
 @contextmanager
 def _limited_memory(num_bytes: int | None) -> Iterator[None]:
-    """Let the address space grow by at most so much, on Linux.
+    """Limit the growth of the address space inside, on Linux.
 
     A single operation that runs in C, such as "x" * 2_000_000_000, cannot be interrupted by the alarm, but it fails at
     once when it cannot allocate.

@@ -134,7 +134,9 @@ class MaxTokensPerRankCollator:
         self.dummy_sample = DUMMY_SAMPLE if dummy_sample is None else dummy_sample
         self.cost = cost
         self._dummy = _arrays(self.dummy_sample)
-        _check_dummy(self._dummy)
+        dummy_ids, dummy_labels = self._dummy
+        if len(dummy_ids) == 0 or (dummy_labels != IGNORE_INDEX).any():
+            raise UsageError("dummy_sample must hold at least one token and no trained label (all labels -100)")
         plan_batch([], max_tokens_per_rank, self.world_size)  # checks the budget
 
     def __call__(self, samples: Sequence[Mapping[str, Any]] | Samples) -> list[MicroBatch]:
@@ -144,7 +146,9 @@ class MaxTokensPerRankCollator:
             DataError: a sample is longer than the budget, or nothing in the whole batch is trained.
         """
         batch: Samples = LoadedSamples(samples) if isinstance(samples, list | tuple) else samples  # type: ignore[assignment]
-        totals = _totals(batch)
+        num_tokens = int(batch.lengths.sum(dtype=np.int64))
+        num_loss_tokens = int(batch.num_loss_tokens.sum(dtype=np.int64))
+        totals = BatchTotals(len(batch.lengths), num_tokens, num_loss_tokens)
         plan = plan_batch(batch.lengths, self.max_tokens_per_rank, self.world_size, self.cost)
         if totals.num_samples and not totals.num_loss_counted_tokens:
             raise DataError(
@@ -152,21 +156,21 @@ class MaxTokensPerRankCollator:
                 "the loss would be 0 / 0; drop such samples when preparing the data (on_untrainable)",
                 field="labels",
             )
-        return [self._micro_batch(batch, pack, totals) for pack in plan.of_rank(self.global_rank)]
-
-    def _micro_batch(self, batch: Samples, pack: tuple[int, ...], totals: BatchTotals) -> MicroBatch:
-        filled = [i for i in pack if batch.lengths[i]]
-        if filled:
-            micro_batch = collate_pack(batch.read(filled), batch.lengths[filled], totals)
-        else:
-            micro_batch = collate_pack(self._dummy, np.array([len(self._dummy[0])]), totals)
-            micro_batch["num_tokens"] = 0
-        micro_batch["num_samples"] = len(pack)
-        if batch.sources is not None:
-            counts = np.bincount(batch.sources, batch.num_loss_tokens, batch.num_sources)
-            micro_batch["source_ids"] = torch.from_numpy(batch.sources[filled].astype(np.int64))
-            micro_batch["batch_source_loss_tokens"] = counts.astype(np.int64).tolist()
-        return micro_batch
+        micro_batches = []
+        for pack in plan.of_rank(self.global_rank):
+            filled = [i for i in pack if batch.lengths[i]]
+            if filled:
+                micro_batch = collate_pack(batch.read(filled), batch.lengths[filled], totals)
+            else:
+                micro_batch = collate_pack(self._dummy, np.array([len(self._dummy[0])]), totals)
+                micro_batch["num_tokens"] = 0
+            micro_batch["num_samples"] = len(pack)
+            if batch.sources is not None:
+                counts = np.bincount(batch.sources, batch.num_loss_tokens, batch.num_sources)
+                micro_batch["source_ids"] = torch.from_numpy(batch.sources[filled].astype(np.int64))
+                micro_batch["batch_source_loss_tokens"] = counts.astype(np.int64).tolist()
+            micro_batches.append(micro_batch)
+        return micro_batches
 
 
 def collate_pack(tokens: Arrays, lengths: NDArray[np.integer], totals: BatchTotals) -> MicroBatch:
@@ -176,9 +180,9 @@ def collate_pack(tokens: Arrays, lengths: NDArray[np.integer], totals: BatchTota
     starts, num_tokens = borders[:-1], int(borders[-1])
     labels[starts] = IGNORE_INDEX
     return MicroBatch(
-        input_ids=_row(input_ids),
-        labels=_row(labels),
-        position_ids=_row(np.arange(num_tokens) - np.repeat(starts, lengths)),
+        input_ids=torch.from_numpy(input_ids)[None],
+        labels=torch.from_numpy(labels)[None],
+        position_ids=torch.from_numpy(np.arange(num_tokens) - np.repeat(starts, lengths))[None],
         cu_seq_lens=torch.from_numpy(borders.astype(np.int32)),
         max_length=int(lengths.max()),
         num_samples=len(lengths),
@@ -201,15 +205,6 @@ def to_device(data: Any, device: torch.device) -> Any:
     return data
 
 
-def _row(values: NDArray[np.int64]) -> torch.Tensor:
-    return torch.from_numpy(values)[None]
-
-
-def _totals(batch: Samples) -> BatchTotals:
-    lengths = batch.lengths
-    return BatchTotals(len(lengths), int(lengths.sum(dtype=np.int64)), int(batch.num_loss_tokens.sum(dtype=np.int64)))
-
-
 def _arrays(sample: Mapping[str, Any]) -> Arrays:
     input_ids, labels = _vector(sample["input_ids"]), _vector(sample["labels"])
     if len(input_ids) != len(labels):
@@ -221,12 +216,6 @@ def _arrays(sample: Mapping[str, Any]) -> Arrays:
 
 def _vector(values: ArrayLike) -> NDArray[np.integer]:
     return np.asarray(values, dtype=np.int64).reshape(-1)
-
-
-def _check_dummy(dummy: Arrays) -> None:
-    input_ids, labels = dummy
-    if len(input_ids) == 0 or (labels != IGNORE_INDEX).any():
-        raise UsageError("dummy_sample must hold at least one token and no trained label (all labels -100)")
 
 
 def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
@@ -289,7 +278,7 @@ TokenData = TokenStore | JsonlDataset
 
 
 def is_token_data(dataset: Any) -> bool:
-    """Whether a data set is one of ours, whose samples are packed."""
+    """Return whether a data set is one of ours, whose samples are packed."""
     return isinstance(dataset, TokenData)
 
 
@@ -377,7 +366,13 @@ def get_data_loader(
         DataError: a sample is longer than the budget.
     """
     dataset = JsonlDataset(data_path, store=store)
-    budget = _one_budget(max_tokens_per_gpu, max_tokens_per_rank)
+    budgets = {budget for budget in (max_tokens_per_gpu, max_tokens_per_rank) if budget is not None}
+    if len(budgets) != 1:
+        raise UsageError(
+            f"max_tokens_per_gpu={max_tokens_per_gpu}, max_tokens_per_rank={max_tokens_per_rank}: "
+            "they are one setting under two names; give one of them"
+        )
+    budget = budgets.pop()
     collator = MaxTokensPerRankCollator(budget, rank, world_size, dummy_sample, cost)
     if batch_size < 1:
         raise UsageError(f"batch_size={batch_size}: a global batch holds at least one sample")
@@ -396,18 +391,8 @@ def get_data_loader(
     )
 
 
-def _one_budget(max_tokens_per_gpu: int | None, max_tokens_per_rank: int | None) -> int:
-    given = {budget for budget in (max_tokens_per_gpu, max_tokens_per_rank) if budget is not None}
-    if len(given) != 1:
-        raise UsageError(
-            f"max_tokens_per_gpu={max_tokens_per_gpu}, max_tokens_per_rank={max_tokens_per_rank}: "
-            "they are one setting under two names; give one of them"
-        )
-    return given.pop()
-
-
 def prefetched(items: Iterable[T], start_thread: Callable[[], None] | None = None) -> Iterator[T]:
-    """Give the items in order, each made in a thread while its predecessor is in use.
+    """Yield the items in order, each made in a thread while its predecessor is in use.
 
     What making an item raises is raised in its place. `start_thread` runs in the thread before anything else.
     """

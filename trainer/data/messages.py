@@ -25,17 +25,17 @@ _NAMES_OF_ASSISTANTS = frozenset({"gpt", "chatgpt", "model", "bot", "chatbot", "
 
 
 def is_plain(message: Message) -> bool:
-    """Whether a message is a role and a text, and nothing else."""
+    """Return whether a message is a role and a text, and nothing else."""
     return len(message) == 2 and "role" in message and isinstance(message.get("content"), str)
 
 
 def is_wanted(message: Message) -> bool:
-    """Whether no field of a message says that it is not trained."""
+    """Return whether no field of a message says that it is not trained."""
     return all(message.get(name) in (None, yes) for name, (_, yes) in TRAINED_FLAGS.items())
 
 
 def is_nearly_assistant(role: str) -> bool:
-    """Whether a role is most likely meant to be 'assistant', and would silently not be trained."""
+    """Return whether a role is most likely meant to be 'assistant', and would silently not be trained."""
     word = role.strip().lower()
     if role == "assistant" or role in KNOWN_ROLES:
         return False
@@ -43,7 +43,7 @@ def is_nearly_assistant(role: str) -> bool:
 
 
 def is_written(message: Message, text: str) -> bool:
-    """Whether a chat's text has all words of a message: its content, its reasoning, the names of tools it calls."""
+    """Return whether a chat's text has all words of a message: content, reasoning, names of the tools that it calls."""
     content, calls = message.get("content"), message.get("tool_calls")
     words = [part.get("text") for part in content] if isinstance(content, list) else [content or ""]
     words += [message.get(name) or "" for name in REASONING_FIELDS]
@@ -62,7 +62,7 @@ def content_text(message: Message) -> str:
 
 
 def is_text_parts(content: Any) -> bool:
-    """Whether a content is a list of parts that are all text."""
+    """Return whether a content is a list of parts that are all text."""
     return (
         isinstance(content, list)
         and len(content) > 0

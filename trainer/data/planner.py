@@ -14,7 +14,7 @@ What a sample costs (`CostModel`) is an integer function of its length, derived 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from heapq import heappop, heappush, heapreplace
@@ -162,9 +162,11 @@ def pack(batch: Batch) -> Packs:
     """
     least = max(1, -(-least_packs(batch.lengths, batch.capacity) // batch.num_ranks))
     for num_micro_batches in count(least):
-        packs = _pack_into(batch, num_micro_batches)
-        if packs is not None:
-            return packs
+        shape = batch.lengths, batch.capacity, batch.num_ranks, num_micro_batches, batch.cost
+        floors = floor_costs(*shape).tolist()
+        first = _first_solution(batch, floors)
+        if first is not None:
+            return _search(batch, floors, first, least_step_cost(*shape))[1]
     raise AssertionError("one sample to a pack always fits")
 
 
@@ -173,33 +175,18 @@ def step_cost(pack_costs: list[int], num_ranks: int) -> int:
     return sum(sorted(pack_costs, reverse=True)[::num_ranks])
 
 
-def _pack_into(batch: Batch, num_micro_batches: int) -> Packs | None:
-    """The best packing found into so many micro-batches, or None where none was found."""
-    shape = batch.lengths, batch.capacity, batch.num_ranks, num_micro_batches, batch.cost
-    floors = floor_costs(*shape).tolist()
-    best = next(_solutions(batch, floors), None)
-    if best is None:
-        return None
-    return _search(batch, floors, best, least_step_cost(*shape))[1]
-
-
-def _solutions(batch: Batch, floors: list[int]) -> Iterator[_Solution]:
-    """Packings from the one with the best balance to the one that wastes the least room."""
+def _first_solution(batch: Batch, floors: list[int]) -> _Solution | None:
+    """The packing with the best balance that is found; where none is, one that wastes less room."""
     ranks, num_packs = batch.num_ranks, batch.num_ranks * len(floors)
-    num_pinned = _num_pinned(batch, floors)
-    pinned = [floor for floor in floors[:num_pinned] for _ in range(ranks)]
-    full = batch.cost.of(batch.capacity)
-    tokens = Batch(batch.lengths, batch.capacity, ranks, TOKENS)
-    attempts: tuple[Callable[[], Packs | None], ...] = (
-        lambda: _fill(batch, pinned, num_packs - len(pinned)),
-        lambda: _fill(batch, [], num_packs) if pinned else None,
-        lambda: _fill(tokens, [], num_packs),
-        lambda: _fill(batch, [full] * num_packs, 0),
-    )
-    for attempt in attempts:
-        packs = attempt()
-        if packs is not None:
-            yield _finished(batch, packs)
+    pinned = [floor for floor in floors[: _num_pinned(batch, floors)] for _ in range(ranks)]
+    packs = _fill(batch, pinned, num_packs - len(pinned))
+    if packs is None and pinned:
+        packs = _fill(batch, [], num_packs)
+    if packs is None:
+        packs = _fill(Batch(batch.lengths, batch.capacity, ranks, TOKENS), [], num_packs)
+    if packs is None:
+        packs = _fill(batch, [batch.cost.of(batch.capacity)] * num_packs, 0)
+    return None if packs is None else _finished(batch, packs)
 
 
 def _finished(batch: Batch, packs: Packs) -> _Solution:
@@ -236,10 +223,14 @@ def _search(batch: Batch, floors: list[int], best: _Solution, bound: int) -> _So
     ranks = batch.num_ranks
     dearest = sorted(_pack_costs(batch, best[1]), reverse=True)[::ranks]
     high = max((cost for cost, floor in zip(dearest, floors, strict=True) if cost > floor), default=0)
-    low = _level(batch, floors)
+    low, num_pinned = 0, _num_pinned(batch, floors)  # below this level the packs cannot hold all cost
+    if num_pinned < len(floors):
+        rest = sum(batch.costs) - ranks * sum(floors[:num_pinned])
+        low = max(0, rest // (ranks * (len(floors) - num_pinned)))
     stride = 4 * low // GOOD_ENOUGH + 1
     for _ in range(min(MOST_TRIES, max(1, SEARCH_SAMPLES // len(batch.costs)))):
-        if high - low < 2 or _is_good_enough(best, bound):
+        is_good_enough = (best[0] - bound) * GOOD_ENOUGH <= bound
+        if high - low < 2 or is_good_enough:
             break
         level = min(low + stride, (low + high) // 2)
         packs = _fill(batch, [max(floor, level) for floor in floors for _ in range(ranks)], 0)
@@ -249,19 +240,6 @@ def _search(batch: Batch, floors: list[int], best: _Solution, bound: int) -> _So
             high = level
             best = min(best, _finished(batch, packs), key=lambda solution: solution[0])
     return best
-
-
-def _is_good_enough(solution: _Solution, bound: int) -> bool:
-    return (solution[0] - bound) * GOOD_ENOUGH <= bound
-
-
-def _level(batch: Batch, floors: list[int]) -> int:
-    """A level below which the packs cannot hold all cost."""
-    num_pinned = _num_pinned(batch, floors)
-    if num_pinned == len(floors):
-        return 0
-    rest = sum(batch.costs) - batch.num_ranks * sum(floors[:num_pinned])
-    return max(0, rest // (batch.num_ranks * (len(floors) - num_pinned)))
 
 
 def _fill(batch: Batch, caps: list[int], num_level: int) -> Packs | None:
@@ -327,7 +305,7 @@ def _fill_level(batch: Batch, samples: Iterable[int], packs: Packs, start: int) 
 
 
 def spread_to_empty(packs: Packs) -> None:
-    """Give every empty pack the shortest sample (the last position) that does not sit alone."""
+    """Move into every empty pack the shortest sample (the last position) that does not sit alone."""
     empty = [p for p, pack in enumerate(packs) if not pack]
     if not empty:
         return
@@ -354,7 +332,12 @@ def least_packs(lengths: Integers, capacity: int) -> int:
     can hold.
     """
     lengths = lengths[lengths > 0]
-    return max(_dual_feasible(lengths, capacity), _by_count(lengths, capacity)) if lengths.size else 0
+    if not lengths.size:
+        return 0
+    # The j longest samples are all at least as long as the j-th, and only so many of that length fit one pack.
+    j = np.arange(1, lengths.size + 1)
+    by_count = int((-(-j // (capacity // lengths))).max())
+    return max(_dual_feasible(lengths, capacity), by_count)
 
 
 def _dual_feasible(lengths: Integers, capacity: int) -> int:
@@ -382,12 +365,6 @@ def _weights(lengths: Integers, capacity: int) -> Iterator[tuple[Integers, int]]
         yield np.where(remainder == 0, k * lengths, whole * capacity), k * capacity
 
 
-def _by_count(lengths: Integers, capacity: int) -> int:
-    """The j longest samples are all at least as long as the j-th, and only so many of that length fit one pack."""
-    j = np.arange(1, lengths.size + 1)
-    return int((-(-j // (capacity // lengths))).max())
-
-
 def floor_costs(lengths: Integers, capacity: int, num_ranks: int, num_micro_batches: int, cost: CostModel) -> Integers:
     """What the m-th most expensive micro-batch costs at least, for m = 0, 1, ...
 
@@ -397,7 +374,7 @@ def floor_costs(lengths: Integers, capacity: int, num_ranks: int, num_micro_batc
     """
     if lengths.size == 0:
         return np.zeros(num_micro_batches, np.int64)
-    large = np.minimum(np.arange(1, lengths.size + 1), _count_longer(lengths, capacity // 2))
+    large = np.minimum(np.arange(1, lengths.size + 1), int(_counts_longer(lengths, np.array([capacity // 2]))[0]))
     needed = np.maximum(large, -(-np.cumsum(lengths) // capacity))
     first = np.searchsorted(needed, np.arange(num_micro_batches) * num_ranks, side="right")
     costs = np.append(cost.of(lengths), 0)
@@ -431,10 +408,6 @@ def most_cost_within(lengths: Integers, cost: CostModel, tokens: Integers) -> In
     extra = np.minimum(tokens - token_totals[whole], partial)
     rate = cost.per_token + cost.per_square * partial
     return np.asarray(cost_totals[whole] + extra * rate, np.int64)
-
-
-def _count_longer(lengths: Integers, than: int) -> int:
-    return int(_counts_longer(lengths, np.array([than]))[0])
 
 
 def _counts_longer(lengths: Integers, than: Integers) -> Integers:

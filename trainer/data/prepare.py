@@ -154,13 +154,13 @@ def load_data(
     if data is None:
         raise UsageError("data_path is missing: name the files to train on, or give data_mixture")
     train = prepare(data, tokenizer, args, limit, progress)
-    notes = [f"{_named(data)}: {words}"] if (words := left_out(train)) else []
+    notes = [f"{_named(data)}: {words}"] if (words := warnings_line(train)) else []
     held_out = None
     if args.validation_split:
         train, held_out = split_validation(train, args.validation_split, seed)
     elif args.validation_data_path is not None:
         held_out = prepare(args.validation_data_path, tokenizer, args, limit, progress)
-        if words := left_out(held_out):
+        if words := warnings_line(held_out):
             notes.append(f"{_named(args.validation_data_path)}: {words}")
     if held_out is not None:
         overlap = find_overlap(train, held_out)
@@ -182,7 +182,7 @@ def roles_line(store: TokenStore) -> str:
     return "; ".join(said)
 
 
-def left_out(store: TokenStore) -> str:
+def warnings_line(store: TokenStore) -> str:
     """Say what of the data a prepared store leaves out, cuts, or holds otherwise than stated; empty if nothing."""
     report = store.metadata.get("report", {})
     said = []
@@ -250,7 +250,7 @@ def _parts_of(
 ) -> list[_Part]:
     """Find the files of a source, and what is to be made of each."""
     args = spec.apply(args)
-    if not is_dataset(spec.path) and all(_is_prepared(path) for path in spec.paths):
+    if not is_dataset(spec.path) and all((Path(path) / "metadata.json").is_file() for path in spec.paths):
         return [
             _Part(str(path), number, first_file + i, True, store=_open_prepared(Path(path), tokenizer, args, limit))
             for i, path in enumerate(spec.paths)
@@ -367,7 +367,7 @@ class _Job:
         report = Counter(dict.fromkeys(_COUNTS, 0))
         broken = Broken()
         with StoreWriter(directory) as writer:
-            for batch in self._with_blocks(self._counted(self._pool().map(self._tasks()), report, broken)):
+            for batch in self._with_blocks(self._counted(self._pool().map(part.tasks()), report, broken)):
                 # A block of nothing but its first token, or of prompts alone, has nothing to train.
                 trainable = batch.count_loss_tokens() > 0
                 report.update(untrainable_blocks_dropped=int((~trainable).sum()))
@@ -384,10 +384,6 @@ class _Job:
             if broken.errors:
                 raise _BrokenRows(broken)
             writer.metadata.update(self._facts(report))
-
-    def _tasks(self) -> Iterator[Task]:
-        """Yield the chunks; a file that cannot be read to its end is reported like a row."""
-        yield from self.part.tasks()
 
     def _pool(self) -> TokenizerPool:
         recipe = self.part.recipe
@@ -430,9 +426,20 @@ class _Job:
         yield from (side.finish() for side in sides)
 
     def _facts(self, report: Counter[str]) -> dict[str, Any]:
+        """Return the metadata of the store.
+
+        Raises:
+            DataError: no turn ends in a token that the model could learn to stop with.
+        """
         recipe = self.part.recipe
         assert recipe is not None
-        _check_stop_tokens(report, Path(self.part.path))
+        num_turns = report["trained_turns:assistant"]
+        if num_turns and report["turns_without_end_of_turn"] >= num_turns:
+            raise DataError(
+                f"none of {num_turns:,} trained turns ends in a trained end-of-turn token: the model would never stop",
+                "give a chat_template whose {% generation %} marks cover the token that ends a turn",
+                Path(self.part.path),
+            )
         ignored = {name.partition(":")[2]: n for name, n in report.items() if name.startswith("ignored_field:")}
         counts = {name: n for name, n in report.items() if ":" not in name}
         roles: dict[str, dict[str, int]] = {}
@@ -449,10 +456,6 @@ class _Job:
             "template_reads_clock": recipe.chat is not None and recipe.chat.reads_clock,
             "report": {**counts, "ignored_fields": ignored, "roles": roles},
         }
-
-
-def _is_prepared(path: Any) -> bool:
-    return os.path.isfile(os.path.join(path, "metadata.json"))
 
 
 def _open_prepared(
@@ -474,17 +477,6 @@ def _open_prepared(
     if limit is not None and longest > limit:
         raise DataError(f"holds a sample of {longest:,} tokens", f"at most {limit:,} are allowed; prepare again", path)
     return store
-
-
-def _check_stop_tokens(report: Counter[str], path: Path) -> None:
-    """Raise DataError where no turn of a data set ends in a token that the model could learn to stop with."""
-    num_turns = report["trained_turns:assistant"]
-    if num_turns and report["turns_without_end_of_turn"] >= num_turns:
-        raise DataError(
-            f"none of {num_turns:,} trained turns ends in a trained end-of-turn token: the model would never stop",
-            "give a chat_template whose {% generation %} marks cover the token that ends a turn",
-            path,
-        )
 
 
 def _vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -138,7 +138,7 @@ class Source:
         return self.chunks[0].first_line if self.chunks else 1
 
     def has_changed(self) -> bool:
-        """Whether the file is another now."""
+        """Return whether the file is another now."""
         return self.form != "dataset" and _stamp(self.path) != self.stamp
 
     def read_chunks(self) -> Iterator[Chunk]:
@@ -261,12 +261,12 @@ def find_files(place: Path) -> list[Path]:
 
 
 def is_dataset(value: Any) -> bool:
-    """Whether this is a `datasets.Dataset`, of which the rows can be read as Arrow tables."""
+    """Return whether this is a `datasets.Dataset`, of which the rows can be read as Arrow tables."""
     return hasattr(value, "with_format") and hasattr(value, "column_names") and hasattr(value, "__len__")
 
 
 def is_saved_dataset(place: Path) -> bool:
-    """Whether `datasets` has written this folder with `save_to_disk`."""
+    """Return whether `datasets` has written this folder with `save_to_disk`."""
     return any(os.path.isfile(place / name) for name in ("state.json", "dataset_dict.json"))
 
 

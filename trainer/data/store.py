@@ -86,7 +86,7 @@ class TokenBatch:
         return TokenBatch(self.input_ids[tokens], self.labels[tokens], self.lengths[wanted], self.documents[wanted])
 
     def largest_id(self) -> int:
-        """Give the largest token id among ids and labels, -1 if there is none."""
+        """Return the largest token id among ids and labels, -1 if there is none."""
         return int(max(self.input_ids.max(initial=-1), self.labels.max(initial=-1)))
 
     def count_loss_tokens(self) -> Int32s:

@@ -219,12 +219,12 @@ class _Tasks:
 
     @property
     def are_left(self) -> bool:
-        """Whether results are still to be read."""
+        """Return whether results are still to be read."""
         return bool(self._results)
 
     @property
     def is_next_done(self) -> bool:
-        """Whether the next result can be read without waiting."""
+        """Return whether the next result can be read without waiting."""
         return bool(self._results) and self._results[0].done()
 
     def next_result(self) -> Tokenized:
@@ -234,14 +234,14 @@ class _Tasks:
         return result
 
     def close(self) -> None:
-        """Give out no more."""
+        """Hand out no more tasks."""
         with self._lock:
             self._tasks = iter(())
         self._room.release()
 
 
 def _serve(worker: _Worker, queue: _Tasks) -> None:
-    """Let a worker take tasks until there are none."""
+    """Hand tasks to a worker until there are none."""
     worker.wait_until_ready()
     while (drawn := queue.draw(wait=True)) is not None:
         _settle(drawn, worker.tokenize)

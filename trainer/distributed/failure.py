@@ -21,7 +21,7 @@ _SIGNS = ("connection closed by peer", "connection reset", "broken pipe", "timed
 
 
 def is_loss_of_peer(error: BaseException) -> bool:
-    """Whether an error means that another rank does not answer."""
+    """Return whether an error means that another rank does not answer."""
     if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
         return True
     text = str(error).lower()
@@ -42,7 +42,7 @@ def announce(error: BaseException, where: str, rank: int, run: int) -> None:
     _within_deadline(write, "")
 
 
-def blame(rank: int, world_size: int, run: int) -> str:
+def name_failed_rank(rank: int, world_size: int, run: int) -> str:
     """Say which rank failed, from what the others announce in time.
 
     Ends even if the host of the store is frozen or cannot be reached: then it says so.

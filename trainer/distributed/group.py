@@ -6,10 +6,7 @@ ends only what it started. Knows nothing of models and data.
 
 from __future__ import annotations
 
-import logging
 import os
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -21,15 +18,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trainer.config.groups import MachineArguments
-from trainer.distributed.failure import announce, blame, is_loss_of_peer
+from trainer.distributed.failure import announce, is_loss_of_peer, name_failed_rank
 from trainer.distributed.orphan import end_with_launcher
 from trainer.distributed.topology import Topology, current_topology, gpu_index, refuse_lone_slurm_task
 from trainer.errors import PeerError, RankError
 
-SECONDS_BETWEEN_BEATS = 0.25
-SECONDS_BEFORE_TELLING = 300.0  # that other ranks are at work for so long; a disk that hangs would wait in silence
-
-logger = logging.getLogger(__name__)
 Given = TypeVar("Given")
 
 
@@ -40,7 +33,7 @@ class Group:
         self.topology, self.device = topology, device
         self._owns_process_group = owns_process_group
         self.mesh: DeviceMesh | None = None
-        self._num_failures = 0  # equal on all ranks: where one fails, all do
+        self._num_runs = 0  # equal on all ranks
         # Flags, counts and errors travel between CPUs: a wait for them over NCCL ends in its watchdog's abort when a
         # rank is gone, and nobody is told which.
         self._control: dist.ProcessGroup | None = None
@@ -84,7 +77,7 @@ class Group:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes and prints for all."""
+        """Return whether this rank writes and prints for all."""
         return self.topology.is_main
 
     def sum(self, values: list[float]) -> list[float]:
@@ -98,7 +91,7 @@ class Group:
         return values
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Give every rank's tensor, in the order of ranks: same type and number of dimensions (>= 1), any sizes."""
+        """Return every rank's tensor, in the order of ranks: same type and number of dimensions (>= 1), any sizes."""
         if self.mesh is None:
             return [tensor]
         sizes = torch.stack(self._gather_alike(torch.tensor(tensor.shape)))
@@ -112,31 +105,24 @@ class Group:
         return gathered
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
+        """Return whether the flag is set on any rank."""
         return self.sum([float(flag)])[0] > 0
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""
         self.any(False)
 
-    @contextmanager
-    def unhurried(self) -> Iterator[None]:
-        """Leave the body together with all ranks, however long it takes some of them; it calls no collectives."""
-        with unhurried(None if self.mesh is None else self.any):
-            yield
-
     def try_on_main(self, act: Callable[[], Given], *kinds: type[Exception]) -> tuple[Given | None, Exception | None]:
-        """Have the lead do something: (what came of it, None), or (None, the error) if it is of these kinds.
+        """Run something on the main rank; return (its result, None), or (None, its error) if it is of these kinds.
 
-        The other ranks wait, however long it takes, and get (None, None): `first_error` tells them.
+        The other ranks get (None, None): `first_error` tells them.
         """
-        with self.unhurried():
-            if not self.is_main:
-                return None, None
-            try:
-                return act(), None
-            except kinds as error:
-                return None, error
+        if not self.is_main:
+            return None, None
+        try:
+            return act(), None
+        except kinds as error:
+            return None, error
 
     def first_error(self, error: BaseException | None) -> str | None:
         """Say what went wrong on the first rank where something did, naming it; None where nothing did.
@@ -153,59 +139,52 @@ class Group:
         return f"rank {failed}: {bytes(said).decode(errors='replace')}" if self.world_size > 1 else text.decode()
 
     def from_main(self, numbers: list[int]) -> list[int]:
-        """Give every rank the lead's numbers."""
+        """Return the main rank's numbers on every rank."""
         count = int(self.sum([float(len(numbers)) * self.is_main])[0])
         mine = numbers if self.is_main else [0] * count
         return self.sum_tensor(torch.tensor(mine, dtype=torch.int64)).tolist()
 
     @contextmanager
     def naming_faults(self, where: Callable[[], str]) -> Iterator[None]:
-        """Have an error of the body that comes from a lost rank name that rank; `where` says what this one was doing.
-
-        Of several around each other, the innermost one does.
+        """Make errors of the body that come from a lost rank name it; `where` returns what this rank was doing.
 
         Raises:
             RankError: another rank failed, died or hangs.
         """
+        self._num_runs += 1
         try:
             yield
-        except RankError:
-            raise
         except Exception as error:
             if self.mesh is None:
                 raise
-            number, self._num_failures = self._num_failures, self._num_failures + 1
-            announce(error, where(), self.rank, number)
+            announce(error, where(), self.rank, self._num_runs)
             if not is_loss_of_peer(error):
                 raise
-            raise RankError(f"{where()}: {blame(self.rank, self.world_size, number)}") from error
+            raise RankError(f"{where()}: {name_failed_rank(self.rank, self.world_size, self._num_runs)}") from error
 
     @contextmanager
     def main_first(self, *, local: bool = True, what: str = "work") -> Iterator[None]:
         """Run the body on the first rank (of each node, or of all), then on the others, which find done what it did.
-
-        The others wait, however long it takes; it calls no collectives.
 
         Raises:
             PeerError: it failed on the first rank, which says why; the body is not run on the others.
             RankError: it failed on the first rank of another node.
         """
         leads = self.topology.is_local_main if local else self.topology.is_main
-        error: BaseException | None = None
-        with self.unhurried():
-            if leads:
-                try:
-                    yield
-                except BaseException as caught:  # noqa: BLE001  raised below, once the others know
-                    error = caught
-        has_failed = self.any(error is not None)
-        if error is not None:
-            raise error
-        if has_failed:
-            kind = RankError if leads else PeerError
-            raise kind(f"{what} stopped because the first rank failed; see its message")
         if not leads:
+            self._check_leads(PeerError, what)
+        try:
             yield
+        except BaseException:
+            if leads:
+                self.any(True)
+            raise
+        if leads:
+            self._check_leads(RankError, what)
+
+    def _check_leads(self, kind: type[RankError], what: str) -> None:
+        if self.any(False):
+            raise kind(f"{what} stopped because the first rank failed; see its message")
 
     def close(self) -> None:
         """End the process group if this object started it."""
@@ -220,48 +199,6 @@ class Group:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-@contextmanager
-def unhurried(is_any_at_work: Callable[[bool], bool] | None) -> Iterator[None]:
-    """Leave the body together with all ranks, however long it takes some of them.
-
-    While one is at work, a thread of it takes part in a collective of all every `SECONDS_BETWEEN_BEATS`: so no timeout
-    of a collective counts its work, and a rank that dies is noticed.
-
-    Args:
-        is_any_at_work: asks, with whether this rank is; a collective. None for one process.
-    """
-    if is_any_at_work is None:
-        yield
-        return
-    is_done = threading.Event()
-    lost: list[Exception] = []
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # each thread has one of its own
-
-    def beat() -> None:
-        if device is not None:
-            torch.cuda.set_device(device)
-        try:
-            while not is_done.wait(SECONDS_BETWEEN_BEATS):
-                is_any_at_work(True)
-        except Exception as error:  # noqa: BLE001  raised by the thread that works
-            lost.append(error)
-
-    thread = threading.Thread(target=beat, name="trainer-heartbeat", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        is_done.set()
-        thread.join()
-    if lost:
-        raise lost[0]
-    since, tells_after = time.monotonic(), SECONDS_BEFORE_TELLING
-    while is_any_at_work(False):
-        if time.monotonic() - since > tells_after:
-            logger.warning("other ranks have been at work for %.0f s; this one waits for them", tells_after)
-            tells_after *= 2
 
 
 def _store_of_this_start(topology: Topology, timeout: timedelta) -> dist.Store:
@@ -281,7 +218,7 @@ def _corner(sizes: Iterable[int]) -> tuple[slice, ...]:
 
 
 def _device_of_backend() -> torch.device:
-    """Give the device that the existing group talks over."""
+    """Return the device that the existing group communicates over."""
     return (
         torch.device("cuda", torch.cuda.current_device())
         if "nccl" in dist.get_backend_config()
@@ -290,7 +227,7 @@ def _device_of_backend() -> torch.device:
 
 
 def choose_device(args: MachineArguments, topology: Topology) -> torch.device:
-    """Give this process its GPU, or the CPU where there is none or `use_cpu` asks for it."""
+    """Return the GPU of this process, or the CPU where there is none or `use_cpu` asks for it."""
     if args.use_cpu or not torch.cuda.is_available():
         return torch.device("cpu")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -301,7 +238,7 @@ def choose_device(args: MachineArguments, topology: Topology) -> torch.device:
 
 @contextmanager
 def threads_that_give_way() -> Iterator[None]:
-    """Have threads that the body starts never displace one that computes (Linux; elsewhere nothing changes).
+    """Keep threads that the body starts from displacing one that computes (Linux; elsewhere nothing changes).
 
     For gloo: its thread that reads sockets spins while another thread holds the lock it wants, and where it has
     displaced that very thread, for its whole slice. Of 2 ranks on 2 cores a reduce_scatter of 20 KB took 1.7 ms instead

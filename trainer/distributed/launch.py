@@ -33,7 +33,7 @@ def number_of_ranks(asked: int | Literal["auto"], *, use_cpu: bool) -> int:
 
 
 def run_on_ranks(nproc_per_node: int, module: str, arguments: Sequence[str]) -> int:
-    """Run `python -m module arguments` on that many ranks, and give back the job's exit code.
+    """Run `python -m module arguments` on that many ranks, and return the job's exit code.
 
     SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU are passed on, so that the ranks can save; where they stop,
     the exit code is 128 plus the signal. A rank that fails has said why: the code is its own.

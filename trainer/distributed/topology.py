@@ -54,12 +54,12 @@ class Topology:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the rank that writes and prints for all."""
+        """Return whether this is the rank that writes and prints for all."""
         return self.rank == 0
 
     @property
     def is_local_main(self) -> bool:
-        """Whether this is the rank that prepares data for its node."""
+        """Return whether this is the rank that prepares data for its node."""
         return self.local_rank == 0
 
 
@@ -125,7 +125,7 @@ def gpu_index(topology: Topology, num_visible: int, visible_devices: str | None)
 
 
 def _is_slurm_task(environment: Mapping[str, str], rank: int, world_size: int) -> bool:
-    """Whether the ranks of the group are the tasks of this job step, in their order."""
+    """Return whether the ranks of the group are the tasks of this job step, in their order."""
     if not {"SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"} <= environment.keys():
         return False
     return (environment["SLURM_PROCID"], environment["SLURM_NTASKS"]) == (str(rank), str(world_size))

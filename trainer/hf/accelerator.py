@@ -61,12 +61,12 @@ class AcceleratorShim:
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this rank writes and prints for all."""
+        """Return whether this rank writes and prints for all."""
         return self._group.is_main
 
     @property
     def is_local_main_process(self) -> bool:
-        """Whether this rank is the first of its node."""
+        """Return whether this rank is the first of its node."""
         return self._group.topology.is_local_main
 
     def __getattr__(self, name: str) -> Any:

@@ -221,7 +221,7 @@ class Trainer(CoreTrainer):
             self.optimizer, self.lr_scheduler = None, None
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Have `model_init` build a model, for a trial where it takes one."""
+        """Build a model with `model_init`, for a trial where it takes one."""
         assert self.model_init is not None
         return self.model_init(trial) if inspect.signature(self.model_init).parameters else self.model_init()
 

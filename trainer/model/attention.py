@@ -13,11 +13,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -83,7 +82,7 @@ def packed_inputs(model: nn.Module, micro_batch: Mapping[str, Any]) -> dict[str,
 
 
 def _reads_borders(model: Any) -> bool:
-    """Whether all layers of a model get the borders of a pack from our attention functions, and none from a mask."""
+    """Return whether all layers of a model get the borders of a pack from our functions, and none from a mask."""
     config: Any = getattr(model, "config", None)
     if config is None or getattr(config, "_attn_implementation", None) not in OWN_IMPLEMENTATIONS:
         return False
@@ -160,43 +159,30 @@ def packed_sdpa(
         raise ModelError(
             f"{type(module).__name__} adds a position bias, which 'packed_sdpa' does not know; use 'eager'"
         )
-    is_whole = query.shape[2] == key.shape[2]
-    borders = _borders(module, query, attention_mask, options) if is_whole else []
-    attend = partial(_attend_apart, module, borders=borders, options=options)
-    if query.device.type == "cpu":
-        attend = partial(_in_float32, attend)
-    return attend((query, key, value), attention_mask).transpose(1, 2).contiguous(), None
-
-
-def _in_float32(attend: Callable[..., Tensor], inputs: Sequence[Tensor], mask: Tensor | None) -> Tensor:
-    """Attend in float32 at least, and round once: a CPU takes up to three times as long in bfloat16."""
-    rounded = autocast_dtype(inputs[0])
-    precise = [tensor.to(accumulation_dtype(tensor.dtype)) for tensor in inputs]
-    if mask is not None and mask.is_floating_point():
-        mask = mask.to(precise[0].dtype)
-    with torch.autocast("cpu", enabled=False):
-        return attend(precise, mask).to(rounded)
-
-
-def _attend_apart(
-    module: nn.Module,
-    inputs: Sequence[Tensor],
-    mask: Tensor | None,
-    borders: Sequence[int],
-    options: Mapping[str, Any],
-) -> Tensor:
-    """Attention of queries, keys and values within each part of a row, in (B,H,T,E)."""
-    if len(borders) <= 2:
-        query, key, value = inputs
-        return _attend(module, query, key, value, mask, options)
-    sizes = [stop - start for start, stop in pairwise(borders)]
-    # Split, not slices: the gradient of a slice is as large as the whole pack, for every sample of it.
-    samples = zip(*(tensor.split(sizes, dim=2) for tensor in inputs), strict=True)
-    parts = []
-    for (start, stop), (q, k, v) in zip(pairwise(borders), samples, strict=True):
-        part_mask = None if mask is None else mask[..., start:stop, start:stop]
-        parts.append(_attend(module, q, k, v, part_mask, options))
-    return torch.cat(parts, dim=2)
+    borders = _borders(module, query, attention_mask, options) if query.shape[2] == key.shape[2] else []
+    inputs, mask = [query, key, value], attention_mask
+    rounded = autocast_dtype(query)
+    on_cpu = query.device.type == "cpu"
+    if on_cpu:
+        # In float32 at least, rounded once: a CPU takes up to three times as long in bfloat16.
+        inputs = [tensor.to(accumulation_dtype(tensor.dtype)) for tensor in inputs]
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(inputs[0].dtype)
+    with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():
+        if len(borders) <= 2:
+            attended = _attend(module, *inputs, mask, options)
+        else:
+            sizes = [stop - start for start, stop in pairwise(borders)]
+            # Split, not slices: the gradient of a slice is as large as the whole pack, for every sample of it.
+            samples = zip(*(tensor.split(sizes, dim=2) for tensor in inputs), strict=True)
+            parts = []
+            for (start, stop), (q, k, v) in zip(pairwise(borders), samples, strict=True):
+                part_mask = None if mask is None else mask[..., start:stop, start:stop]
+                parts.append(_attend(module, q, k, v, part_mask, options))
+            attended = torch.cat(parts, dim=2)
+    if on_cpu:
+        attended = attended.to(rounded)
+    return attended.transpose(1, 2).contiguous(), None
 
 
 def packed_mask(batch_size: int, q_length: int, kv_length: int, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -228,21 +214,14 @@ def _borders(module: nn.Module, query: Tensor, mask: Tensor | None, options: Map
         positions = positions.reshape(-1, length)[0]
         starts = (positions[1:] != positions[:-1] + 1).nonzero().flatten() + 1
         parts = [0, *starts.tolist(), length]
-    chunk = _chunk_size(module) if mask is None else None
-    if chunk is not None:
-        samples = zip(parts, parts[1:], strict=False)
-        parts = [start for first, last in samples for start in range(first, last, chunk)] + [length]
-    return parts
-
-
-def _chunk_size(module: nn.Module) -> int | None:
-    """Chunk of this layer, where its model attends in chunks (Llama 4)."""
     config: Any = getattr(module, "config", None)
     layer, layer_types = getattr(module, "layer_idx", None), getattr(config, "layer_types", None)
-    if layer is None or not layer_types or layer_types[layer] != "chunked_attention":
-        return None
-    size: int = config.attention_chunk_size
-    return size
+    if mask is None and layer is not None and layer_types and layer_types[layer] == "chunked_attention":  # Llama 4
+        starts = []
+        for first, last in pairwise(parts):
+            starts += range(first, last, config.attention_chunk_size)
+        parts = [*starts, length]
+    return parts
 
 
 def _attend(
@@ -275,7 +254,7 @@ def _attend(
 
 
 def _lacks_grouped_kernel(query: Tensor, mask: Tensor | None) -> bool:
-    """Whether `enable_gqa` would leave only the kernel on CUDA that keeps all scores of a layer in memory.
+    """Return whether `enable_gqa` would leave only the kernel on CUDA that keeps all scores of a layer in memory.
 
     Only flash attention groups heads: without a mask, in 16 bits, for heads up to 256. What is left takes T * T values
     a head; repeated keys are small beside that.

@@ -123,58 +123,43 @@ def _loss_and_gradients(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Loss sum, and its gradients for hidden states, weight and bias where wanted, in the accumulation format."""
     hidden, weight, bias = inputs
-    accumulation = accumulation_dtype(settings.dtype)
+    smoothing, accumulation = settings.label_smoothing, accumulation_dtype(settings.dtype)
     total = torch.zeros((), dtype=accumulation, device=hidden.device)
-    gradients = [
-        torch.zeros_like(tensor, dtype=accumulation) if tensor is not None and is_wanted else None
-        for tensor, is_wanted in zip(inputs, wanted, strict=True)
-    ]
+    gradients: list[Tensor | None] = []
+    for tensor, is_wanted in zip(inputs, wanted, strict=True):
+        has_gradient = tensor is not None and is_wanted
+        gradients.append(torch.zeros_like(tensor, dtype=accumulation) if has_gradient else None)
+    grad_hidden, grad_weight, grad_bias = gradients
     is_training = settings.needs_gradients and any(wanted)
     matrix = weight.to(settings.dtype)
     rows = max(1, LOGITS_PER_PIECE.get(hidden.device.type, 2**21) // weight.shape[0])
     for start in range(0, hidden.shape[0], rows):
         piece = hidden[start : start + rows].to(settings.dtype)
+        piece_targets = targets[start : start + rows, None]
         output = F.linear(piece, matrix, None if bias is None else bias.to(settings.dtype)).to(accumulation)
         logits = settings.head_output.apply(output)
         log_probabilities = logits.log_softmax(dim=1)
-        losses = _piece_losses(log_probabilities, targets[start : start + rows], settings.label_smoothing)
+        expected = log_probabilities.gather(1, piece_targets)[:, 0]
+        if smoothing:
+            expected = (1 - smoothing) * expected + smoothing * log_probabilities.mean(dim=1)
+        losses = -expected
         total += losses.sum()
         if settings.by_group is not None:
             settings.by_group.add(losses, start)
-        if is_training:
-            errors = _errors(log_probabilities, targets[start : start + rows], settings.label_smoothing)
-            slope = settings.head_output.backward(errors, logits).to(settings.dtype)
-            _add_gradients(gradients, slope, (piece, matrix), start)
-    return total, gradients
-
-
-def _piece_losses(log_probabilities: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
-    """Negative log-probabilities of the smoothed targets."""
-    expected = log_probabilities.gather(1, targets[:, None])[:, 0]
-    if label_smoothing:
-        expected = (1 - label_smoothing) * expected + label_smoothing * log_probabilities.mean(dim=1)
-    return -expected
-
-
-def _errors(log_probabilities: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
-    """Gradient of the piece's loss for the logits: softmax - smoothed target, (rows,V), in the memory of its input."""
-    errors = log_probabilities.exp_()
-    if label_smoothing:
-        errors -= label_smoothing / errors.shape[1]
-    expected = torch.full_like(targets[:, None], label_smoothing - 1, dtype=errors.dtype)
-    return errors.scatter_add_(1, targets[:, None], expected)
-
-
-def _add_gradients(gradients: list[Tensor | None], slope: Tensor, factors: tuple[Tensor, Tensor], start: int) -> None:
-    """Add one piece's share to the gradients of hidden states, weight and bias."""
-    piece, matrix = factors
-    grad_hidden, grad_weight, grad_bias = gradients
-    if grad_hidden is not None:
-        grad_hidden[start : start + len(piece)] = slope @ matrix
-    if grad_weight is not None:
-        if slope.dtype == grad_weight.dtype:
+        if not is_training:
+            continue
+        # Gradient of the loss for the logits: softmax - smoothed target, (rows,V), in the memory of log_probabilities.
+        errors = log_probabilities.exp_()
+        if smoothing:
+            errors -= smoothing / errors.shape[1]
+        errors.scatter_add_(1, piece_targets, torch.full_like(piece_targets, smoothing - 1, dtype=errors.dtype))
+        slope = settings.head_output.backward(errors, logits).to(settings.dtype)
+        if grad_hidden is not None:
+            grad_hidden[start : start + len(piece)] = slope @ matrix
+        if grad_weight is not None and slope.dtype == grad_weight.dtype:
             grad_weight.addmm_(slope.t(), piece)
-        else:
+        elif grad_weight is not None:
             grad_weight += slope.t() @ piece
-    if grad_bias is not None:
-        grad_bias += slope.sum(dim=0)
+        if grad_bias is not None:
+            grad_bias += slope.sum(dim=0)
+    return total, gradients

@@ -48,7 +48,13 @@ def matching_names(option: str, patterns: Iterable[str], names: Collection[str],
     """
     matching: set[str] = set()
     for pattern in patterns:
-        expression = _compile(option, pattern)
+        try:
+            expression = re.compile(pattern)
+        except re.error as error:
+            raise ModelError(
+                f"{option}: {pattern!r} is not a regular expression ({error}); escape special characters with a "
+                "backslash"
+            ) from error
         matches = [name for name in names if expression.search(name)]
         if not matches:
             raise ModelError(
@@ -69,15 +75,6 @@ def near_names(pattern: str, names: Iterable[str]) -> list[str]:
         return max(difflib.SequenceMatcher(None, plain, part).ratio() for part in parts)
 
     return sorted(kinds.values(), key=likeness, reverse=True)[:NUM_NEAR_NAMES]
-
-
-def _compile(option: str, pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ModelError(
-            f"{option}: {pattern!r} is not a regular expression ({error}); escape special characters with a backslash"
-        ) from error
 
 
 def operations_per_input(model: nn.Module) -> int:

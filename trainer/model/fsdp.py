@@ -41,11 +41,6 @@ PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "_grou
 }
 
 
-def unwrapped(model: Any) -> Any:
-    """The model itself, where PEFT wraps it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def decoder_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The repeated blocks of a model by name: what is sharded, compiled and recomputed as one."""
     classes = set(model._no_split_modules or [])
@@ -92,8 +87,7 @@ def compile_blocks(model: nn.Module, **settings: Any) -> None:
 
     Hardly two batches of text are equally long. The first step is slow.
     """
-    inner = unwrapped(model)
-    blocks = decoder_blocks(inner) if isinstance(inner, PreTrainedModel) else {}
+    blocks = decoder_blocks(model) if isinstance(model, PreTrainedModel) else {}
     for block in blocks.values():
         block.compile(dynamic=True, **settings)
     if not blocks:
@@ -144,8 +138,7 @@ def shard_model(
     policy = policy or MixedPrecisionPolicy()
     ignored = {parameter for parameter in model.parameters() if parameter.ndim == 0}
     ignored |= {_shard_rows(model, name, mesh) for name in unread}
-    inner = unwrapped(model)
-    blocks = decoder_blocks(inner) if isinstance(inner, PreTrainedModel) else {}
+    blocks = decoder_blocks(model) if isinstance(model, PreTrainedModel) else {}
     for module in (*blocks.values(), model):
         module.register_forward_hook(_own_outputs)  # runs before FSDP2's own
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
@@ -160,7 +153,7 @@ def shard_model(
 
 
 def _gather_ahead(blocks: Mapping[str, nn.Module]) -> None:
-    """Have each block gather the next one's weights before it computes; backward does so by itself."""
+    """Make each block gather the next one's weights before it computes; backward does so by itself."""
     for (name, block), (next_name, following) in itertools.pairwise(blocks.items()):
         if name.rpartition(".")[0] == next_name.rpartition(".")[0]:  # of one list, so run one after the other
             cast(FSDPModule, block).set_modules_to_forward_prefetch([cast(FSDPModule, following)])
@@ -291,7 +284,7 @@ def model_mesh(model: nn.Module) -> DeviceMesh | None:
 
 
 def any_rank(flag: bool, mesh: DeviceMesh | None) -> bool:
-    """Whether the flag is set on any rank of a mesh (all of them call)."""
+    """Return whether the flag is set on any rank of a mesh (all of them call)."""
     return largest_of_ranks(float(flag), mesh) > 0
 
 
@@ -306,5 +299,5 @@ def largest_of_ranks(value: float, mesh: DeviceMesh | None) -> float:
 
 
 def is_main(mesh: DeviceMesh | None) -> bool:
-    """Whether this rank acts for all ranks of a mesh."""
+    """Return whether this rank acts for all ranks of a mesh."""
     return mesh is None or not any(mesh.get_coordinate() or ())

@@ -52,7 +52,7 @@ def cast_weights(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
 
 
 def use_tf32(is_allowed: bool | None) -> None:
-    """Let float32 products on the GPU run in TF32, or not; None leaves torch as it is.
+    """Set whether float32 products on the GPU run in TF32; None leaves torch as it is.
 
     Raises:
         UsageError: There is no GPU that could.

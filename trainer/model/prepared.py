@@ -36,7 +36,6 @@ class Prepared:
     head: HeadOutput | None = None  # what becomes of its head's output; None where that cannot be told
     linear_cross_entropy: LinearCrossEntropy = linear_cross_entropy_sum
     osft: Osft | None = None
-    wrapper: Any = None  # of PEFT, around the model, if that holds adapters
     recomputes: bool = False  # activations, in the backward pass
     borrowing: Borrowing = field(default_factory=Borrowing)
 
@@ -47,11 +46,6 @@ class Prepared:
         stored = getattr(getattr(model, "config", None), "dtype", None)
         return cls(model, parameter.device, None, parameter.dtype, False, read_traits(model), stored)
 
-    @property
-    def outer(self) -> Any:
-        """The model as users hold it: with PEFT's wrapper, if it has one; same parameters, other names."""
-        return self.model if self.wrapper is None else self.wrapper
-
     def in_use(self) -> AbstractContextManager[None]:
         """Context in which a trainer runs the model, forward and backward; may be nested.
 
@@ -61,7 +55,7 @@ class Prepared:
 
     @property
     def is_in_use(self) -> bool:
-        """Whether we are inside `in_use`."""
+        """Return whether we are inside `in_use`."""
         return self.borrowing.depth > 0
 
     def compute_context(self) -> AbstractContextManager[object]:

@@ -52,7 +52,7 @@ def fit_vocabulary(config: Any, tokenizer: PreTrainedTokenizerBase) -> int | Non
 
 
 def align_special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the model the tokenizer's pad, bos and eos ids; further eos ids of its generation config stay."""
+    """Set the model's pad, bos and eos ids to the tokenizer's; further eos ids of its generation config stay."""
     generation = getattr(model, "generation_config", None)
     for name in SPECIAL_IDS:
         value = getattr(tokenizer, name, None)

@@ -44,12 +44,12 @@ def revive(optimizer: Optimizer) -> None:
 
 
 def mix(cls: type[Optimizer], mixins: Sequence[type[Optimizer]]) -> type[Optimizer]:
-    """Give the class with the mixins before it, the outermost first."""
+    """Return the class with the mixins before it, the outermost first."""
     return type(cls.__name__, (*mixins, cls), {}) if mixins else cls
 
 
 def plain_step(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a bound step without the hooks that torch wraps around every class's own."""
+    """Return a bound step without the hooks that torch wraps around every class's own."""
     if not getattr(step, "hooked", False):
         return step
     return step.__wrapped__.__get__(step.__self__)  # type: ignore[attr-defined]
@@ -57,7 +57,7 @@ def plain_step(step: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def averaged_weights(optimizer: Optimizer | None) -> Iterator[None]:
-    """Give the model the weights to evaluate and to export inside; changes nothing for other optimizers, or None.
+    """Put the weights to evaluate and to export into the model inside; change nothing for other optimizers, or None.
 
     Keeps a copy of the trained weights meanwhile: going there and back by the package's own formula would round.
     """
@@ -77,7 +77,7 @@ def averaged_weights(optimizer: Optimizer | None) -> Iterator[None]:
 
 
 def is_averaging(optimizer: Optimizer) -> bool:
-    """Whether an optimizer trains other weights than it evaluates."""
+    """Return whether an optimizer trains other weights than it evaluates."""
     return callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
 
 
@@ -138,7 +138,7 @@ class LocalShards(Revived):
             return plain_step(super().step)(closure)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the state, sharded as the parameters are."""
+        """Return the state, sharded as the parameters are."""
         state_dict = Optimizer.state_dict(self)  # the package's own hides tensors in nested dictionaries
         state_dict["state"] = {
             index: _sharded_state(self._parameters()[index], state) for index, state in state_dict["state"].items()
@@ -173,7 +173,13 @@ def on_local_shards(optimizer: Optimizer) -> Iterator[None]:
         yield
         return
     states = optimizer.state
-    shards = {parameter: _shard(parameter) for whole in wholes for parameter in whole}
+    shards: dict[Tensor, nn.Parameter] = {}
+    for whole in wholes:
+        for parameter in whole:
+            assert isinstance(parameter, DTensor)
+            shard = shards[parameter] = nn.Parameter(parameter.to_local().detach())
+            if isinstance(parameter.grad, DTensor) and shard.numel():
+                shard.grad = parameter.grad.to_local()
     optimizer.state = defaultdict(dict, {shards[parameter]: state for parameter, state in states.items()})
     for group, whole in zip(optimizer.param_groups, wholes, strict=True):
         group["params"] = [shards[parameter] for parameter in whole]
@@ -184,14 +190,6 @@ def on_local_shards(optimizer: Optimizer) -> Iterator[None]:
             group["params"] = whole
         known = {parameter: optimizer.state[shard] for parameter, shard in shards.items() if shard in optimizer.state}
         optimizer.state = defaultdict(dict, known)
-
-
-def _shard(parameter: nn.Parameter) -> nn.Parameter:
-    assert isinstance(parameter, DTensor)
-    shard = nn.Parameter(parameter.to_local().detach())
-    if isinstance(parameter.grad, DTensor) and shard.numel():
-        shard.grad = parameter.grad.to_local()
-    return shard
 
 
 def _sharded_state(parameter: nn.Parameter, state: dict[str, Any]) -> dict[str, Any]:
@@ -242,7 +240,7 @@ class ObjectState(Revived):
     """Mixin: entries of a parameter's state that are objects become dictionaries, and objects again."""
 
     def flatten(self, value: Any) -> dict[str, Any] | None:
-        """Give an object's contents, or None for a value that is plain already."""
+        """Return an object's contents, or None for a value that is plain already."""
         raise NotImplementedError
 
     def rebuild(self, group: dict[str, Any], parameter: nn.Parameter, name: str, contents: dict[str, Any]) -> Any:
@@ -250,13 +248,15 @@ class ObjectState(Revived):
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the state, objects flattened."""
+        """Return the state, objects flattened."""
         state_dict = super().state_dict()
-        state_dict["state"] = {
-            index: {name: self._plain(value) for name, value in state.items()}
-            for index, state in state_dict["state"].items()
-        }
-        return state_dict
+        flat: dict[int, dict[str, Any]] = {}
+        for index, state in state_dict["state"].items():
+            flat[index] = {}
+            for name, value in state.items():
+                contents = self.flatten(value)
+                flat[index][name] = value if contents is None else contents
+        return {**state_dict, "state": flat}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave; what is in objects passes by torch's own loading, which casts what it meets."""
@@ -277,16 +277,12 @@ class ObjectState(Revived):
                     if isinstance(contents, dict):
                         state[name] = self.rebuild(group, parameter, name, contents)
 
-    def _plain(self, value: Any) -> Any:
-        contents = self.flatten(value)
-        return value if contents is None else contents
-
 
 class GaloreState(ObjectState):
     """Mixin for galore-torch: the projector of a matrix."""
 
     def flatten(self, value: Any) -> dict[str, Any] | None:
-        """Give a projector's attributes, all plain."""
+        """Return a projector's attributes, all plain."""
         return dict(vars(value)) if type(value).__name__ in ("GaLoreProjector", "GradientProjector") else None
 
     def rebuild(self, group: dict[str, Any], parameter: nn.Parameter, name: str, contents: dict[str, Any]) -> Any:
@@ -333,7 +329,7 @@ class TorchaoState(ObjectState):
                 group["lr"] = rate
 
     def flatten(self, value: Any) -> dict[str, Any] | None:
-        """Give the tensors inside a low-bit tensor."""
+        """Return the tensors inside a low-bit tensor."""
         local = value.to_local() if isinstance(value, DTensor) else value
         return {name: getattr(local, name) for name in local.tensor_attrs} if hasattr(local, "tensor_attrs") else None
 

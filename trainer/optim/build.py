@@ -61,7 +61,7 @@ def find_class(args: OptimizerArguments) -> Any:
 
 
 def optimizer_class(model: nn.Module, args: OptimizerArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """Give the class that the options name, and the settings that a model's parameters would have in it."""
+    """Return the class that the options name, and the settings that a model's parameters would have in it."""
     optimizer = build_optimizer(model, args)
     taken = inspect.signature(type(optimizer)).parameters
     return type(optimizer), {name: value for name, value in optimizer.defaults.items() if name in taken}
@@ -80,7 +80,10 @@ def parse_options(text: str | None) -> dict[str, Any]:
             continue
         if not name.isidentifier() or not equals or name in options:
             raise UsageError(f"optim_args = {text!r}: write name=value, name=value, each name once")
-        options[name] = _literal(value)
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[name] = value
     return options
 
 
@@ -91,23 +94,21 @@ def _build_known(
     groups = _arrange(spec, model, groups, args, options)
     cls = find_class(args)
     extra = {name: options.pop(name, default) for name, default in spec.extra_options.items()}
-    arguments = {**_adam(spec.takes, args), **_for_device(cls, groups), **spec.fixed}
-    allowed = _constructor_options(cls) - arguments.keys()
+    arguments = {**_adam(spec.takes, args), **spec.fixed}
+    taken = _constructor_options(cls)
+    if "triton" in taken and groups[0]["params"][0].device.type == "cpu":  # no GPU to run Triton kernels
+        arguments.setdefault("triton", False)
+    allowed = taken - arguments.keys()
     _check_options(args.optim, options, {*allowed, *spec.extra_options, *(spec.target_options or ())})
     if spec.prepare is not None:
         spec.prepare(arguments, extra)
     mixins: tuple[type[torch.optim.Optimizer], ...] = (
         (Bfloat16State, *spec.mixins) if args.optim_bf16_state else spec.mixins
     )
-    _tell(args.optim, spec)
-    return _construct(mix(cls, mixins), args, groups, {**arguments, **options})
-
-
-def _tell(name: str, spec: Spec) -> None:
-    """Say what to know of an optimizer that a package brings: licence and limits."""
     if spec.package is not None and current_topology().is_main:
         version, limits = importlib.metadata.version(spec.package), f"; {spec.note}" if spec.note else ""
-        _log.warning("optim = %s is of %s %s, licence %s%s", name, spec.package, version, spec.licence, limits)
+        _log.warning("optim = %s is of %s %s, licence %s%s", args.optim, spec.package, version, spec.licence, limits)
+    return _construct(mix(cls, mixins), args, groups, {**arguments, **options})
 
 
 def _build_own(groups: list[Group], args: OptimizerArguments, options: dict[str, Any]) -> torch.optim.Optimizer:
@@ -153,7 +154,7 @@ def _check_ability(spec: Spec, groups: list[Group], args: OptimizerArguments) ->
 def _arrange(
     spec: Spec, model: nn.Module, groups: list[Group], args: OptimizerArguments, options: dict[str, Any]
 ) -> list[Group]:
-    """Give the optimizer's own parameter groups; takes what they need out of the options."""
+    """Return the optimizer's own parameter groups; what they need is taken out of the options."""
     if spec.arrange is not None:
         return spec.arrange(model, groups)
     if spec.target_options is None:
@@ -169,12 +170,6 @@ def _arrange(
 def _adam(takes: Iterable[str], args: OptimizerArguments) -> dict[str, Any]:
     values = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     return {name: values[name] for name in takes}
-
-
-def _for_device(cls: Any, groups: list[Group]) -> dict[str, Any]:
-    """Turn Triton kernels off where there is no GPU to run them."""
-    on_cpu = groups[0]["params"][0].device.type == "cpu"
-    return {"triton": False} if on_cpu and "triton" in _constructor_options(cls) else {}
 
 
 def _constructor_options(make: Any, given: Iterable[str] = _GIVEN) -> set[str]:
@@ -199,10 +194,3 @@ def _check_unused(takes: Iterable[str], args: OptimizerArguments) -> None:
 def _refuse(is_given: bool, option: str, args: OptimizerArguments) -> None:
     if is_given:
         raise UsageError(f"{option} has no effect with optim = {args.optim!r}: leave it out")
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text

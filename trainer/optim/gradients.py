@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -39,7 +39,7 @@ class InBackward(Optimizer):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._is_last_backward = False
-        self._norms: list[Tensor] = []  # of gradients that are gone
+        self.used_norms: list[Tensor] = []  # of the gradients that the last backward pass used up, each parameter's
         itself = weakref.ref(self)
 
         def step_on(parameter: Tensor) -> None:
@@ -58,20 +58,15 @@ class InBackward(Optimizer):
     @contextmanager
     def last_backward(self) -> Iterator[None]:
         """Step during the backward pass inside."""
-        self._is_last_backward, self._norms = True, []
+        self._is_last_backward, self.used_norms = True, []
         try:
             yield
         finally:
             self._is_last_backward = False
 
-    @property
-    def used_norms(self) -> list[Tensor]:
-        """Norms of the gradients that the last backward pass used up, one for each parameter."""
-        return self._norms
-
     def _step_on(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        self._norms.append(torch.linalg.vector_norm(parameter.grad.detach()))
+        self.used_norms.append(torch.linalg.vector_norm(parameter.grad.detach()))
         with only(self, self.param_groups[self._group_of[parameter]], parameter):
             self.step()
         parameter.grad = None
@@ -79,7 +74,7 @@ class InBackward(Optimizer):
 
 @contextmanager
 def only(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Iterator[None]:
-    """Let the optimizer see one of its parameters alone inside, under the settings of its group."""
+    """Show the optimizer a single one of its parameters inside, under the settings of its group."""
     groups = optimizer.param_groups
     optimizer.param_groups = [{**group, "params": [parameter]}]
     try:
@@ -94,13 +89,8 @@ def last_backward(optimizer: Optimizer) -> AbstractContextManager[None]:
 
 
 def steps_in_backward(optimizer: Optimizer) -> bool:
-    """Whether an optimizer has stepped by the time when all gradients are known."""
+    """Return whether an optimizer has stepped by the time when all gradients are known."""
     return isinstance(optimizer, InBackward)
-
-
-def used_norms(optimizer: Optimizer | None) -> list[Tensor]:
-    """Norms of gradients that were used and freed in backward; the norm of these is part of the norm of all."""
-    return optimizer.used_norms if isinstance(optimizer, InBackward) else []
 
 
 CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
@@ -124,13 +114,28 @@ def sum_whole_gradients(parameters: Iterable[nn.Parameter], group: Group) -> Non
             parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
 
 
+@torch.no_grad()
 def global_norm(parameters: Iterable[nn.Parameter], optimizer: Optimizer | None = None) -> Tensor:
-    """Give the 2-norm of all gradients together, over all shards: a scalar tensor, the same on every rank.
+    """Return the 2-norm of all gradients together, over all shards: a scalar tensor, the same on every rank.
 
     With an optimizer that steps during backward, the gradients that it used up count too.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None] + used_norms(optimizer)
-    norms = [_norm(alike) for alike in _by_layout(gradients)]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if isinstance(optimizer, InBackward):
+        gradients += optimizer.used_norms
+    alike: dict[object, list[Tensor]] = defaultdict(list)  # whole ones, and those that the same ranks share alike
+    for gradient in gradients:
+        layout = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else None
+        alike[layout].append(gradient)
+    norms = []
+    for members in alike.values():
+        # Of the local parts: for plain tensors torch has one way, for DTensors several.
+        norm = nn.utils.get_total_norm([_local(gradient) for gradient in members])
+        if isinstance(first := members[0], DTensor):
+            placements = [placement if placement.is_replicate() else Partial() for placement in first.placements]
+            partial = DTensor.from_local(norm.square(), first.device_mesh, placements, run_check=False)
+            norm = partial.full_tensor().sqrt()
+        norms.append(norm)
     return norms[0] if len(norms) == 1 else nn.utils.get_total_norm(norms)
 
 
@@ -140,24 +145,6 @@ def clip(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> N
     gradients = [_local(p.grad) for p in parameters if p.grad is not None]
     if gradients and max_norm > 0:
         torch._foreach_mul_(gradients, (max_norm / (norm + CLIP_EPSILON)).clamp(max=1.0))
-
-
-def _by_layout(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Whole ones apart from sharded ones, and these by the ranks that share them."""
-    alike: dict[object, list[Tensor]] = defaultdict(list)
-    for tensor in tensors:
-        alike[(tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None].append(tensor)
-    return list(alike.values())
-
-
-@torch.no_grad()
-def _norm(alike: Sequence[Tensor]) -> Tensor:
-    """Norm of tensors that lie alike over ranks; the parts are plain tensors, for each of which torch has one way."""
-    norm = nn.utils.get_total_norm([_local(tensor) for tensor in alike])
-    if not isinstance(first := alike[0], DTensor):
-        return norm
-    placements = [placement if placement.is_replicate() else Partial() for placement in first.placements]
-    return DTensor.from_local(norm.square(), first.device_mesh, placements, run_check=False).full_tensor().sqrt()
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -196,7 +183,7 @@ class LossScale:
             torch._foreach_mul_(gradients, 1 / self.value)
 
     def must_shrink(self, grad_norm: float) -> bool:
-        """Whether the gradients overflowed at this scale and may not at a smaller one, which then holds."""
+        """Return whether the gradients overflowed at this scale and may not at a smaller one, which then holds."""
         if not self.is_on or math.isfinite(grad_norm) or self.value <= 1:
             return False
         self._state.loss_scale, self._state.num_steps_at_scale = self.value / 2, 0

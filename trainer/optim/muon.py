@@ -44,7 +44,7 @@ class MuonWithAdamw(Revived):
             part.step()
 
     def revive(self) -> None:
-        """Give the two the groups and the state that were loaded."""
+        """Hand the loaded groups and state to both optimizers."""
         self._share()
 
     def _groups_of(self, is_hidden_matrix: bool) -> Groups:

@@ -279,5 +279,5 @@ def load_class(name: str, path: str, package: str | None) -> Any:
 
 
 def is_installed(spec: Spec) -> bool:
-    """Whether the package of an optimizer is there."""
+    """Return whether the package of an optimizer is there."""
     return importlib.util.find_spec(spec.path.partition(".")[0].partition(":")[0]) is not None

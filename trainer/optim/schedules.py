@@ -51,7 +51,9 @@ def build_schedule(
 
     name = args.lr_scheduler_type
     settings = checked_settings(args)
-    _check_end(args, num_steps, settings)
+    without_end = (*ENDLESS, *SCHEDULES_BY_METRIC)
+    if num_steps is None and name not in without_end and "num_stable_steps" not in settings:
+        raise UsageError(f"lr_scheduler_type = {name!r} needs an end: one of {', '.join(without_end)}")
     if is_averaging(optimizer) and name not in FLAT:
         raise UsageError(f"lr_scheduler_type = {name!r}: a schedule-free optimizer takes one of {', '.join(FLAT)}")
     warmup = args.get_warmup_steps(num_steps)
@@ -79,10 +81,10 @@ def step_schedule(schedule: LRScheduler) -> None:
 
 
 def feed_metric(schedule: LRScheduler, value: float | None) -> None:
-    """Tell a schedule by metric what the evaluation found, None if nothing; the others do not listen.
+    """Move a schedule by metric on by what the evaluation measured (None: nothing); leave other schedules alone.
 
     Raises:
-        UsageError: a schedule by metric was told nothing.
+        UsageError: a schedule by metric got no value.
     """
     if _goes_by_metric(schedule):
         if value is None:
@@ -95,7 +97,7 @@ def _goes_by_metric(schedule: LRScheduler) -> bool:
 
 
 def checked_settings(args: ScheduleArguments) -> dict[str, Any]:
-    """Give the settings of the schedule that the options name, each known to it.
+    """Return the settings of the schedule that the options name, each known to it.
 
     Raises:
         UsageError: the name or a setting is unknown.
@@ -115,13 +117,6 @@ def checked_settings(args: ScheduleArguments) -> dict[str, Any]:
         advice = f"did you mean {near!r}?" if near else f"it takes {', '.join(sorted(allowed)) or 'none'}"
         raise UsageError(f"lr_scheduler_kwargs: {name} has no setting {setting!r}; {advice}")
     return dict(given)
-
-
-def _check_end(args: ScheduleArguments, num_steps: int | None, settings: dict[str, Any]) -> None:
-    name = args.lr_scheduler_type
-    without_end = (*ENDLESS, *SCHEDULES_BY_METRIC)
-    if num_steps is None and name not in without_end and "num_stable_steps" not in settings:
-        raise UsageError(f"lr_scheduler_type = {name!r} needs an end: one of {', '.join(without_end)}")
 
 
 def _check_greedy_range(optimizer: Optimizer, schedule: Any) -> None:

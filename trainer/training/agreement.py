@@ -159,14 +159,10 @@ def agree(group: Group, list_facts: Callable[[], Facts]) -> None:
     if not differing:
         return
     mine = {names[number]: _short(facts[names[number]][0]) for number in differing if number in names}
-    known = _exchange(group, {name: (text, facts[name][1]) for name, text in mine.items()})
+    told_by_me = json.dumps({name: (text, facts[name][1]) for name, text in mine.items()}).encode()
+    letters = torch.tensor(list(told_by_me), dtype=torch.uint8)
+    known = [json.loads(bytes(part.tolist())) for part in group.gather(letters)]  # of each rank: what differs there
     raise UsageError(_describe(known, values))
-
-
-def _exchange(group: Group, mine: Mapping[str, tuple[str, str]]) -> list[dict[str, tuple[str, str]]]:
-    """Give every rank's facts that differ: name -> value in words, and what to do."""
-    letters = torch.tensor(list(json.dumps(mine).encode()), dtype=torch.uint8)
-    return [json.loads(bytes(part.tolist())) for part in group.gather(letters)]
 
 
 def _describe(known: list[dict[str, tuple[str, str]]], values: list[dict[int, int]]) -> str:

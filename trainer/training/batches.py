@@ -102,7 +102,7 @@ class ModelBatches:
         return None if stream is None else stream.state_dict()
 
     def move_to(self, position: Any) -> None:
-        """Have the next epoch continue from what `position` returned."""
+        """Continue the next epoch from what `position` returned."""
         if position is not None and (stream := self._stream()) is not None:
             stream.load_state_dict(position)
             self._is_in_place = True
@@ -150,7 +150,10 @@ class ModelBatches:
     def _sizes(self, own: list[Inputs], position: int) -> list[int]:
         """Samples of each micro-batch: as they were dealt, or as its tensors say where we did not deal."""
         if self.num_samples is None or not isinstance(self.loader.batch_sampler, RankBatches):
-            return [_size(micro_batch) for micro_batch in own]
+            sizes = [find_batch_size(micro_batch) for micro_batch in own]
+            if None in sizes:
+                raise UsageError("the first tensor of a batch has no dimension, so its samples cannot be counted")
+            return [int(size) for size in sizes]
         return [size for size in self.dealing.own_sizes(self.num_samples - position) if size]
 
     def _fill(self, own: list[Inputs]) -> Inputs:
@@ -163,14 +166,7 @@ class ModelBatches:
 
 
 def _tell_epoch(loader: Any, epoch: int) -> None:
-    """Tell a loader that is not ours, and what it draws from: a DistributedSampler shuffles by it."""
+    """Set the epoch of a loader that is not ours and of what it draws from: a DistributedSampler shuffles by it."""
     for part in (loader, *(getattr(loader, name, None) for name in ("batch_sampler", "sampler", "dataset"))):
         if hasattr(part, "set_epoch"):
             part.set_epoch(epoch)
-
-
-def _size(micro_batch: Inputs) -> int:
-    size = find_batch_size(micro_batch)
-    if size is None:
-        raise UsageError("the first tensor of a batch has no dimension, so its samples cannot be counted")
-    return int(size)

@@ -35,11 +35,11 @@ class RunState(TrainerState):
     num_epoch_steps: int = 0
     num_samples_per_epoch: int | None = None  # of a stream without a length not before its first pass ends
     num_steps_per_epoch: int | None = None
-    loss_sum: float = 0.0  # over the steps so far, each by its weight (`StepReport.weight`)
+    loss_sum: float = 0.0  # over the steps so far, each by its weight (see `add_to_log_window`)
     loss_weight: int = 0
     loss_scale: float = 1.0  # see `LossScale`
     num_steps_at_scale: int = 0
-    log_window: dict[str, float] = field(default_factory=dict)  # see `LossWindow`
+    log_window: dict[str, float] = field(default_factory=dict)  # see `add_to_log_window`
     epoch_end_is_due: bool = False  # the end of an epoch was not told yet
     evaluated_step: int | None = None  # the last step after which there was an evaluation
     saved_step: int | None = None  # the last step whose state was saved
@@ -72,7 +72,7 @@ class RunState(TrainerState):
         self._tell_epoch()
 
     def train_metrics(self, seconds: float) -> dict[str, float]:
-        """Give what the run did, under the names that transformers has for it."""
+        """Return what the run did, under the names that transformers has for it."""
         return {
             "train_runtime": seconds,
             "train_samples_per_second": (self.num_samples_seen - self.resumed_samples) / seconds,
@@ -112,7 +112,10 @@ class Events:
         self.control = getattr(self.handler, event)(self.args, self.state, self.control, **more)
 
     def tell(self, event: str, done: int, total: int, seconds: float) -> None:
-        """Tell the callbacks that have such a method how far something slow is: (args, state, done, total, seconds)."""
+        """Report the progress of something slow to the callbacks that have such a method.
+
+        It is called with (args, state, done, total, seconds).
+        """
         for callback in self.handler.callbacks:
             if hasattr(type(callback), event):  # not one that answers to every name
                 getattr(callback, event)(self.args, self.state, done, total, seconds)
@@ -162,7 +165,7 @@ class Every:
         self.interval, self._passed = interval, count // interval if interval else 0
 
     def is_due(self, count: int) -> bool:
-        """Whether a multiple was passed since the last time this was asked."""
+        """Return whether a multiple was passed since the last time this was asked."""
         passed = count // self.interval if self.interval else 0
         is_due, self._passed = passed > self._passed, passed
         return is_due

@@ -16,13 +16,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.trainer_callback import CallbackHandler
 
 from trainer.atomic import LISTING, MALFORMED, read_json, read_listing, read_sealed, sync_size, write_json
@@ -35,6 +36,7 @@ from trainer.checkpoint.run_state import (
     check_changes,
     find_changes,
     option_changes,
+    options_of,
     restore_callbacks,
     restore_random_state,
     restore_state,
@@ -48,10 +50,12 @@ from trainer.config.arguments import TrainingArguments
 from trainer.data.length import RunLength
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError, TrainerError, UsageError, named_error
-from trainer.model.fsdp import unwrapped
-from trainer.model.lora import is_adapted, write_adapters, write_configurations
-from trainer.model.osft.layers import is_osft_parameter
+from trainer.model.build import build_on_meta, prepare_model, read_config
+from trainer.model.osft.layers import apply_osft, is_osft_parameter
+from trainer.model.prepared import Prepared
 from trainer.optim.adapters import is_averaging
+from trainer.optim.build import build_optimizer
+from trainer.optim.registry import OPTIMIZERS
 from trainer.optim.schedules import advance
 from trainer.training.callbacks import Events, RunState
 from trainer.training.run_dir import (
@@ -190,7 +194,7 @@ class Checkpoints:
         return self._chosen(newest_whole(self.folder, group), self.folder, must_exist=asked != "auto")
 
     def restore(self, folder: Path, length: RunLength) -> RunLength:
-        """Bring the run to where it was when a checkpoint was written; gives how long it is from there.
+        """Bring the run to where it was when a checkpoint was written; return how long it is from there.
 
         Raises:
             CheckpointError: the checkpoint is another run's.
@@ -200,7 +204,10 @@ class Checkpoints:
             raise CheckpointError(f"{folder} holds weights alone (save_only_model): a run cannot go on from it")
         with reading(folder):
             record = RunRecord.from_dict(read_json(folder / STATE), str(folder / STATE))
-            changes = self._changes(folder, record)
+            changes = option_changes(folder, self.args) | find_changes(record.fingerprints, self._identify())
+            names = [name for name, _ in record.callbacks]
+            present = [name for name, _ in callback_states(self.events.handler.callbacks)]
+            changes |= find_changes({"callbacks": names}, {"callbacks": present})
             check_changes(changes, self.args.allow_change, str(folder))
             osft = self.engine.osft
             if read_importance(folder) != (None if osft is None else osft.importance):
@@ -215,9 +222,24 @@ class Checkpoints:
             kept = frozenset(key for name in changes for key in OPTIMIZER_SETTINGS.get(name, ()))
             form = read_json(folder / OPTIMIZER_STATE)
             restore_optimizer(self.engine.optimizer, self.engine.model, form, stored, kept)
-            self._restore_records(record, changes)
-            continue_output_dir(self.args, group, folder, record, self.state.global_step)
-            return self._length_from_here(length, changes)
+            state = self.state
+            restore_state(state, _unpack_plain(record.state))
+            state.resumed_step, state.resumed_samples = state.global_step, state.num_samples_seen
+            restore_callbacks(self.events.handler.callbacks, record.callbacks)
+            self.batches.move_to(_unpack_plain(record.stream))
+            if SCHEDULE_OPTIONS & changes.keys():
+                advance(self.engine.schedule, state.global_step)
+            else:
+                self.engine.schedule.load_state_dict(_unpack_plain(record.schedule))
+            continue_output_dir(self.args, group, folder, record, state.global_step)
+        per_epoch, num_samples = length.steps_per_epoch, self.batches.num_samples
+        is_other_size = bool(BATCH_OPTIONS & changes.keys()) and self.args.max_steps <= 0
+        if not is_other_size or per_epoch is None or num_samples is None:
+            return length
+        # Batches have another size from here on: count on from the steps taken; the position counts samples.
+        left = math.ceil((num_samples - state.num_epoch_samples_seen) / self.batches.samples_per_step)
+        would_have_taken = (state.num_epochs_done + 1) * per_epoch - left
+        return replace(length, num_steps_more=state.global_step - would_have_taken)
 
     def begin(self) -> None:
         """Set what the beginning of a run resets: random generators, and what callbacks had asked for."""
@@ -291,14 +313,11 @@ class Checkpoints:
             return {}
         with tempfile.TemporaryDirectory() as folder:
             handler: CallbackHandler = self.events.handler
-            model: Any = unwrapped(self.engine.model)
-            if isinstance(model, PreTrainedModel):
-                model.config.save_pretrained(folder)
-                generation = getattr(model, "generation_config", None)
+            if isinstance(self.engine.model, PreTrainedModel):
+                self.engine.model.config.save_pretrained(folder)
+                generation = getattr(self.engine.model, "generation_config", None)
                 if generation is not None:
                     generation.to_json_file(Path(folder, "generation_config.json"))
-            if is_adapted(model):
-                write_configurations(self.engine.model, Path(folder))
             osft = self.engine.osft
             if osft is not None and osft.importance is not None:
                 write_json(Path(folder, IMPORTANCE), osft.importance)
@@ -323,21 +342,17 @@ class Checkpoints:
 
         It holds copies of config and tokenizer, so that callbacks may write into it without changing the checkpoint,
         and an index that leads from_pretrained to the weights. Of several ranks each saved its own part: no file of
-        these could be read by others. Adapters are small, and written there once more.
+        these could be read by others.
         """
         twin, source = twin_of(folder), folder / MODEL_FILES
         names = [path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()]
-        model = self.engine.model
-        tensors, is_whole = model_tensors(model), self.engine.group.world_size == 1
-        is_whole &= not any(is_osft_parameter(name) for name in tensors)
+        tensors = model_tensors(self.engine.model)
+        is_whole = self.engine.group.world_size == 1 and not any(is_osft_parameter(name) for name in tensors)
         try:
             twin.mkdir(exist_ok=True)
             if names:
                 shutil.copytree(source, twin, dirs_exist_ok=True)
-            if is_adapted(model):
-                stored, is_whole = StoredTensors(folder), True
-                names += write_adapters(model, {name: stored.read(name, ()) for name in tensors}, twin)
-            elif is_whole and "config.json" in names:
+            if is_whole and "config.json" in names:
                 file = os.path.relpath(folder / "model_0.safetensors", twin)
                 write_json(twin / WEIGHTS_INDEX, {"metadata": {}, "weight_map": dict.fromkeys(tensors, file)})
                 names.append(WEIGHTS_INDEX)
@@ -355,33 +370,6 @@ class Checkpoints:
                 twin,
                 folder,
             )
-
-    def _changes(self, folder: Path, record: RunRecord) -> dict[str, str]:
-        changes = option_changes(folder, self.args) | find_changes(record.fingerprints, self._identify())
-        names = [name for name, _ in record.callbacks]
-        present = [name for name, _ in callback_states(self.events.handler.callbacks)]
-        return changes | find_changes({"callbacks": names}, {"callbacks": present})
-
-    def _restore_records(self, record: RunRecord, changes: dict[str, str]) -> None:
-        restore_state(self.state, _unpack_plain(record.state))
-        self.state.resumed_step, self.state.resumed_samples = self.state.global_step, self.state.num_samples_seen
-        restore_callbacks(self.events.handler.callbacks, record.callbacks)
-        self.batches.move_to(_unpack_plain(record.stream))
-        schedule = self.engine.schedule
-        if SCHEDULE_OPTIONS & changes.keys():
-            advance(schedule, self.state.global_step)
-        else:
-            schedule.load_state_dict(_unpack_plain(record.schedule))
-
-    def _length_from_here(self, length: RunLength, changes: dict[str, str]) -> RunLength:
-        """Count on from the steps taken, where the size of a batch changed; the position counts samples."""
-        per_epoch, num_samples = length.steps_per_epoch, self.batches.num_samples
-        is_other_size = bool(BATCH_OPTIONS & changes.keys()) and self.args.max_steps <= 0
-        if not is_other_size or per_epoch is None or num_samples is None:
-            return length
-        left = math.ceil((num_samples - self.state.num_epoch_samples_seen) / self.batches.samples_per_step)
-        would_have_taken = (self.state.num_epochs_done + 1) * per_epoch - left
-        return replace(length, num_steps_more=self.state.global_step - would_have_taken)
 
     def _announce(self, folder: Path | None) -> None:
         if folder is not None:
@@ -409,7 +397,7 @@ def reading(folder: Path) -> Iterator[None]:
 
 
 def load_best_weights(model: nn.Module, optimizer: Optimizer, state: RunState, group: Group) -> None:
-    """Give the model the weights of the best checkpoint; an optimizer that averages weights goes back with it."""
+    """Load the weights of the best checkpoint, and the state of an optimizer that averages weights."""
     if state.best_model_checkpoint is None or state.best_global_step == state.global_step:
         return
     folder = by_either_name(Path(state.best_model_checkpoint))
@@ -427,6 +415,35 @@ def read_importance(folder: Path) -> dict[str, float] | None:
     """
     path = folder / MODEL_FILES / IMPORTANCE
     return dict(read_json(path)) if path.is_file() else None
+
+
+def build_saved_model(folder: Path, stored: StoredTensors, device: torch.device, *, is_packed: bool) -> Prepared:
+    """Build the language model that a checkpoint or the record of a step holds, with its weights.
+
+    Raises:
+        CheckpointError: only its own program can build it.
+    """
+    if not (folder / MODEL_FILES / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} is of a model that is not built from a config.json: build it yourself, and fill it with "
+            "trainer.checkpoint.tensors.restore_model"
+        )
+    args = options_of(folder)
+    model = build_on_meta(read_config(args, folder / MODEL_FILES), trust_remote_code=args.trust_remote_code)
+    if (folder / MODEL_FILES / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder / MODEL_FILES)
+    adapt = partial(apply_osft, args=args, importance=read_importance(folder)) if args.osft else None
+    return prepare_model(model, args, None, device, is_packed=is_packed, weights=stored, is_record=True, adapt=adapt)
+
+
+def build_saved_optimizer(folder: Path, stored: StoredTensors, model: PreTrainedModel) -> Optimizer | None:
+    """Build the optimizer of a checkpoint with its state, where it averages the weights to export; else None."""
+    args = options_of(folder)
+    if args.optim not in OPTIMIZERS or not OPTIMIZERS[args.optim].averages_weights:
+        return None
+    optimizer = build_optimizer(model, args)
+    restore_optimizer(optimizer, model, read_json(folder / OPTIMIZER_STATE), stored, frozenset())
+    return optimizer
 
 
 def by_either_name(folder: Path) -> Path:

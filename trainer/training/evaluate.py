@@ -125,12 +125,12 @@ def best_metric(args: TrainingArguments, metrics: Mapping[str, float]) -> float 
 
 
 def more_is_better(args: EvaluationArguments) -> bool:
-    """Whether more of `metric_for_best_model` is better; TrainingArguments says it where the user did not."""
+    """Return whether more of `metric_for_best_model` is better; TrainingArguments says it where the user did not."""
     return bool(args.greater_is_better)
 
 
 def improves(args: EvaluationArguments, value: float, best: float | None) -> bool:
-    """Whether a value of the metric is better than the best so far, by more than the threshold."""
+    """Return whether a value of the metric is better than the best so far, by more than the threshold."""
     gain = 0.0 if best is None else value - best if more_is_better(args) else best - value
     return best is None or gain > args.metric_improvement_threshold
 

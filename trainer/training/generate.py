@@ -47,7 +47,7 @@ class Answer:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the answer is the reference, white space at the ends aside."""
+        """Return whether the answer is the reference, white space at the ends aside."""
         return self.answer.strip() == self.reference.strip()
 
 
@@ -143,7 +143,11 @@ def answer_questions(
     tokens = torch.zeros(len(questions), max_new_tokens, dtype=torch.long, device=group.device)
     model = prepared.model
     with prepared.in_use(), inference(model), prepared.compute_context():
-        for together in _by_length(questions, _BATCH_SIZE * group.world_size):
+        # Questions of like length together, so that little is padded.
+        order = sorted(range(len(questions)), key=lambda i: (len(questions[i].prompt_ids), i))
+        size = _BATCH_SIZE * group.world_size
+        for start in range(0, len(order), size):
+            together = order[start : start + size]
             own = together[group.rank :: group.world_size]
             asked = own or together[:1]  # a rank without a question still takes part in the others' collectives
             prompts = [questions[i].prompt_ids for i in asked]
@@ -235,9 +239,3 @@ def question_of(
     except DataError as error:
         raise document.refusal(error.found, error.allowed, error.field) from error
     return Question(str(asked[-1] or "") if asked else "", prompt_ids, reference)
-
-
-def _by_length(questions: Sequence[Question], size: int) -> list[list[int]]:
-    """Cut the questions into lists of at most that many, of like length, so that little is padded."""
-    indices = sorted(range(len(questions)), key=lambda i: (len(questions[i].prompt_ids), i))
-    return [indices[start : start + size] for start in range(0, len(indices), size)]

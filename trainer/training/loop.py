@@ -10,8 +10,6 @@ import logging
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
-from transformers.trainer_callback import TrainerControl
-
 from trainer.checkpoint.run_state import generator_states
 from trainer.config.arguments import TrainingArguments
 from trainer.data.length import RunLength
@@ -43,81 +41,74 @@ class Run:
     stop_signal: int | None = None  # the signal that ended the run
 
     @property
-    def state(self) -> RunState:
-        """Where the run stands."""
-        return self.events.state
-
-    @property
-    def control(self) -> TrainerControl:
-        """What the callbacks ask for."""
-        return self.events.control
-
-    @property
     def is_over(self) -> bool:
-        """Whether all steps or all epochs were trained."""
-        limits = ((self.length.num_steps, self.state.global_step), (self.length.num_epochs, self.state.num_epochs_done))
-        return any(limit is not None and done >= limit for limit, done in limits)
+        """Return whether all steps or all epochs were trained."""
+        state, num_steps, num_epochs = self.events.state, self.length.num_steps, self.length.num_epochs
+        if num_steps is not None and state.global_step >= num_steps:
+            return True
+        return num_epochs is not None and state.num_epochs_done >= num_epochs
 
 
 def train(run: Run) -> None:
-    """Run from the position in `run.state` to the end, or until a callback or a signal stops it.
+    """Run from the position in `run.events.state` to the end, or until a callback or a signal stops it.
 
     A signal skips the last evaluation, but not what is written at the end; one that comes after the last step changes
     nothing.
     """
-    run.state.max_steps = run.length.num_steps or -1
-    run.state.num_train_epochs = run.length.num_epochs or 0
-    run.state.num_steps_per_epoch = run.length.steps_per_epoch
-    run.state.num_samples_per_epoch = run.batches.num_samples or run.state.num_samples_per_epoch
-    group = run.engine.group
+    args, events, state, group = run.args, run.events, run.events.state, run.engine.group
+    state.max_steps = run.length.num_steps or -1
+    state.num_train_epochs = run.length.num_epochs or 0
+    state.num_steps_per_epoch = run.length.steps_per_epoch
+    state.num_samples_per_epoch = run.batches.num_samples or state.num_samples_per_epoch
     with (
         StopRequest(saves=run.checkpoints.is_on) as stop,
-        group.naming_faults(lambda: f"step {run.state.global_step + 1}"),
+        group.naming_faults(lambda: f"step {state.global_step + 1}"),
     ):
-        begin(run)
-        while not (run.is_over or run.control.should_training_stop):
+        events.emit("on_train_begin")
+        run.checkpoints.begin()
+        if args.eval_on_start and state.global_step == 0:
+            evaluate_once(run)
+        # The checkpoint that a run goes on from may have been written between the end of an epoch and on_epoch_end.
+        is_at_start = state.num_epoch_samples_seen == 0
+        is_at_end = is_at_start or events.control.should_epoch_stop or events.control.should_training_stop
+        if state.epoch_end_is_due and (is_at_end or run.is_over):
+            close_epoch(run, state.num_epochs_done - 1 if is_at_start else state.num_epochs_done)
+        while not (run.is_over or events.control.should_training_stop):
             train_epoch(run, stop)
         if run.stop_signal is None:
-            end(run)
+            if args.save_strategy == "steps":
+                run.checkpoints.save()
+            if args.eval_at_end:
+                evaluate_once(run)
+                act(run)
         run.checkpoints.finish()
         run.finish()
-        run.events.emit("on_train_end")
-
-
-def begin(run: Run) -> None:
-    """Do what is due before the first step, or before going on."""
-    run.events.emit("on_train_begin")
-    run.checkpoints.begin()
-    if run.args.eval_on_start and run.state.global_step == 0:
-        evaluate_once(run)
-    close_epoch_of_former_run(run)
-
-
-def end(run: Run) -> None:
-    """Do what is due after the last step."""
-    if run.args.save_strategy == "steps":
-        run.checkpoints.save()
-    if run.args.eval_at_end:
-        evaluate_once(run)
-        act(run)
+        events.emit("on_train_end")
 
 
 def train_epoch(run: Run, stop: StopRequest) -> None:
     """Train what is left of one epoch; a signal leaves it open."""
-    epoch, start = run.state.num_epochs_done, run.state.num_epoch_samples_seen
-    run.state.epoch_end_is_due = True
-    run.events.emit("on_epoch_begin")
-    batches = iter(run.batches.epoch(epoch, start))
+    events, state = run.events, run.events.state
+    epoch = state.num_epochs_done
+    state.epoch_end_is_due = True
+    events.emit("on_epoch_begin")
+    batches = iter(run.batches.epoch(epoch, state.num_epoch_samples_seen))
     try:
         while True:
             waiting_since = now()
             batch = next(batches, None)
+            if batch is None and state.num_epochs_done == epoch:  # a stream ends: now its length is known
+                if state.num_epoch_samples_seen == 0:
+                    logger.warning("train_dataset gives no more samples: training stops at step %d", state.global_step)
+                    events.control.should_training_stop = True
+                else:
+                    state.num_samples_per_epoch = state.num_epoch_samples_seen
+                    state.end_epoch()
             if batch is None:
-                end_of_data(run, epoch, start)
                 break
             train_batch(run, batch, now() - waiting_since, stop)
             act(run)
-            if run.control.should_training_stop or run.control.should_epoch_stop or run.is_over:
+            if events.control.should_training_stop or events.control.should_epoch_stop or run.is_over:
                 break
     finally:
         # The traceback of an error would keep it alive, and with it the thread that reads ahead.
@@ -129,7 +120,8 @@ def train_epoch(run: Run, stop: StopRequest) -> None:
 
 def train_batch(run: Run, batch: GlobalBatch, data_seconds: float, stop: StopRequest) -> None:
     """Take one step on a batch that was waited for so many seconds, move the position past it, and report it."""
-    state, events, task, device = run.state, run.events, run.engine.task, run.engine.group.device
+    events, state = run.events, run.events.state
+    task, device = run.engine.task, run.engine.group.device
     events.emit("on_step_begin")
     started = now()
     random = generator_states(device)  # so that a step that fails can be replayed with the same dropout
@@ -163,40 +155,20 @@ def train_batch(run: Run, batch: GlobalBatch, data_seconds: float, stop: StopReq
     add_to_log_window(state, report, is_filtered=run.args.logging_nan_inf_filter)
     events.emit("on_step_end", report=report)
     if result.stop_signal is not None:
-        run.stop_signal, run.control.should_training_stop = result.stop_signal, True
+        run.stop_signal, events.control.should_training_stop = result.stop_signal, True
         events.is_stopped_by_signal = True
     if run.checkpoints.is_on and (result.stop_signal is not None or result.is_save_asked):
-        run.control.should_save = True
+        events.control.should_save = True
 
 
 def close_epoch(run: Run, epoch: int) -> None:
     """End an epoch, cut short if a callback asks for that, and call on_epoch_end."""
-    if run.control.should_epoch_stop and run.state.num_epochs_done == epoch:
-        run.state.end_epoch()
+    state = run.events.state
+    if run.events.control.should_epoch_stop and state.num_epochs_done == epoch:
+        state.end_epoch()
     run.events.emit("on_epoch_end")
-    run.state.epoch_end_is_due = False
+    state.epoch_end_is_due = False
     act(run)
-
-
-def close_epoch_of_former_run(run: Run) -> None:
-    """Call on_epoch_end for an epoch that had ended, without the call, when the checkpoint was written."""
-    state, control = run.state, run.control
-    is_at_end = state.num_epoch_samples_seen == 0 or control.should_epoch_stop or control.should_training_stop
-    if state.epoch_end_is_due and (is_at_end or run.is_over):
-        close_epoch(run, state.num_epochs_done - (state.num_epoch_samples_seen == 0))
-
-
-def end_of_data(run: Run, epoch: int, start: int) -> None:
-    """Close an epoch whose batches ran out; a stream now shows its length, or that it has nothing left."""
-    seen = run.state.num_epoch_samples_seen
-    if run.state.num_epochs_done > epoch:  # its length was known
-        return
-    if seen == 0:
-        logger.warning("train_dataset gives no more samples: training stops at step %d", run.state.global_step)
-        run.control.should_training_stop = True
-        return
-    run.state.num_samples_per_epoch = seen
-    run.state.end_epoch()
 
 
 def add_to_log_window(state: RunState, report: StepReport, *, is_filtered: bool) -> None:
@@ -210,44 +182,44 @@ def add_to_log_window(state: RunState, report: StepReport, *, is_filtered: bool)
         is_filtered: leave out the loss of a skipped step; the line always says that there was one.
     """
     window = dict(state.log_window)
-    loss_sum = report.loss * report.weight
+    weight = 1 if report.num_loss_tokens is None else report.num_loss_tokens  # in means over steps
+    loss_sum = report.loss * weight
     if not (report.is_skipped and is_filtered):
         window["loss_sum"] = window.get("loss_sum", 0.0) + loss_sum
-        window["weight"] = window.get("weight", 0) + report.weight
+        window["weight"] = window.get("weight", 0) + weight
     if report.is_skipped:
         window["num_skipped_steps"] = window.get("num_skipped_steps", 0) + 1
     else:
         window |= {"grad_norm": report.grad_norm, "learning_rate": report.learning_rate, **report.more}
         state.loss_sum += loss_sum
-        state.loss_weight += report.weight
+        state.loss_weight += weight
     state.log_window = window
 
 
-def take_log_line(state: RunState) -> dict[str, float]:
-    """Return the log line and start the next window; without a loss where every step was skipped."""
-    window, state.log_window = state.log_window, {}
-    loss_sum, weight = window.pop("loss_sum", 0.0), window.pop("weight", 0)
-    return {"loss": loss_sum / weight, **window} if weight else window
-
-
 def act(run: Run) -> None:
-    """Do what the callbacks asked for."""
+    """Do what the callbacks asked for: log, evaluate, save."""
+    state, control = run.events.state, run.events.control
     run.checkpoints.poll()
-    if run.control.should_log and run.state.log_window:
-        run.log(take_log_line(run.state))
-    run.control.should_log = False
-    if run.control.should_evaluate:
+    if control.should_log and state.log_window:
+        line, state.log_window = state.log_window, {}
+        loss_sum, weight = line.pop("loss_sum", 0.0), line.pop("weight", 0)
+        if weight:  # else every step was skipped
+            line = {"loss": loss_sum / weight, **line}
+        run.log(line)
+    run.events.control.should_log = False
+    if run.events.control.should_evaluate:
         evaluate_once(run)
-    run.control.should_evaluate = False
-    if run.control.should_save:
+    run.events.control.should_evaluate = False
+    if run.events.control.should_save:
         run.checkpoints.save()
-    run.control.should_save = False
+    run.events.control.should_save = False
 
 
 def evaluate_once(run: Run) -> None:
     """Evaluate, unless that was done after this very step: several reasons to evaluate may fall together."""
-    if run.state.evaluated_step != run.state.global_step:
+    state = run.events.state
+    if state.evaluated_step != state.global_step:
         run.evaluate()
-        run.state.evaluated_step = run.state.global_step
+        state.evaluated_step = state.global_step
         if not run.args.export_best:  # the export is the best one's place
             run.checkpoints.mark_best()

@@ -16,27 +16,23 @@ import torch
 from trainer.distributed.group import Group
 
 
+@dataclass
 class BatchMetrics:
-    """Named sums over the micro-batches of one step, kept in float64."""
+    """Named sums over the micro-batches of one step, of this rank alone until `reduce`; float64, on their device."""
 
-    def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def accumulate(self, **values: float | torch.Tensor) -> None:
         """Add each value (number or scalar tensor) to the sum of its name."""
         for name, value in values.items():
             added = torch.as_tensor(value).detach().double()
-            self._sums[name] = self._sums[name] + added if name in self._sums else added
-
-    def own(self, name: str) -> torch.Tensor:
-        """Return this rank's sum of one name, on its device."""
-        return self._sums[name]
+            self.sums[name] = self.sums[name] + added if name in self.sums else added
 
     def reduce(self, group: Group) -> dict[str, float]:
         """Sum over ranks in one collective, reset the sums, return them as numbers. All ranks know the same names."""
-        names = sorted(self._sums)
-        sums = torch.stack([self._sums[name].to(group.device) for name in names])
-        self._sums.clear()
+        names = sorted(self.sums)
+        sums = torch.stack([self.sums[name].to(group.device) for name in names])
+        self.sums.clear()
         return dict(zip(names, group.sum_tensor(sums).tolist(), strict=True))
 
 
@@ -82,11 +78,6 @@ class StepReport:
         is_skipped = values.pop("is_skipped")
         known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         return known | ({"is_skipped": True} if is_skipped else {})
-
-    @property
-    def weight(self) -> int:
-        """What this step weighs in a mean over steps: its loss tokens, or 1 where they are not known."""
-        return 1 if self.num_loss_tokens is None else self.num_loss_tokens
 
 
 def peak_memory_bytes(device: torch.device) -> int:

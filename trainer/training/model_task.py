@@ -266,7 +266,7 @@ class ModelTask:
         )
 
     def backward(self, batch: GlobalModelBatch, i: int) -> dict[str, Tensor]:
-        """Have `training_step` add the gradient of a micro-batch; return its share of the loss."""
+        """Add the gradient of a micro-batch by `training_step`; return its share of the loss."""
         num_items = batch.batch_num_items
         if num_items is not None and not self.args.average_tokens_across_devices:
             num_items = batch.own_num_items

@@ -31,9 +31,8 @@ from trainer.distributed.group import Group
 from trainer.errors import CheckpointError, NonFiniteError
 from trainer.model.prepared import Prepared
 from trainer.training.callbacks import RunState
-from trainer.training.checkpoints import Checkpoints
+from trainer.training.checkpoints import Checkpoints, build_saved_model
 from trainer.training.packed_task import pack_loss
-from trainer.training.saved_model import build_saved_model
 from trainer.training.step import Engine, GlobalBatch, StepResult
 
 logger = logging.getLogger(__name__)
@@ -102,7 +101,7 @@ class CrashRecorder:
 
 
 def plain(value: Any) -> Any:
-    """Give a batch as lists and dicts of tensors and numbers."""
+    """Return a batch as lists and dicts of tensors and numbers."""
     if hasattr(value, "micro_batches"):
         return {"micro_batches": plain(value.micro_batches), "num_samples": list(value.num_samples)}
     if isinstance(value, list | tuple):
@@ -129,8 +128,9 @@ def replay(folder: Path, group: Group) -> Finding | None:
         raise CheckpointError(f"{folder} is not a whole record of a step: {faults[0]}")
     prepared = build_saved_model(folder, StoredTensors(folder), group.device, is_packed=True)
     args = options_of(folder)
-    if (name := _first_bad_weight(prepared.model)) is not None:
-        return Finding(0, 0, f"weight {name}, before the step")
+    for name, weight in prepared.model.named_parameters():
+        if not _is_finite(weight):
+            return Finding(0, 0, f"weight {name}, before the step")
     world_size = manifest.read_manifest(folder).world_size
     for rank in range(world_size):
         with prepared.in_use():
@@ -188,10 +188,6 @@ def _watching(model: nn.Module) -> Iterator[list[str]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _first_bad_weight(model: nn.Module) -> str | None:
-    return next((name for name, weight in model.named_parameters() if not _is_finite(weight)), None)
 
 
 def _is_finite(tensor: Tensor) -> bool:

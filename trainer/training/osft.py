@@ -34,21 +34,24 @@ def build_split_model(
     group: Group,
     store: TokenStore,
 ) -> Prepared:
-    """Give a model that is ready to train on this rank, its matrices split if the options say so."""
+    """Return a model that is ready to train on this rank, its matrices split if the options say so."""
     if not args.osft:
         return build_model(model, args, tokenizer, group)
     importance = None
     if args.osft_adaptive_samples is not None:
         importance = _recorded_importance(args, group)
         if importance is None:
-            measured = build_model(copy.deepcopy(model), _as_loaded(args), tokenizer, group)
+            # A model that is only measured: nothing of it is compiled, or frozen by the names of split parts.
+            plain = copy.copy(args)
+            plain.torch_compile, plain.freeze_patterns = False, []
+            measured = build_model(copy.deepcopy(model), plain, tokenizer, group)
             importance = block_importance(measured, _first_packs(args, store, group))
             del measured
     return build_model(model, args, tokenizer, group, partial(apply_osft, args=args, importance=importance))
 
 
 def start(osft: Osft, events: Events, group: Group) -> dict[str, float]:
-    """Decompose the matrices, telling callbacks how far that is; gives how long it took and the most memory held."""
+    """Decompose the matrices, reporting progress to callbacks; return how long it took and the most memory held."""
     started = now()
     num_decomposed = start_osft(osft, lambda done, total: events.tell("on_decompose", done, total, now() - started))
     return {
@@ -70,13 +73,6 @@ def _recorded_importance(args: TrainingArguments, group: Group) -> dict[str, flo
     holding = [each for each in manifest.list_checkpoints(folder) if read_importance(each) is not None]
     steps = group.from_main([manifest.step_of(each) for each in holding[:1]])
     return read_importance(manifest.folder_of(folder, steps[0])) if steps else None
-
-
-def _as_loaded(args: TrainingArguments) -> TrainingArguments:
-    """The options of a model that is only measured: nothing is compiled, or frozen by the names of split parts."""
-    plain = copy.copy(args)
-    plain.torch_compile, plain.freeze_patterns = False, []
-    return plain
 
 
 def _first_packs(args: TrainingArguments, store: TokenStore, group: Group) -> list[Any]:

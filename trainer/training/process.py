@@ -40,7 +40,7 @@ def set_up_process(args: TrainingArguments, device: torch.device) -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library keep freed memory, as torch does on a GPU; return whether it can (only glibc can).
+    """Make the C library keep freed memory, as torch does on a GPU; return whether it can (only glibc can).
 
     Each step frees its activations and allocates as much again. Memory that went back to the system in between comes as
     new pages, zeroed one by one at the first write: a product of 20 MB took 14 ms in new pages, 2 ms in kept ones.

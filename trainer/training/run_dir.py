@@ -111,7 +111,7 @@ def _probe(folder: Path, group: Group) -> None:
 
 
 def _on_main(group: Group, act: Callable[[], object]) -> None:
-    """Have the main rank do something; what it raises as UsageError or CheckpointError is raised on every rank."""
+    """Run something on the main rank; the UsageError or CheckpointError that it raises is raised on every rank."""
     _, error = group.try_on_main(act, UsageError, CheckpointError)
     if (said := group.first_error(error)) is not None:
         kind, _, text = said.removeprefix("rank 0: ").partition(": ")

@@ -11,6 +11,7 @@ UNLESS_USED = (signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR2)  # stop, where noh
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *UNLESS_USED)  # stop
 SAVE_SIGNAL = signal.SIGUSR1  # save, and go on
 _SAVE = "asked_to_save"
+_FLAGS = {number: f"stopped_by_{number.name}" for number in SIGNALS}
 
 
 class StopRequest:
@@ -39,18 +40,21 @@ class StopRequest:
         self._restore()
 
     def as_flags(self) -> dict[str, float]:
-        """Give one 0 or 1 for each signal, to be summed over ranks."""
+        """Return a 0 or 1 for each signal, to be summed over ranks."""
         self._is_save_told = self.is_save_asked
-        return {_flag(number): float(self.signal == number) for number in SIGNALS} | {_SAVE: float(self._is_save_told)}
+        flags = {name: float(self.signal == number) for number, name in _FLAGS.items()}
+        flags[_SAVE] = float(self._is_save_told)
+        return flags
 
-    def agreed(self, totals: dict[str, float]) -> int | None:
-        """Give the signal that reached some rank, from the summed flags."""
-        return next((int(number) for number in SIGNALS if totals[_flag(number)] > 0), None)
+    def agreed(self, totals: dict[str, float]) -> tuple[int | None, bool]:
+        """Return the stop signal that reached some rank, and whether some rank was asked to save.
 
-    def agreed_to_save(self, totals: dict[str, float]) -> bool:
-        """Say whether some rank was asked to save, from the summed flags; what was told is asked no more."""
+        Args:
+            totals: the flags of `as_flags`, summed over ranks. A request to save that was among them is done with.
+        """
         self.is_save_asked = self.is_save_asked and not self._is_save_told
-        return totals[_SAVE] > 0
+        reached = [int(number) for number, name in _FLAGS.items() if totals[name] > 0]
+        return (reached[0] if reached else None), totals[_SAVE] > 0
 
     def _remember_to_save(self, number: int, frame: FrameType | None) -> None:
         self.is_save_asked = True
@@ -63,7 +67,3 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
-
-
-def _flag(number: signal.Signals) -> str:
-    return f"stopped_by_{number.name}"

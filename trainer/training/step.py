@@ -81,7 +81,7 @@ def take_step(engine: Engine, batch: GlobalBatch, stop: StopRequest) -> StepResu
     group, osft = engine.group, engine.osft
     while True:
         metrics = accumulate_gradients(engine, batch)
-        own_loss = metrics.own("loss")
+        own_loss = metrics.sums["loss"]
         metrics.accumulate(**stop.as_flags())  # one collective for the loss and what signals ask for
         totals = metrics.reduce(group)
         # FSDP2 has summed the gradients of sharded parameters over ranks; those that every rank holds whole are not.
@@ -96,13 +96,13 @@ def take_step(engine: Engine, batch: GlobalBatch, stop: StopRequest) -> StepResu
         optimizer.zero_grad()  # fp16 overflowed: the same batch again with a smaller scale
 
     learning_rate = float(schedule.get_last_lr()[0])
-    signals = (stop.agreed(totals), stop.agreed_to_save(totals))
+    signals = stop.agreed(totals)
     problem = find_non_finite(loss, grad_norm)
     if problem is not None:
         if steps_in_backward(optimizer):
             raise NonFiniteError(
-                f"{problem}: the optimizer stepped on it during backward and the weights are spoilt; go back to a "
-                "checkpoint"
+                f"{problem}: the optimizer stepped on it during backward and the weights are damaged; go back to "
+                "a checkpoint"
             )
         optimizer.zero_grad()
         advance(schedule)

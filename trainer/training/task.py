@@ -25,7 +25,6 @@ from trainer.distributed.group import Group
 from trainer.errors import DataError, UsageError
 from trainer.model.build import Adapt, load_model, prepare_model
 from trainer.model.isolation import check_positions
-from trainer.model.lora import add_lora
 from trainer.model.osft.layers import Osft
 from trainer.model.prepared import Prepared
 from trainer.optim.build import find_class
@@ -50,7 +49,7 @@ class Batches(Protocol):
         """Return where a stream stands, as plain values, if it says so; None: epoch and samples say it all."""
 
     def move_to(self, position: Any) -> None:
-        """Have the next epoch continue from what `position` returned."""
+        """Continue the next epoch from what `position` returned."""
 
 
 class Task(Protocol):
@@ -149,7 +148,7 @@ def load_datasets(
     """
     if args.data_path is None and not args.data_mixture:
         raise UsageError("data_path is missing: name the files to train on, or give Trainer a train_dataset")
-    with group.naming_faults(lambda: "preparing the data"), group.main_first():
+    with group.main_first():
         train, held_out, notes = load_data(args, tokenizer, args.seed, args.longest_sample, progress)
     if group.is_main:
         for note in notes:
@@ -205,19 +204,15 @@ def build_model(
     group: Group,
     adapt: Adapt | None = None,
 ) -> Prepared:
-    """Give a model that is ready to train on this rank: the one given, or the one that the options name.
+    """Return a model that is ready to train on this rank: the one given, or the one that the options name.
 
     `adapt` changes its modules before it is sharded.
     """
-    is_lora = args.lora_rank is not None
     if model is None:
-        lora = args if is_lora else None
-        return load_model(args, tokenizer, group.mesh, group.device, seed=args.seed, adapt=adapt, lora=lora)
-    if is_lora:
-        model = add_lora(model, args, args.seed)
+        return load_model(args, tokenizer, group.mesh, group.device, seed=args.seed, adapt=adapt)
     return prepare_model(model, args, group.mesh, group.device, is_packed=True, adapt=adapt)
 
 
 def build_cost(args: TrainingArguments, model: PreTrainedModel) -> CostModel:
-    """Give what packing balances over ranks."""
+    """Return what packing balances over ranks."""
     return TOKENS if args.packing_cost == "tokens" else cost_model_from_config(model.config.get_text_config())

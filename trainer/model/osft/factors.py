@@ -111,14 +111,11 @@ def reconstruction_error(osft: Osft) -> float:
                 gather_rows(part, owner) for part in (layer.weight, layer.osft_free, layer.osft_protected)
             )
             if weight is not None and free is not None and protected is not None:
-                errors.append(_distance_from_parts(layer, weight, free, protected))
+                matrix = layer.matrix(weight) if layer.is_tall else layer.matrix(weight).mT
+                rest = matrix - protected @ (protected.mT @ matrix) - (matrix @ free) @ free.mT
+                tiny = torch.finfo(matrix.dtype).tiny
+                errors.append((rest.norm() / matrix.norm().clamp_min(tiny)).item())
     return largest_of_ranks(max(errors), model_mesh(osft.model))
-
-
-def _distance_from_parts(layer: OsftLinear, weight: Tensor, free: Tensor, protected: Tensor) -> float:
-    matrix = layer.matrix(weight) if layer.is_tall else layer.matrix(weight).mT
-    rest = matrix - protected @ (protected.mT @ matrix) - (matrix @ free) @ free.mT
-    return (rest.norm() / matrix.norm().clamp_min(torch.finfo(matrix.dtype).tiny)).item()
 
 
 def _rounds(layers: Sequence[OsftLinear], model: nn.Module) -> Iterator[Sequence[OsftLinear]]:

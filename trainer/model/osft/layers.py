@@ -76,7 +76,7 @@ def osft_layers(model: nn.Module) -> dict[str, OsftLinear]:
 
 
 def is_osft_parameter(name: str) -> bool:
-    """Whether a parameter is part of a split matrix and no weight of the original model."""
+    """Return whether a parameter is part of a split matrix and no weight of the original model."""
     return name.rpartition(".")[2] in (UPDATE, FREE, PROTECTED)
 
 
