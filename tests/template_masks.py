@@ -1,126 +1,59 @@
-"""Label masks on real chat templates: `python -m tests.template_masks FOLDER` prints a table of what is right.
+"""Label masks on published chat templates: `python -m tests.template_masks FOLDER` prints tables of what is right.
 
-The templates are those of the packages in FOLDER (wheels and source archives, which `tox -e templates` downloads). The
-checks in `judge` know nothing of the trainer: they render with transformers and look for the words of each turn.
+The templates are those of the packages in FOLDER (wheels, source archives and npm archives, which `tox -e templates`
+downloads). Every chat is prepared with five kinds of tokenizer, and its ids and labels are held against
+`template_oracle`. Where TRL has a training template, its masks are compared too.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import functools
 import json
+import os
 import re
 import tarfile
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tests.fixtures.tokenizers import build_tokenizer
-from trainer.data.chat import ChatFormat, TemplateError
+from tests.template_oracle import CONTROL, Judge, as_written, end_of_turn, shapes, squeezed, words_of
+from trainer.config.groups import DataArguments
+from trainer.data.jsonl import Document, FileKind
 from trainer.data.spans import SpanFinder
+from trainer.data.tokenize import DocumentTokenizer, Recipe
+from trainer.errors import DataError
+from trainer.labels import IGNORE_INDEX
 
-# Names of tokens that end what a model writes, in the templates that are published.
-END_NAMES = (
-    r"im_end|eot_id|eom_id|eom|message_sep|tools_suffix|end_of_turn|eot|end|return|call|endoftext|end_of_text|END_OF_TURN_TOKEN|eos|/s|turn\||"
-    r"assistant_end|end_of_sentence|end▁of▁sentence|im_sep_end|user|observation|system|tool_response|eod|EOT|end_message|"
-    r"turn_end|message_end|endofprompt|role_end|end_of_role|seed:eos|separator|sep|eoa|EOS|endofturn|end_of_msg|msg_end|"
-    # Idefics and SmolVLM; a tool call of Solar; Nemotron Nano 2, whose EOS is this reserved token.
-    r"end_of_utterance|calls|SPECIAL_12"
+KINDS = {
+    "byte-level": "byte-level BPE, the EOS ends turns",
+    "other EOS": "byte-level BPE that puts BOS before a text; its EOS ends turns only if the template writes it",
+    "Metaspace": "words with their space before them, as SentencePiece's, and byte fallback",
+    "Gemma": "as Gemma's: spaces become a letter, no word is split off",
+    "legacy": "as Llama 2's and Phi 3's: a space before the text, control tokens that swallow the spaces around them",
+}
+"""Kinds of tokenizer."""
+
+EOS_OF_TEMPLATES = (
+    "<|im_end|>",
+    "<|end_of_text|>",
+    "<|eot_id|>",
+    "<｜end▁of▁sentence｜>",
+    "<|return|>",
+    "<eos>",
+    "<|end|>",
 )
-END = re.compile(rf"(?:<[|｜]?/?(?:{END_NAMES})[|｜]?>|\[(?:EOT|e~\[|/?s)\]|</s>|\[e~\[|<eos>|\[\|endofturn\|\])")
-CONTROL = re.compile(
-    r"<[|｜][^<>{}'\"]{1,40}[|｜]>|<[a-zA-Z_▁:/][\w▁:/|]{1,30}>|\[/?[A-Z_]{2,24}\]|\[gMASK\]|<[a-z_]+\|>|<\|[a-z_\"]+>|\[e~\[|\]~b\]|\[\|[a-z]+\|\]"
-)
-OPENED = re.compile(
-    r"(?:<[\w:|]*(?:think|thought|reason|START_THINKING|inner_prefix)[\w:|]*>|\[THINK\])\s*\Z"
-    r"|Here are my reasoning steps:\s*\Z|<\|channel>thought\s*\Z"
-)
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "add",
-            "description": "Add numbers",
-            "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
-        },
-    }
-]
 
 
-def shapes() -> dict[str, dict[str, Any]]:
-    """The chats, by name; every text is unlike any other."""
-    u = [{"role": "user", "content": f"Ask {word}"} for word in ("zero", "two", "four")]
-    a = [{"role": "assistant", "content": f"Reply {word}"} for word in ("one", "three", "five")]
-    r = [
-        {**turn, "reasoning_content": f"Because {word}."}
-        for turn, word in zip(a, ("alpha", "beta", "gamma"), strict=True)
-    ]
-    t = [
-        {**turn, "content": f"<think>\nBecause {word}.\n</think>\n\n{turn['content']}"}
-        for turn, word in zip(a, ("alpha", "beta", "gamma"), strict=True)
-    ]
-    s = {"role": "system", "content": "Be brief"}
-
-    def call(arguments: Any, content: Any = "", name: str = "call00001") -> dict[str, Any]:
-        function = {"name": "add", "arguments": arguments}
-        return {
-            "role": "assistant",
-            "content": content,
-            "tool_calls": [{"id": name, "type": "function", "function": function}],
-        }
-
-    two = call({"a": 1717})
-    two["tool_calls"] = [*two["tool_calls"], *call({"a": 3939}, name="call00002")["tool_calls"]]
-    result = {"role": "tool", "content": "4242", "tool_call_id": "call00001", "name": "add"}
-    result2 = {"role": "tool", "content": "5353", "tool_call_id": "call00002", "name": "add"}
-    parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in (u[0], a[0], u[1], a[1])]
-    named = {
-        "one turn": [u[0], a[0]],
-        "two turns": [u[0], a[0], u[1], a[1]],
-        "three turns": [u[0], a[0], u[1], a[1], u[2], a[2]],
-        "system": [s, u[0], a[0]],
-        "system, two turns": [s, u[0], a[0], u[1], a[1]],
-        "assistant first": [a[0], u[0], a[1]],
-        "consecutive": [u[0], a[0], a[1]],
-        "ends with user": [u[0], a[0], u[1]],
-        "parts": parts[:2],
-        "parts, two turns": parts,
-        "spaces": [u[0], {**a[0], "content": "\n Reply one \n"}],
-        "reasoning": [u[0], r[0]],
-        "reasoning, two turns": [u[0], r[0], u[1], r[1]],
-        "reasoning, last only": [u[0], a[0], u[1], r[1]],
-        "reasoning, first only": [u[0], r[0], u[1], a[1]],
-        "think": [u[0], t[0]],
-        "think, two turns": [u[0], t[0], u[1], t[1]],
-        "think, last only": [u[0], a[0], u[1], t[1]],
-    }
-    with_tools = {
-        "tools unused": [u[0], a[0]],
-        "tools unused, system, two turns": [s, u[0], a[0], u[1], a[1]],
-        "call": [u[0], call({"a": 1717})],
-        "call as text": [u[0], call('{"a": 1717}'), result, a[0]],
-        "call and answer": [u[0], call({"a": 1717}), result, a[0]],
-        "call, null content": [u[0], call({"a": 1717}, None), result, a[0]],
-        "call beside text": [u[0], call({"a": 1717}, "Reply six"), result, a[0]],
-        "two calls": [u[0], two, result, result2, a[0]],
-        "call, answer, another turn": [u[0], call({"a": 1717}), result, a[0], u[1], a[1]],
-        "reasoned call": [u[0], {**call({"a": 1717}), "reasoning_content": "Because delta."}, result, a[0]],
-    }
-    chats: dict[str, dict[str, Any]] = {name: {"messages": messages} for name, messages in named.items()}
-    chats |= {name: {"messages": messages, "tools": TOOLS} for name, messages in with_tools.items()}
-    return chats
-
-
-def words_of(turn: dict[str, Any]) -> list[str]:
-    """What must be in the text of a turn."""
-    content = turn.get("content") or ""
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content)
-    words = [line.strip() for line in re.split(r"</?think>|\n", content) if line.strip()]
-    words += [turn[name] for name in ("reasoning_content",) if turn.get(name)]
-    return words + re.findall("1717|3939", json.dumps(turn.get("tool_calls", "")))
+# Templates from packages.
 
 
 def published(folder: Path) -> Iterator[tuple[str, str, str]]:
@@ -128,163 +61,174 @@ def published(folder: Path) -> Iterator[tuple[str, str, str]]:
     seen = set()
     for path in sorted(folder.iterdir()):
         package = re.split(r"-\d", path.name)[0]
-        texts: list[tuple[str, bytes]] = []
-        if path.suffix == ".whl":
-            with zipfile.ZipFile(path) as archive:
-                texts = [(name, archive.read(name)) for name in sorted(archive.namelist()) if name.endswith(".jinja")]
-        elif path.name.endswith(".tar.gz"):
-            with tarfile.open(path) as archive:
-                for member in archive:
-                    if member.isfile() and member.name.endswith(".jinja"):
-                        texts.append((member.name, archive.extractfile(member).read()))  # type: ignore[union-attr]
-        for name, raw in sorted(texts):
-            text = raw.decode()
+        found = [(name, text) for file, raw in files_of(path) for name, text in _templates_in(file, raw)]
+        for name, text in sorted(found):
             if "messages" in text and text not in seen:
                 seen.add(text)
-                yield package, Path(name).stem, text
+                yield package, name, text
 
 
-class Judge:
-    """What is right, found with transformers alone."""
-
-    def __init__(self, template: str, special: dict[str, str]) -> None:
-        self.template, self.special = template, special
-
-    def render(self, messages: Any, tools: Any, prompt: bool = False) -> str | None:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        options = {"tools": tools, "add_generation_prompt": prompt, **self.special}
-        try:
-            rendered: Any = render_jinja_template([messages], chat_template=self.template, **options)
-        except Exception:  # noqa: BLE001  a template may raise anything
-            return None
-        return rendered[0][0]
-
-    def can_mask(self, messages: list[Any], tools: Any) -> bool:
-        """Whether each turn, as the last of its chat, shows all of its words, and a token ends it."""
-        for i, turn in enumerate(messages):
-            if turn["role"] != "assistant":
-                continue
-            text = self.render(messages[: i + 1], tools)
-            if text is None or not all(word in text for word in words_of(turn)):
-                return False
-            last = max((text.rfind(word) + len(word) for word in words_of(turn)), default=len(text))
-            if not END.search(text, last):
-                return False
-        return self.render(messages, tools) is not None
-
-    def fault(self, messages: list[Any], tools: Any, i: int, before: str, span: str) -> str | None:
-        """Say what is wrong with the span of turn i behind the text `before`; None if nothing is."""
-        turn = messages[i]
-        words = words_of(turn)
-        for word in words:
-            if word not in span:
-                return f"{word!r} is not trained"
-        others = {word for k, other in enumerate(messages) if k != i for word in words_of(other)}
-        for word in others - set(words):
-            if word in span:
-                return f"{word!r} of another turn is trained"
-        last = max((span.rfind(word) + len(word) for word in words), default=0)
-        ends = list(END.finditer(span, last))
-        if not ends or ends[-1].end() != len(span):
-            return f"does not end in a token that ends turns: {span[-40:]!r}"
-        # The same history may be given in several forms: whichever of them it was, it must be what stands before.
-        first_fault = None
-        for variant in variants(messages[:i]) if i else ():
-            asked = self.render(variant, tools, prompt=True)
-            if asked is None:
-                continue
-            fault = self.fault_before(before, asked)
-            if fault is None:
-                return None
-            first_fault = first_fault or fault
-        return first_fault
-
-    def fault_before(self, before: str, asked: str) -> str | None:
-        """Say how the text before a span differs from what the model is given at inference."""
-        asked, before = OPENED.sub("", asked), OPENED.sub("", before)
-        if not (before.startswith(asked) or asked.startswith(before)):
-            at = next(k for k, (a, b) in enumerate(zip(before, asked, strict=False)) if a != b)
-            return f"another text before it than at inference: {before[at:][:60]!r}, not {asked[at:][:60]!r}"
-        rest = asked[len(before) :].strip()
-        # The generation prompt may hold an empty reasoning that the turn itself does not show (Gemma 4).
-        if rest and not re.fullmatch(r"(?:<[^<>]*>|\[[^\]]*\]|thought|\s)*", rest):
-            return f"{rest!r} of the generation prompt is trained"
-        return None
+def files_of(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield name and bytes of each file of a package that may hold templates."""
+    suffixes = (".jinja", ".py", "chat-template-automap.ts")
+    if path.suffix == ".whl":
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith(suffixes):
+                    yield name, archive.read(name)
+    elif path.suffix in (".gz", ".tgz"):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.isfile() and member.name.endswith(suffixes):
+                    yield member.name, tar.extractfile(member).read()  # type: ignore[union-attr]
 
 
-def variants(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Yield the messages with arguments as text and as objects, contents as strings and parts, empty or null."""
-    given: list[Any] = []
-    for as_text in (None, True, False):
-        for empty in ("given", "", None, "absent"):
-            for as_parts in (None, False, True):
-                varied = json.loads(json.dumps(messages))
-                for message in varied:
-                    for call in message.get("tool_calls", []):
-                        arguments = call["function"]["arguments"]
-                        if as_text is True and not isinstance(arguments, str):
-                            call["function"]["arguments"] = json.dumps(arguments)
-                        elif as_text is False and isinstance(arguments, str):
-                            call["function"]["arguments"] = json.loads(arguments)
-                    content = message.get("content")
-                    if not content and empty != "given":
-                        message["content"] = empty
-                        if empty == "absent":
-                            del message["content"]
-                    elif isinstance(content, list) and as_parts is False:
-                        message["content"] = content[0]["text"]
-                    elif content and isinstance(content, str) and as_parts is True:
-                        message["content"] = [{"type": "text", "text": content}]
-                if varied not in given:
-                    given.append(varied)
-                    yield varied
+def _templates_in(file: str, raw: bytes) -> Iterator[tuple[str, str]]:
+    """Yield name and text of the templates in a file: it is one, or has them as texts in its code, which is not run."""
+    if file.endswith(".jinja"):
+        yield Path(file).stem, raw.decode()
+    elif b"{%" not in raw or b"messages" not in raw:
+        return
+    elif file.endswith(".ts"):
+        for name, text in re.findall(r'model: "([^"]*)",\s*gguf: ("(?:[^"\\]|\\.)*")', raw.decode()):
+            yield name.rpartition("/")[2], json.loads(text)
+    else:
+        for node in ast.walk(ast.parse(raw)):
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+                text, target = node.value.value, node.targets[0]
+                if isinstance(text, str) and "{%" in text and isinstance(target, ast.Name):
+                    yield target.id.removesuffix("_template").replace("_", "-"), text
 
 
-@functools.lru_cache(maxsize=1)
-def finder_and_judge(template: str, byte_level: bool) -> tuple[SpanFinder, Judge]:
-    """Build both sides of the comparison for a template."""
-    tokenizer = build_tokenizer(None, byte_level=byte_level)
-    bos, eos = "<s>", "</s>"
-    for token in (
-        "<|im_end|>",
-        "<|end_of_text|>",
-        "<|eot_id|>",
-        "<｜end▁of▁sentence｜>",
-        "<|return|>",
-        "<eos>",
-        "<|end|>",
-    ):
-        if token in template and "eos_token" not in template:
-            eos = token
-            break
+# Tokenizers.
+
+
+@functools.cache
+def backend_of(kind: str) -> str:
+    """Build the tokenizer's backend of a kind, without the tokens of a template."""
+    from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+
+    backend = build_tokenizer(None, byte_level=kind in ("byte-level", "other EOS")).backend_tokenizer
+    copied = Tokenizer.from_str(backend.to_str())
+    if kind == "Gemma":
+        copied.normalizer = normalizers.Replace(" ", "▁")
+        copied.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        copied.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    if kind == "legacy":
+        copied.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        copied.pre_tokenizer = None
+        parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        copied.decoder = decoders.Sequence(parts)
+    return copied.to_str()
+
+
+def tokenizer_for(template: str, kind: str) -> Any:
+    """Build a tokenizer of a kind that holds the control tokens in a template's text."""
+    from tokenizers import AddedToken, Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    bos, eos = ("<bos>", "<eos>") if kind == "Gemma" else ("<s>", "</s>")
+    writes_eos = "eos_token" in template
+    if kind == "other EOS":
+        bos, eos = "<|begin|>", "<|endoftext|>"
+    else:
+        eos = next((token for token in EOS_OF_TEMPLATES if token in template and not writes_eos), eos)
+    backend = Tokenizer.from_str(backend_of(kind))
     tokens = sorted(set(CONTROL.findall(template)) | {bos, eos})
-    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
-    tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template = bos, eos, template
-    special = {"bos_token": bos, "eos_token": eos, "pad_token": str(tokenizer.pad_token)}
-    return SpanFinder(ChatFormat.from_tokenizer(tokenizer)), Judge(template, special)
+    swallows = kind == "legacy"
+    backend.add_special_tokens(
+        [
+            AddedToken(token, special=True, normalized=False, rstrip=swallows, lstrip=swallows and i % 2 == 0)
+            for i, token in enumerate(tokens)
+        ]
+    )
+    if kind == "other EOS":
+        number = backend.token_to_id(bos)
+        backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, number)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=bos, eos_token=eos, pad_token="<|endoftext|>", chat_template=template
+    )
 
 
-def judge(template: str, chat: dict[str, Any], byte_level: bool = True) -> tuple[str, str]:
-    """Say how the trainer masks a chat: equal, wrong, refused (though it could be masked), or impossible; and why."""
-    finder, oracle = finder_and_judge(template, byte_level)
-    messages, tools = chat["messages"], chat.get("tools")
+# Verdicts.
+
+
+class Case:
+    """A template with a kind of tokenizer: the trainer's preparation, and the oracle."""
+
+    def __init__(self, template: str, kind: str) -> None:
+        self.tokenizer = tokenizer_for(template, kind)
+        self.has_marks = re.search(r"generation\s*-?%}", template) is not None
+        recipe = Recipe.build(FileKind("messages", 1), self.tokenizer, DataArguments(), None)
+        self.prepare = DocumentTokenizer(recipe)
+        assert recipe.chat is not None
+        self.finder = SpanFinder(recipe.chat)
+        special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
+        self.oracle = Judge(template, special, exact=kind in ("byte-level", "other EOS"))
+
+    def text(self, ids: Any) -> str:
+        """Return the ids as text, without spaces where the tokenizer does not keep them."""
+        text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text if self.oracle.exact else squeezed(text)
+
+    def judge(self, chat: dict[str, Any]) -> tuple[str, str]:
+        """Say how a chat is masked: equal, wrong, refused (though it could be masked), or impossible; and why."""
+        messages, tools = chat["messages"], chat.get("tools")
+        try:
+            batch, _ = self.prepare.tokenize([Document("chats.jsonl", 1, chat)])
+        except DataError as error:
+            return ("refused" if self.oracle.can_mask(messages, tools) else "impossible"), error.found
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        spans = []
+        begin = 0
+        for length in batch.lengths.tolist():
+            ids, labels = batch.input_ids[begin : begin + length], batch.labels[begin : begin + length]
+            begin += length
+            spans += self._spans(ids, labels != IGNORE_INDEX, [words_of(messages[i]) for i in turns])
+        # A split chat may hold its turns in another order.
+        spans.sort(key=lambda pair: [not all(as_written(w, pair[1]) for w in words_of(messages[i])) for i in turns])
+        wrong = "by its marks" if self.has_marks else "wrong"
+        if len(spans) != len(turns):
+            return wrong, f"{len(spans)} spans"
+        for i, (before, span) in zip(turns, spans, strict=True):
+            fault = self.oracle.fault(messages, tools, i, before, span)
+            if fault is not None:
+                return wrong, fault
+        return "equal", ""
+
+    def _spans(self, ids: Any, is_trained: Any, words: list[list[str]]) -> list[tuple[str, str]]:
+        """Return each trained run as text, with the text before it; turns without headers make one run."""
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], is_trained, [False]]).astype(int))).tolist()
+        spans = []
+        for start, stop in zip(edges[::2], edges[1::2], strict=True):
+            before, run = self.text(ids[:start]), self.text(ids[start:stop])
+            held = [turn for turn in words if turn and all(as_written(word, run) for word in turn)]
+            for turn in held[:-1]:
+                last = max(run.find(squeezed(w) if not self.oracle.exact else w) + len(w) for w in turn)
+                end = end_of_turn(run, last)
+                if end is not None:
+                    spans.append((before, run[:end]))
+                    before, run = before + run[:end], run[end:]
+            spans.append((before, run))
+        return spans
+
+
+@functools.lru_cache(maxsize=len(KINDS))
+def case(template: str, kind: str) -> Case:
+    return Case(template, kind)
+
+
+def judge(template: str, chat: dict[str, Any], kind: str = "byte-level") -> tuple[str, str]:
+    """Say how the trainer masks a chat, and why."""
     try:
-        samples = finder.samples(messages, tools)
-    except TemplateError as error:
-        return ("refused" if oracle.can_mask(messages, tools) else "impossible"), str(error)
-    has_marks = "generation %}" in template
-    spans = [(sample.text[:start], sample.text[start:stop]) for sample in samples for start, stop in sample.spans]
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    # A split chat may hold its turns in another order.
-    spans.sort(key=lambda pair: [not all(word in pair[1] for word in words_of(messages[i])) for i in turns])
-    if len(spans) != len(turns):
-        return ("by its marks", "several marks") if has_marks else ("wrong", f"{len(spans)} spans")
-    for i, (before, span) in zip(turns, spans, strict=True):
-        fault = oracle.fault(messages, tools, i, before, span)
-        if fault is not None:
-            return ("by its marks" if has_marks else "wrong"), fault
-    return "equal", ""
+        return case(template, kind).judge(chat)
+    except Exception as error:  # noqa: BLE001  that is what is looked for
+        return "traceback", repr(error)
+
+
+def judge_all(template: str, kinds: list[str]) -> list[tuple[str, str, str, str]]:
+    """Judge all shapes with each kind: kind, shape, outcome, reason."""
+    return [(kind, shape, *judge(template, chat, kind)) for kind in kinds for shape, chat in shapes().items()]
 
 
 FAMILIES = {
@@ -316,12 +260,16 @@ FAMILIES = {
 """Families of models, and what is in the names of their templates; the first that fits counts."""
 
 
-def table_by_family(results: list[tuple[str, str, str, str]]) -> str:
-    """Lay out outcomes (name of the template, shape, outcome, reason) by family, with the commonest refusals."""
+Result = tuple[str, str, str, str, str]
+"""Name of the template, kind of tokenizer, shape of the chat, outcome, reason."""
+
+
+def table_by_family(results: list[Result]) -> str:
+    """Lay out outcomes by family, with the commonest refusals."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     names: dict[str, set[str]] = defaultdict(set)
     reasons: dict[str, Counter[str]] = defaultdict(Counter)
-    for name, _, outcome, why in results:
+    for name, _, _, outcome, why in results:
         family = next(
             (f for f, pattern in FAMILIES.items() if re.search(pattern, name.rpartition("/")[2].lower())), "others"
         )
@@ -349,26 +297,32 @@ OUTCOMES = ("equal", "by its marks", "impossible", "refused", "wrong")
 
 
 def main() -> None:
+    from tests.template_peers import compare_all
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", help="take templates only whose package and name have this in them")
     parser.add_argument("--every", type=int, default=1, help="take each n-th template only")
+    parser.add_argument(
+        "--kinds", default=",".join(KINDS), help="kinds of tokenizer: " + "; ".join(map(": ".join, KINDS.items()))
+    )
     parser.add_argument("--show", default="wrong,refused,traceback", help="outcomes to list")
     args = parser.parse_args()
-    results = []
-    found = [item for item in published(args.folder) if args.only in item[1]][:: args.every]
-    for package, name, template in found:
-        for shape, chat in shapes().items():
-            try:
-                outcome, why = judge(template, chat)
-            except Exception as error:  # noqa: BLE001  that is what is looked for
-                outcome, why = "traceback", repr(error)
-            results.append((f"{package}/{name}", shape, outcome, why))
-            if outcome in args.show.split(","):
-                print(f"{outcome}: {package}/{name} · {shape}: {why[:200]}", flush=True)
-    totals = Counter(outcome for _, _, outcome, _ in results)
-    print(f"\n{table_by_family(results)}\n\n{len(found)} templates, {len(results):,} cases: {dict(totals)}")
-    if totals["wrong"] or totals["traceback"]:
+    results: list[Result] = []
+    templates = {f"{package}/{name}": text for package, name, text in published(args.folder)}
+    names = [name for name in templates if args.only in name][:: args.every]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(judge_all, [templates[name] for name in names], repeat(args.kinds.split(",")))
+        for name, outcomes in zip(names, found, strict=True):
+            for kind, shape, outcome, why in outcomes:
+                results.append((name, kind, shape, outcome, why))
+                if outcome in args.show.split(","):
+                    print(f"{outcome}: {name} · {kind} · {shape}: {why[:200]}", flush=True)
+    totals = Counter(outcome for *_, outcome, _ in results)
+    print(f"\n{table_by_family(results)}\n\n{len(names)} templates, {len(results):,} cases: {dict(totals)}")
+    compared, num_faults = compare_all(args.folder)
+    print(f"\n{compared}")
+    if totals["wrong"] or totals["traceback"] or num_faults:
         raise SystemExit(1)
 
 

@@ -287,8 +287,8 @@ def test_a_chat_that_cannot_be_masked_is_refused_with_the_reason(template: str, 
 def test_a_template_that_marks_fewer_spans_than_turns_cannot_train_some_of_them() -> None:
     tokenizer = build_tokenizer("marks")
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
         "{% generation %}x<|im_end|>{% endgeneration %}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
     )
     for train_on in ("last", "assistant"):
         with pytest.raises(DataError, match="does not mark what an assistant turn says"):

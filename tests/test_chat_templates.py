@@ -244,15 +244,21 @@ def test_a_prompt_may_go_on_with_an_empty_reasoning_and_begin_a_turn_that_the_ch
     assert [span for _, span in trained(finder, LONG[1:])] == ["Reply one<turn|>", "Reply three<turn|>"]
 
 
-def test_a_turn_written_into_the_one_before_it_is_refused() -> None:
+def test_a_turn_written_into_the_one_before_it_is_trained_behind_what_the_model_is_given() -> None:
     """As a later Gemma 4: calls, results and the answer share a turn, which the generation prompt begins anew."""
     finder = finder_for(
         "{% for m in messages %}{% if m.role == 'user' %}<|turn>user\n{% elif loop.previtem.role == 'user' %}"
         "<|turn>assistant\n{% endif %}{{ m.content }}{% if loop.last or loop.nextitem.role == 'user' %}<turn|>\n"
         "{% endif %}{% endfor %}{% if add_generation_prompt %}<|turn>assistant\n{% endif %}"
     )
+    chat = [*SHORT, {"role": "tool", "content": "4242"}, assistant("Reply three")]
+    spans = trained(finder, chat)
+    question = "<|turn>user\nAsk zero<|turn>assistant\n"
+    assert spans[-1] == (f"{question}Reply one4242<turn|>\n<|turn>assistant\n", "Reply three<turn|>")
     with pytest.raises(TemplateError, match="joins an assistant turn with the message before it"):
-        trained(finder, [*SHORT, {"role": "tool", "content": "4242"}, assistant("Reply three")])
+        # What is written between the two cannot be told from what the second says.
+        joined = finder.format.template.replace("{{ m.content }}", "{{ ' ' if m.role == 'assistant' }}{{ m.content }}")
+        trained(finder_for(joined), chat)
 
 
 def test_an_open_last_turn_gets_the_token_that_ends_turns_within_the_chat() -> None:

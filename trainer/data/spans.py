@@ -24,10 +24,11 @@ from trainer.data.messages import (
     is_wanted,
     leaf_texts,
     roles_of,
+    with_arguments,
     with_functions,
     with_text,
 )
-from trainer.data.turn_style import TurnStyle, common_prefix, without_opened_reasoning
+from trainer.data.turn_style import TurnStyle, common_prefix, is_reasoning, without_opened_reasoning
 from trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Rendered:
     num_closed_turns: int = 0
     """Turns left open by the template, which got the token that stops them."""
     num_marked_headers: int = 0
-    """Turns whose generation mark covers the header that the model is given at inference."""
+    """Turns whose generation mark covers the header that the model is given at inference, which is not trained."""
     num_messages: int = 0
     """Messages that the sample shows, from the first."""
 
@@ -275,7 +276,8 @@ class SpanFinder:
 
     def _by_marks(self, turn: _Turn, marks: Sequence[Span], end: str, content: str) -> _Turn:
         """Take the spans from the template's generation marks; the end token that follows them is trained too."""
-        own = [(a, min(b, turn.stop)) for a, b in marks if b > turn.start and a < turn.stop]
+        is_header_marked = any(a < turn.start < b for a, b in marks)
+        own = [(max(a, turn.start), min(b, turn.stop)) for a, b in marks if b > turn.start and a < turn.stop]
         answer = _CLOSED_REASONING.split(content)[-1].strip()
         if not any(answer in turn.text[a:b] for a, b in own):
             raise TemplateError(
@@ -289,7 +291,7 @@ class SpanFinder:
                 own[-1] = (own[-1][0], turn.stop)
             else:
                 is_open = True
-        return replace(turn, spans=tuple(own), is_open=is_open, is_header_marked=own[0][0] < turn.start)
+        return replace(turn, spans=tuple(own), is_open=is_open, is_header_marked=is_header_marked)
 
     def _start(self, messages: list[Message], i: int, tools: Any, text: str) -> tuple[str | None, int]:
         """Find where in the text of the turn the model begins to write.
@@ -301,33 +303,45 @@ class SpanFinder:
         if asked is None:
             return None, self._start_by_header(messages, i, tools, text, header)
         if text.startswith(asked):
-            start = len(asked)
-        else:
-            changed = [*messages[:i], _begun_otherwise(messages[i])]
-            other = self.style.try_render(changed, tools)
-            common = common_prefix(asked, text)
-            if other is not None:
-                common = min(common, common_prefix(asked, other))
-            before = self.style.try_render(messages[:i], tools) or ""
-            if common < common_prefix(asked, before):
-                begin = self._start_by_header(messages, i, tools, text, header)
-                if text[:begin] == asked[:begin]:
-                    # What follows this header at inference is history: it is the header of an earlier turn.
-                    raise TemplateError(
-                        "the chat template joins an assistant turn with the message before it",
-                        "join consecutive messages of one role in the document, or give another chat_template",
-                    )
-                given = without_opened_reasoning(asked, len(asked))
-                return asked[:given], begin
-            start = min(self.style.token_start(asked, common), self.style.token_start(text, common))
+            return None, self._behind_header(text, without_opened_reasoning(text, len(asked)), header)
+        changed = [*messages[:i], _begun_otherwise(messages[i])]
+        other = self.style.try_render(changed, tools)
+        common = common_prefix(asked, text)
+        if other is not None:
+            common = min(common, common_prefix(asked, other))
+        start = min(self.style.token_start(asked, common), self.style.token_start(text, common))
         start = without_opened_reasoning(text, start)
-        if header and header in asked[start:] and not text.startswith(header, start):
-            # The turn goes on with the turn before it, but the model is given a header of its own (Gemma 4).
-            return asked[: without_opened_reasoning(asked, len(asked))], start
-        # The generation prompt may leave out a header, behind another assistant turn or always.
-        if header and text.startswith(header, start):
-            start += len(header)
-        return None, start
+        if is_reasoning(asked[start:]):
+            return None, self._behind_header(text, start, header)
+        # Something else follows at inference: another history, a header of this turn's own, or words of the prompt.
+        given = asked[: without_opened_reasoning(asked, len(asked))]
+        before = self.style.try_render(messages[:i], tools) or ""
+        own = 0 if other is None else common_prefix(text, other)
+        if not (common < common_prefix(asked, before) or header and text.rfind(header, 0, own) > common):
+            return given, self._behind_header(text, start, header)
+        begin = self._start_by_header(messages, i, tools, text, header)
+        if text[:begin] == asked[:begin]:
+            # What follows this header at inference is history: it is the header of an earlier turn, which goes on.
+            joined, said = common_prefix(text, before), content_text(messages[i]).strip()
+            if said and text.startswith(said, joined) and given.endswith(header):
+                return given, joined
+            raise TemplateError(
+                "the chat template joins an assistant turn with the message before it",
+                "join consecutive messages of one role in the document, or give another chat_template",
+            )
+        if asked == before:
+            given += header  # generation adds it
+        elif not given.rstrip().endswith(header.rstrip()):
+            raise TemplateError(
+                f"the chat template begins an assistant turn with {header!r}, but its generation prompt ends in "
+                f"{given[-len(header) :]!r}",
+                _MARKED_TEMPLATE,
+            )
+        return given, begin
+
+    def _behind_header(self, text: str, start: int, header: str) -> int:
+        """Skip a header that the generation prompt leaves out: behind another assistant turn, or always."""
+        return start + len(header) if header and text.startswith(header, start) else start
 
     def _start_by_header(self, messages: list[Message], i: int, tools: Any, text: str, header: str) -> int:
         changed = [*messages[:i], _begun_otherwise(messages[i])]
@@ -417,8 +431,13 @@ class SpanFinder:
         else:
             missing = [word for word in words if word not in other]
             last = len(text) - common_prefix(text[::-1], other[::-1])
+        # Words are found; numbers may still be cut (a template that takes quotes off JSON text by counting).
+        numbers = []
+        for function in called_functions(with_arguments(turn, as_text=False)):
+            numbers += [leaf for leaf in leaf_texts(function.get("arguments")) if leaf.isdecimal()]
+        missing += [number for number in numbers if number not in text]
         if missing:
-            lost = "tool calls" if other is None or len(missing) == len(words) else "some of the tool calls"
+            lost = "tool calls" if other is None or len(missing) >= len(words) else "some of the tool calls"
             raise TemplateError(
                 f"the chat template leaves out {lost} of an assistant turn",
                 "give a chat_template that writes tool calls, or mark the turn with 'train': false",

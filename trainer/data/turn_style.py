@@ -16,7 +16,7 @@ from trainer.data.messages import Message
 _REASONING_TAG = (
     r"<(?:\w+:)?(?:think|thinking|thought|thoughts|reason|reasoning|analysis|scratchpad)>"
     r"|\[(?:THINK|BEGIN_THINK)\]|<\|?START_THINKING\|?>|<\|(?:begin_of_thought|think_start|think|inner_prefix)\|>"
-    r"|<\|channel>thought|<\|begin\|>assistant<\|think\|>|Here are my reasoning steps:"
+    r"|<\|channel>(?:thought)?|<\|begin\|>assistant<\|think\|>|Here are my reasoning steps:"
 )
 _OPENED_REASONING = re.compile(rf"(?:{_REASONING_TAG})\s*\Z")
 _ANY_REASONING = re.compile(rf"\s*(?:{_REASONING_TAG})")
@@ -24,12 +24,17 @@ _ANY_REASONING = re.compile(rf"\s*(?:{_REASONING_TAG})")
 # Tokens that close a part of a turn, such as a tool call or an inner response, and never the turn.
 _PART = r"(?:tool|call|response|think|thought|channel|action|box|arg)"
 _CLOSES_PART = re.compile(
-    rf"^</(?!s>)|^\[/|^<\|/|{_PART}[^>]*end|end[^>]*{_PART}|^<(?:tool_call|tool_response|channel)\|>$", re.IGNORECASE
+    rf"^</[^>]*{_PART}|^\[/|^<\|/|{_PART}[^>]*end|end[^>]*{_PART}|^<(?:tool_call|tool_response|channel)\|>$",
+    re.IGNORECASE,
 )
 
 
 # What may stand between a turn that the template leaves open and the token that stops it.
+_WORDS = re.compile(r"\w\W*\s\W*\w")
 _BETWEEN = re.compile(r"</[^>]*>|[\s}\"'\])]")
+
+# A turn without a token of its own at its end may stop at the one that begins the next message, if that names its role.
+_NAMES_NEXT = re.compile("user|human|observation|tool|function|ipython|environment", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,8 @@ class TurnStyle:
     @property
     def stop_tokens(self) -> tuple[str, ...]:
         """Tokens with which the model ends what it writes: an answer, or a tool call."""
-        found = {self._try_end(calls, tools) for calls in (False, True) for tools in (False, True)}
-        return tuple(sorted(end.token for end in found if end is not None))
+        found = [self._try_end(calls, tools) for calls in (False, True) for tools in (False, True)]
+        return tuple(sorted({end.token for end in found if end is not None}))
 
     def header(self, has_tools: bool) -> str:
         """Return what the template writes before what an assistant writes, if that is more than spaces."""
@@ -70,8 +75,10 @@ class TurnStyle:
         tools = EXAMPLE_TOOLS if has_tools else None
         asked = self.format.adapted([{"role": "user", "content": Q}], tools)
         answered = self.format.adapted([*asked, {"role": "assistant", "content": W}], tools)
-        prompt, before = self.try_render(asked, tools, prompt=True), self.try_render(asked, tools)
-        text = self.try_render(answered, tools)
+        # Some templates write their instructions otherwise for other chats: what counts stands behind the question.
+        prompt = _behind_question(self.try_render(asked, tools, prompt=True))
+        before = _behind_question(self.try_render(asked, tools))
+        text = _behind_question(self.try_render(answered, tools))
         if prompt is not None and before is not None:
             begin = self.token_start(prompt, common_prefix(prompt, before))
             stop = without_opened_reasoning(prompt, len(prompt))
@@ -86,7 +93,10 @@ class TurnStyle:
         # There is no generation prompt, or it is always there.
         if text is None or before is None or W not in text:
             return ""
-        between = text[common_prefix(before, text) : text.index(W)]
+        common = self.token_start(text, common_prefix(before, text))
+        if prompt == before and _ANY_REASONING.match(before, common):
+            return ""  # it is always there, and goes on with a reasoning that the turn does not show
+        between = text[common : text.index(W)]
         reasoning = _ANY_REASONING.search(between)
         header = between[: reasoning.start()] if reasoning else between
         return header if header.strip() else ""
@@ -105,6 +115,12 @@ class TurnStyle:
                 "the chat template writes no end-of-turn token after an assistant turn, so that the model would never "
                 "learn to stop",
                 "give a chat_template that writes one, such as the tokenizer's EOS",
+            )
+        if not calls and _WORDS.search(self._tokens.sub("", end.tail.partition(end.token)[0])):
+            raise TemplateError(
+                "the chat template goes on with words of its own behind what an assistant turn says, as templates of "
+                "models that judge a chat do",
+                "give a chat_template of a model that answers",
             )
         return end
 
@@ -126,14 +142,24 @@ class TurnStyle:
         text = self.try_render(chat, tools)
         if text is None or W not in text:
             return self._end_by_eos() if not calls else None
+        as_user = self.format.adapted([*asked, {"role": "user", "content": W}])
+        eos = self._end_by_eos()
+        if not calls and eos is None and text == self.try_render(as_user, tools):
+            return None  # a template of texts, not of turns
         begin, _, rest = text.partition(Q)
         between, _, tail = rest.rpartition(W)
         openers = self._openers(begin, has_tools)
-        at_end = self._before_openers(tail, openers)
+        header = self.header(has_tools)
+        if header in between:
+            openers -= set(self._tokens.findall(between[: between.index(header)])[:1])  # it ends the question
+        at_end = self._before_openers(tail, openers, between)
+        if not at_end:
+            # At the end of a chat, a token that does not stand before a turn ends the one before it.
+            at_end = [token for token in self._closing(tail, between)[:1] if token not in between]
         within = self._within(chat, calls, tools)
         plain = None if not calls else self._try_end(False, has_tools)
         if at_end:
-            followed = [] if within is None else self._before_openers(within, openers)
+            followed = [] if within is None else self._before_openers(within, openers, between)
             common = []
             for token, other in zip(at_end, followed, strict=False):
                 if token != other:
@@ -149,11 +175,17 @@ class TurnStyle:
             return None
         # The next message is the user's again: it begins with what both have before its content.
         next_header = begin[len(begin) - common_prefix(begin[::-1], within[::-1]) :]
-        followed = self._before_openers(within, openers | set(self._tokens.findall(next_header)[:1]))
+        followed = self._before_openers(within, openers | set(self._tokens.findall(next_header)[:1]), between)
         if not followed:
             # It may stop where the next message begins (GLM), if that does not begin as the model's own turns do.
-            begins_own = set(self._tokens.findall(self.header(has_tools)))
-            followed = [token for token in self._closing(within)[:1] if token not in begins_own]
+            if eos is not None:
+                return TurnEnd(eos.token, tail)
+            begins_own = set(self._tokens.findall(header + between))
+            followed = [
+                token
+                for token in self._closing(within, between)[:1]
+                if token not in begins_own and _NAMES_NEXT.search(token)
+            ]
         if followed and not _BETWEEN.sub("", within.partition(followed[-1])[0]):
             return TurnEnd(followed[-1], tail)
         return plain
@@ -190,13 +222,21 @@ class TurnStyle:
             at = match.end()
         return openers - {self.format.special_tokens.get("eos_token")}
 
-    def _closing(self, text: str) -> list[str]:
+    def _closing(self, text: str, before: str) -> list[str]:
+        """Return the tokens in a text that do not close a part of the turn that `before` begins."""
         eos = self.format.special_tokens.get("eos_token")
-        return [token for token in self._tokens.findall(text) if token == eos or not _CLOSES_PART.search(token)]
-
-    def _before_openers(self, text: str, openers: set[str]) -> list[str]:
         found = []
-        for token in self._closing(text):
+        for token in self._tokens.findall(text):
+            # </name> closes what <name> began, which is the turn if its header did.
+            begun = "<" + token[2:] if token.startswith("</") and token != "</s>" else None
+            is_part = begun is not None and begun not in before and begun in self.format.template
+            if token == eos or not (is_part or _CLOSES_PART.search(token)):
+                found.append(token)
+        return found
+
+    def _before_openers(self, text: str, openers: set[str], before: str) -> list[str]:
+        found = []
+        for token in self._closing(text, before):
             if token in openers:
                 break
             found.append(token)
@@ -215,6 +255,18 @@ class TurnStyle:
             return self.format.render(messages, tools, prompt)[0]
         except TemplateError:
             return None
+
+
+def _behind_question(text: str | None) -> str | None:
+    return None if text is None else text.rpartition(Q)[2]
+
+
+def is_reasoning(text: str) -> bool:
+    """Whether a text is a reasoning without words, opened or closed, or no text at all."""
+    begun = _ANY_REASONING.match(text)
+    if begun is None:
+        return not text.strip()
+    return not re.sub(r"<[^<>]*>|\[[^\[\]]*\]", "", text[begun.end() :]).strip()
 
 
 def without_opened_reasoning(text: str, stop: int) -> int:
