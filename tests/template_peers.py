@@ -74,7 +74,8 @@ def compare(case: Case, training: str, chat: dict[str, Any]) -> tuple[str, str]:
         is_more = is_more or not is_held or bool(re.search(r"\w\W*\s\W*\w", CONTROL.sub("", before)))
     if not is_more:
         return "header", found
-    if text != case.oracle.render(messages, tools) or re.search(r"""['"]type['"]: ['"]text|\\\\"""", trained):
+    as_code = any(code in trained for code in ("'type': 'text'", '"type": "text"', '\\"'))
+    if as_code or text != case.oracle.render(messages, tools):
         return "other text", found
     if not all(span in text for span in ours):
         return "history", found

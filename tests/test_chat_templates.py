@@ -207,7 +207,7 @@ def test_a_header_never_ends_inside_a_control_token() -> None:
 
 def finder_for(template: str) -> SpanFinder:
     tokenizer = build_tokenizer(None)
-    tokens = sorted(set(re.findall(r"<\|?[a-z_]+\|?>", template)) - set(tokenizer.get_vocab()))
+    tokens = sorted(set(re.findall(r"<[|/]?[a-z_]+\|?>", template)) - set(tokenizer.get_vocab()))
     tokenizer.add_special_tokens({"additional_special_tokens": tokens})
     tokenizer.chat_template = template
     return SpanFinder(ChatFormat.from_tokenizer(tokenizer))
@@ -255,10 +255,12 @@ def test_a_turn_written_into_the_one_before_it_is_trained_behind_what_the_model_
     spans = trained(finder, chat)
     question = "<|turn>user\nAsk zero<|turn>assistant\n"
     assert spans[-1] == (f"{question}Reply one4242<turn|>\n<|turn>assistant\n", "Reply three<turn|>")
+    # What is written between the two cannot be told from what the second says.
+    apart = finder_for(
+        finder.format.template.replace("{{ m.content }}", "{{ ' ' if m.role == 'assistant' }}{{ m.content }}")
+    )
     with pytest.raises(TemplateError, match="joins an assistant turn with the message before it"):
-        # What is written between the two cannot be told from what the second says.
-        joined = finder.format.template.replace("{{ m.content }}", "{{ ' ' if m.role == 'assistant' }}{{ m.content }}")
-        trained(finder_for(joined), chat)
+        trained(apart, chat)
 
 
 def test_an_open_last_turn_gets_the_token_that_ends_turns_within_the_chat() -> None:
@@ -272,3 +274,94 @@ def test_an_open_last_turn_gets_the_token_that_ends_turns_within_the_chat() -> N
         f"Reply {word}<|assistant_end|>" for word in ("one", "three")
     ]
     assert finder.style.stop_tokens[:1] == ("<|assistant_end|>",)
+
+
+CHATML_PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def test_a_closing_tag_ends_a_turn_that_its_opening_tag_began() -> None:
+    """As Laguna: the next message's header, also a token, is not trained; nor is a header that the mark covers."""
+    turn = "{% generation %}<assistant>{{ m.content }}</assistant>\n{% endgeneration %}"
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<user>{{ m.content }}</user>\n{% else %}" + turn
+        + "{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )  # fmt: skip
+    for given in (template, re.sub(r"{% (?:end)?generation %}", "", template)):
+        finder = finder_for(given)
+        assert finder.style.stop_tokens == ("</assistant>",)
+        spans = trained(finder, LONG)
+        assert [span for _, span in spans] == [f"Reply {word}</assistant>" for word in ("one", "three")]
+        assert all(before.endswith("<assistant>") for before, _ in spans)
+    assert finder_for(template).samples(LONG)[0].num_marked_headers == 2
+
+
+def test_a_turn_that_nothing_ends_stops_at_eos_or_where_the_next_role_is_named() -> None:
+    """As DeepSeek's early templates, which write EOS behind tool results only; and others, which never end a turn."""
+    named = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}{# <|user|> <|assistant|> #}"
+    )
+    assert [span for _, span in trained(finder_for(named), LONG)] == ["Reply one<|user|>", "Reply three<|user|>"]
+    with_eos = named.replace("{% endfor %}", "{{ eos_token if m.role == 'tool' }}{% endfor %}")
+    assert [span for _, span in trained(finder_for(with_eos), LONG)] == [ONE, THREE]
+    bare = "{% for m in messages %}<s>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
+    with pytest.raises(TemplateError, match="writes no end-of-turn token"):
+        trained(finder_for(bare), LONG)
+
+
+def test_history_that_the_generation_prompt_rewrites_is_not_trained() -> None:
+    """As A.X 4.0: the prompt drops the reasoning of all turns, a chat without a prompt keeps it."""
+    finder = finder_for(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content.split('</think>')[-1] if add_generation_prompt else m.content }}<|im_end|>\n{% endfor %}"
+        + CHATML_PROMPT
+    )
+    thinking = [
+        SHORT[0],
+        assistant("<think>a</think>Reply one"),
+        user("Ask two"),
+        assistant("<think>b</think>Reply three"),
+    ]
+    (_, first), (before, second) = trained(finder, thinking)
+    assert (first, second) == (f"<think>a</think>{ONE}", f"<think>b</think>{THREE}")
+    assert "<think>a" not in before
+    assert before.endswith(f"\n{ONE}\n<|im_start|>user\nAsk two{END}\n<|im_start|>assistant\n")
+
+
+def test_a_turn_is_trained_behind_what_the_prompt_gives_however_the_template_writes_it() -> None:
+    """As Molmo 2, whose turns have a space before their header; as HiPO, whose prompt opens more than the header."""
+    turn = "{{ ' ' if m.role == 'assistant' }}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    spaced = "{% for m in messages %}" + turn + "{% endfor %}" + CHATML_PROMPT
+    opened = spaced.replace("{{ ' ' if m.role == 'assistant' }}", "").replace(
+        "assistant\n{% endif", "assistant\n<judge>{% endif"
+    )
+    for template, given in ((spaced, "assistant\n"), (opened, "assistant\n<judge>")):
+        spans = trained(finder_for(template), LONG)
+        assert [span for _, span in spans] == [ONE, THREE]
+        assert all(before.endswith(f"<|im_end|>\n<|im_start|>{given}") for before, _ in spans)
+
+
+def test_templates_that_are_not_of_a_model_that_answers_are_refused() -> None:
+    """As Llama Guard: the chat is quoted in a question. As UserLM: the prompt begins a user's turn."""
+    turns = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    judged = "<|im_start|>user\n" + turns + "Is the last message above safe?<|im_end|>\n<|im_start|>assistant\n"
+    with pytest.raises(TemplateError, match="goes on with words of its own|generation prompt ends in") as caught:
+        trained(finder_for(judged), SHORT)
+    assert "give a chat_template" in caught.value.remedy
+    chatml = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    with pytest.raises(TemplateError, match="begins an assistant turn with .*, but its generation prompt ends in"):
+        trained(finder_for(chatml + CHATML_PROMPT.replace("assistant", "user")), SHORT)
+
+
+def test_a_number_of_a_tool_call_that_the_template_cuts_is_noticed() -> None:
+    """Quotes are taken off JSON text by counting, which cuts a number that stands last."""
+    tokenizer = build_tokenizer("plain")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ call.function | tojson }}",
+        "{% if call.function.arguments is string %}{{ call.function.name }}({{ call.function.arguments[2:-2] }})"
+        "{% else %}{{ call.function | tojson }}{% endif %}",
+    )
+    finder = SpanFinder(ChatFormat.from_tokenizer(tokenizer))
+    assert len(finder.samples(calling({"a": 1717}))) == 1
+    with pytest.raises(TemplateError, match="leaves out tool calls"):
+        finder.samples(calling('{"a": 1717}'))

@@ -304,7 +304,7 @@ class SpanFinder:
             return None, self._start_by_header(messages, i, tools, text, header)
         if text.startswith(asked):
             return None, self._behind_header(text, without_opened_reasoning(text, len(asked)), header)
-        changed = [*messages[:i], _begun_otherwise(messages[i])]
+        changed = [*messages[:i], _begun_otherwise(messages[i], W)]
         other = self.style.try_render(changed, tools)
         common = common_prefix(asked, text)
         if other is not None:
@@ -318,7 +318,11 @@ class SpanFinder:
         before = self.style.try_render(messages[:i], tools) or ""
         own = 0 if other is None else common_prefix(text, other)
         if not (common < common_prefix(asked, before) or header and text.rfind(header, 0, own) > common):
-            return given, self._behind_header(text, start, header)
+            start = self._behind_header(text, start, header)
+            another = self.style.try_render([*messages[:i], _begun_otherwise(messages[i], V)], tools)
+            if other is None or another is None or self.style.has_words(other[start : common_prefix(other, another)]):
+                raise self._other_header(text[start:own], given)
+            return given, start
         begin = self._start_by_header(messages, i, tools, text, header)
         if text[:begin] == asked[:begin]:
             # What follows this header at inference is history: it is the header of an earlier turn, which goes on.
@@ -332,19 +336,22 @@ class SpanFinder:
         if asked == before:
             given += header  # generation adds it
         elif not given.rstrip().endswith(header.rstrip()):
-            raise TemplateError(
-                f"the chat template begins an assistant turn with {header!r}, but its generation prompt ends in "
-                f"{given[-len(header) :]!r}",
-                _MARKED_TEMPLATE,
-            )
+            raise self._other_header(header, given)
         return given, begin
+
+    def _other_header(self, header: str, given: str) -> TemplateError:
+        return TemplateError(
+            f"the chat template begins an assistant turn with {header!r}, but its generation prompt ends in "
+            f"{given[-max(len(header), 20) :]!r}",
+            "give a chat_template whose generation prompt is the header of assistant turns",
+        )
 
     def _behind_header(self, text: str, start: int, header: str) -> int:
         """Skip a header that the generation prompt leaves out: behind another assistant turn, or always."""
         return start + len(header) if header and text.startswith(header, start) else start
 
     def _start_by_header(self, messages: list[Message], i: int, tools: Any, text: str, header: str) -> int:
-        changed = [*messages[:i], _begun_otherwise(messages[i])]
+        changed = [*messages[:i], _begun_otherwise(messages[i], W)]
         other = self.style.try_render(changed, tools)
         begin = len(text) if other is None else common_prefix(text, other)
         if not header:
@@ -467,12 +474,12 @@ def generation_prompt(
     return list(tokenizer(text, add_special_tokens=False)["input_ids"]), reference
 
 
-def _begun_otherwise(turn: Message) -> Message:
-    """Return the turn with another first letter in all that may come first."""
-    changed = with_text(turn, lambda said: W + said)
+def _begun_otherwise(turn: Message, word: str) -> Message:
+    """Return the turn with a word before all that may come first."""
+    changed = with_text(turn, lambda said: word + said)
     for name in REASONING_FIELDS:
         if isinstance(turn.get(name), str) and turn[name]:
-            changed[name] = V + turn[name]
+            changed[name] = word + turn[name]
     return changed
 
 

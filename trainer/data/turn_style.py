@@ -242,6 +242,10 @@ class TurnStyle:
             found.append(token)
         return found
 
+    def has_words(self, text: str) -> bool:
+        """Whether there are letters in a text beside control tokens."""
+        return re.search(r"\w", self._tokens.sub("", text)) is not None
+
     def token_start(self, text: str, position: int) -> int:
         """Return where the control token begins that a position lies inside of, or the position."""
         for match in self._tokens.finditer(text, max(position - 100, 0), position + 100):
