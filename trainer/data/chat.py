@@ -108,6 +108,18 @@ class ChatFormat:
         return _MARKS.search(self.template) is not None and _MARKS.search(self.tool_template) is not None
 
     @cached_property
+    def literals(self) -> tuple[str, ...]:
+        """Return the texts in the template's code that it may look for in contents; short words of letters are not."""
+        from transformers.utils import chat_template_utils
+
+        try:
+            texts = chat_template_utils._get_template_literal_text(self.template).split("\0")
+        except Exception:  # noqa: BLE001  malformed templates are refused when they are rendered
+            return ()
+        marks = {text.strip() for text in texts}
+        return tuple(sorted(mark for mark in marks if len(mark) > 2 and not mark.isalnum()))
+
+    @cached_property
     def reads_clock(self) -> bool:
         """Return whether the template writes today's date into the text."""
         return "strftime_now" in self.template

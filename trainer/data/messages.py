@@ -83,6 +83,15 @@ def with_text(message: Message, change: Callable[[str], str]) -> Message:
     return {**message, "content": [*content[: texts[-1]], changed, *content[texts[-1] + 1 :]]}
 
 
+def begun_with(word: str, message: Message) -> Message:
+    """Return the message with a word before all of it that a template may write first: content and reasoning."""
+    changed = with_text(message, lambda said: word + said)
+    for name in REASONING_FIELDS:
+        if isinstance(message.get(name), str) and message[name]:
+            changed[name] = word + message[name]
+    return changed
+
+
 def called_functions(message: Message) -> list[dict[str, Any]]:
     """Return name and arguments of each tool call."""
     calls = message.get("tool_calls")

@@ -18,6 +18,7 @@ from trainer.data.chat import KEY, NAME, ChatFormat, Span, TemplateError, V, W
 from trainer.data.messages import (
     REASONING_FIELDS,
     Message,
+    begun_with,
     called_functions,
     content_text,
     is_plain,
@@ -99,7 +100,6 @@ class SpanFinder:
         self.style = TurnStyle(chat_format)
         self._split, self._close_open_turns = split, close_open_turns
         self._patterns: dict[Any, tuple[_Pattern, ...] | None] = {}
-        self._literals: tuple[str, ...] | None = None
 
     def prompt(self, messages: Sequence[Message], tools: Any = None) -> str:
         """Return the text from which an answer is generated; it ends in the header even if the template leaves it out.
@@ -141,13 +141,11 @@ class SpanFinder:
 
     def _by_pattern(self, messages: Sequence[Message], trained: tuple[int, ...]) -> list[Rendered] | None:
         contents = [message["content"] for message in messages]
-        if self._literals is None:
-            self._literals = _literals(self.format.template)
         if not all(map(str.strip, contents)):
             return None
         together = "\0".join(contents)
         # A template may look for these in a content, and write the turn otherwise then.
-        if any(literal in together for literal in self._literals):
+        if any(literal in together for literal in self.format.literals):
             return None
         key = (tuple(roles_of(messages)), trained)
         if key not in self._patterns:
@@ -304,7 +302,7 @@ class SpanFinder:
             return None, self._start_by_header(messages, i, tools, text, header)
         if text.startswith(asked):
             return None, self._behind_header(text, without_opened_reasoning(text, len(asked)), header)
-        changed = [*messages[:i], _begun_otherwise(messages[i], W)]
+        changed = [*messages[:i], begun_with(W, messages[i])]
         other = self.style.try_render(changed, tools)
         common = common_prefix(asked, text)
         if other is not None:
@@ -319,7 +317,7 @@ class SpanFinder:
         own = 0 if other is None else common_prefix(text, other)
         if not (common < common_prefix(asked, before) or header and text.rfind(header, 0, own) > common):
             start = self._behind_header(text, start, header)
-            another = self.style.try_render([*messages[:i], _begun_otherwise(messages[i], V)], tools)
+            another = self.style.try_render([*messages[:i], begun_with(V, messages[i])], tools)
             if other is None or another is None or self.style.has_words(other[start : common_prefix(other, another)]):
                 raise self._other_header(text[start:own], given)
             return given, start
@@ -351,7 +349,7 @@ class SpanFinder:
         return start + len(header) if header and text.startswith(header, start) else start
 
     def _start_by_header(self, messages: list[Message], i: int, tools: Any, text: str, header: str) -> int:
-        changed = [*messages[:i], _begun_otherwise(messages[i], W)]
+        changed = [*messages[:i], begun_with(W, messages[i])]
         other = self.style.try_render(changed, tools)
         begin = len(text) if other is None else common_prefix(text, other)
         if not header:
@@ -474,15 +472,6 @@ def generation_prompt(
     return list(tokenizer(text, add_special_tokens=False)["input_ids"]), reference
 
 
-def _begun_otherwise(turn: Message, word: str) -> Message:
-    """Return the turn with a word before all that may come first."""
-    changed = with_text(turn, lambda said: word + said)
-    for name in REASONING_FIELDS:
-        if isinstance(turn.get(name), str) and turn[name]:
-            changed[name] = word + turn[name]
-    return changed
-
-
 def _filled(parts: Sequence[str], contents: Sequence[str]) -> str:
     pieces = [parts[0]]
     for content, part in zip(contents, parts[1:], strict=True):
@@ -504,15 +493,3 @@ def _cut(text: str, words: Sequence[str]) -> tuple[str, ...] | None:
 def _letters(number: int) -> str:
     """Write a number in letters, all such words of the same length."""
     return "".join("abcdefghij"[int(digit)] for digit in f"{number:05}")
-
-
-def _literals(template: str) -> tuple[str, ...]:
-    """Return the texts in a template's code that it may look for in contents; short words of letters are not."""
-    from transformers.utils import chat_template_utils
-
-    try:
-        texts = chat_template_utils._get_template_literal_text(template).split("\0")
-    except Exception:  # noqa: BLE001  malformed templates are refused when they are rendered
-        return ()
-    marks = {text.strip() for text in texts}
-    return tuple(sorted(mark for mark in marks if len(mark) > 2 and not mark.isalnum()))
