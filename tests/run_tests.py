@@ -14,8 +14,8 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +27,7 @@ class Lane:
 
     words: tuple[str, ...]
     at_least: int
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ LANES = {
     "extras": Lane(("-n", WORKERS, "--dist", "worksteal", *OPTIONAL), at_least=400),
     "gloo2": Lane(("--ranks", "2", "--backends", "gloo", "-m", "world_size", "tests"), at_least=20),
     "gloo4": Lane(("--ranks", "4", "--backends", "gloo", "-m", "world_size", "tests"), at_least=5),
+    # Two hosts with a network between them, on this machine: needs root and iproute2.
+    "nodes2": Lane(("tests/system/test_nodes.py",), at_least=2, environment={"RUN_SLOW": "1"}),
     # On GPUs only what asks for them: nccl cells, as many as there were at the last change of this number, or more.
     **{
         f"gpu{count}": Lane(
@@ -108,7 +111,9 @@ def run_lane(
         report.unlink(missing_ok=True)
         started = time.monotonic()
         command = [sys.executable, "-m", "pytest", *words, *extra, f"--junitxml={report}"]
-        code = subprocess.run(command, cwd=root, env=ONE_THREAD | os.environ | COMPILED_ONCE).returncode
+        code = subprocess.run(
+            command, cwd=root, env={**ONE_THREAD, **os.environ, **COMPILED_ONCE, **lane.environment}
+        ).returncode
         counts = count(report)
     ran = counts["tests"] - counts["skipped"]
     return Result(

@@ -1,5 +1,7 @@
 """Prove that the suite notices: apply each bug of bugs.py to a copy of the repository and run the test that must fail.
 
+The test runs on the healthy copy first: a bug counts as caught only by a test that passes without it.
+
     python -m tests.mutants.run [--only WORD] [--list]
 
 Exit code 1 if a bug passes its test, if a test cannot run, or if one takes longer than the limit.
@@ -61,18 +63,28 @@ def copy_tree(target: Path) -> None:
             shutil.copy(source, target / name)
 
 
-def run_test(bug: Bug, root: Path) -> tuple[str, str]:
-    """Return the verdict on a bug, and the line in which the failing test says what is wrong.
+def run_test(test: str, root: Path) -> tuple[str, str]:
+    """Return what became of a test, `passed`, `failed` or else, and the line in which it says what is wrong."""
+    code, text = fork_pytest(["-x", "-q", test], root, LIMIT_SECONDS)
+    said = re.findall(r"^E\s+(\S.*)", text, flags=re.M)
+    if code == "1":
+        return "failed", said[0] if said else ""
+    return ("passed", "") if code == "0" else (code if code == "too slow" else "DID NOT RUN", text[-1500:])
 
-    The test runs in a fork, which finds torch and transformers imported.
+
+def fork_pytest(words: list[str], root: Path, limit_seconds: float) -> tuple[str, str]:
+    """Run pytest on the copy in a fork, which finds torch and transformers imported.
+
+    Returns:
+        Its exit code, or "too slow", and what it printed.
     """
     imported = ["-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]  # plugins of our libraries
-    words = [*imported, "-x", "-q", "-n0", "--no-header", "-p", "no:cacheprovider", f"--rootdir={root}", bug.test]
+    usual = [*imported, "-n0", "--no-header", "-p", "no:cacheprovider", f"--rootdir={root}"]
     shown = root / "shown.txt"
     child = os.fork()
     if child == 0:
-        _become_pytest(words, root, shown)
-    deadline = time.monotonic() + LIMIT_SECONDS
+        _become_pytest([*usual, *words], root, shown)
+    deadline = time.monotonic() + limit_seconds
     while os.waitpid(child, os.WNOHANG) == (0, 0):
         if time.monotonic() > deadline:
             os.killpg(child, signal.SIGKILL)
@@ -80,11 +92,21 @@ def run_test(bug: Bug, root: Path) -> tuple[str, str]:
             return "too slow", ""
         time.sleep(0.05)
     text = shown.read_text(encoding="utf-8")
-    code = text.rsplit("exit code ", 1)[-1]
-    said = re.findall(r"^E\s+(\S.*)", text, flags=re.M)
-    if code == "1":
-        return "caught", said[0] if said else ""
-    return ("SURVIVED", "") if code == "0" else ("DID NOT RUN", text[-1500:])
+    return text.rsplit("exit code ", 1)[-1], text
+
+
+def judge(bug: Bug, root: Path, healthy: dict[str, tuple[str, str]]) -> tuple[str, str]:
+    """Return the verdict on a bug, and what the test says; `healthy` keeps what tests say without any bug."""
+    if bug.test not in healthy:
+        healthy[bug.test] = run_test(bug.test, root)
+    if healthy[bug.test][0] != "passed":
+        return "FAILS ANYHOW", healthy[bug.test][1]
+    path = root / bug.file
+    text = path.read_text(encoding="utf-8")
+    path.write_text(mutate(bug, root), encoding="utf-8")
+    became, said = run_test(bug.test, root)
+    path.write_text(text, encoding="utf-8")
+    return {"failed": "caught", "passed": "SURVIVED"}.get(became, became), said
 
 
 def _become_pytest(words: list[str], root: Path, shown: Path) -> NoReturn:
@@ -109,7 +131,8 @@ def _become_pytest(words: list[str], root: Path, shown: Path) -> NoReturn:
 
 
 def import_heavy_libraries() -> None:
-    """Import once what takes seconds in every test process."""
+    """Import once what takes seconds in every test process, with one thread: the tests' models are tiny."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     for name in ("torch.distributed.fsdp", "transformers.models.llama.modeling_llama", "pyarrow"):
         importlib.import_module(name)
 
@@ -129,17 +152,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         copy_tree(root)
+        healthy: dict[str, tuple[str, str]] = {}
         for bug in chosen:
-            path = root / bug.file
-            healthy = path.read_text(encoding="utf-8")
             started = time.monotonic()
-            path.write_text(mutate(bug, root), encoding="utf-8")
-            verdict, said = run_test(bug, root)
-            path.write_text(healthy, encoding="utf-8")
+            verdict, said = judge(bug, root, healthy)
             num_missed += verdict != "caught"
-            print(
-                f"{verdict:11} {time.monotonic() - started:5.1f} s  {bug.law:24} {bug.what}: {said[-1500:]}", flush=True
-            )
+            seconds = time.monotonic() - started
+            print(f"{verdict:12} {seconds:5.1f} s  {bug.law:24} {bug.what}: {said[-1500:]}", flush=True)
     print(f"{len(chosen) - num_missed} of {len(chosen)} bugs caught")
     raise SystemExit(num_missed > 0)
 

@@ -7,9 +7,11 @@ import pytest
 
 from tests.mutants.bugs import BUGS, Bug
 from tests.mutants.run import mutate
+from tests.mutation import CORE, EQUIVALENT, all_mutants
 from tests.shape.source import ROOT, of_each
 
 MIN_BUGS = 30
+MIN_MUTANTS = 10
 
 
 @of_each(BUGS)
@@ -45,3 +47,13 @@ def test_the_table_in_the_documents_has_every_bug() -> None:
     for bug in BUGS:
         assert f"| {bug.law} | {bug.what} | `{bug.test.split('::')[-1]}` |" in text
     assert sum(line.startswith("| L") for line in text.partition("## Known bugs")[2].splitlines()) == len(BUGS)
+
+
+@pytest.mark.parametrize("file", CORE)
+def test_a_core_file_has_mutants_that_change_it(file: str) -> None:
+    healthy = ast.unparse(ast.parse((ROOT / file).read_text(encoding="utf-8")))
+    mutants = all_mutants(file)
+    assert len({mutant.text for mutant in mutants}) > MIN_MUTANTS
+    assert healthy not in {mutant.text for mutant in mutants}
+    recorded = {change for recorded, change in EQUIVALENT if recorded == file}
+    assert recorded <= {mutant.change for mutant in mutants}, "no longer there: take it out"

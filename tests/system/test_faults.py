@@ -1,8 +1,11 @@
 """Real processes that die, hang and fail: the job ends soon and says who it was, and what was saved is never lost."""
 
+import os
 import random
 import re
+import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,11 @@ from tests.fixtures.ranks.faults import Fault, disk_full, kill, nan, stop, throw
 from tests.fixtures.ranks.launch import Outcomes
 from trainer.checkpoint import manifest
 from trainer.checkpoint.verify import find_damage
+from trainer.config.arguments import TrainingArguments
+from trainer.distributed import failure
+from trainer.distributed.group import Group, unhurried
 from trainer.errors import CheckpointError, NonFiniteError, RankError
+from trainer.model.fsdp import any_rank
 
 KILLS_PER_RUN = 5
 RUNS, SLOW_RUNS = 8, 90  # with those under torchrun 50 kills by default, 500 in all with RUN_SLOW=1
@@ -89,6 +96,59 @@ def test_a_hanging_rank_is_named(launch, tmp_path: Path) -> None:
     assert WHERE_NOTICED.search(str(outcomes[0].error))
     assert outcomes[0].seconds < SECONDS_TO_END
     check_what_is_there(tmp_path)
+
+
+def freeze_the_store() -> None:
+    """Join as torchrun's ranks do where each start has a store of its own, which rank 0 keeps; then rank 0 freezes."""
+    failure.SECONDS_TO_SPEAK = 1.0
+    with Group.join(TrainingArguments(use_cpu=True, ddp_timeout=2)) as group, group.naming_faults(lambda: "step 1"):
+        group.any(True)
+        if group.is_main:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        group.any(True)
+
+
+def test_a_frozen_host_of_the_store_is_named(launch) -> None:
+    outcomes = launch(2, freeze_the_store, group=False, timeout=10)
+    assert outcomes[0].was_hung
+    assert str(outcomes[1].error) == (
+        "step 1: the host of the ranks' store did not answer within 2 s: another node is down or frozen, or the "
+        "network to it is"
+    )
+    assert outcomes[1].seconds < SECONDS_TO_END
+
+
+def long_work(longer: float, dies: bool) -> list[int]:
+    """Have the main rank work for longer than a collective may take; the other one may die meanwhile."""
+    failure.SECONDS_TO_SPEAK = 1.0
+    group, done = Group.join(TrainingArguments(use_cpu=True)), []
+
+    def work() -> None:
+        time.sleep(longer)
+
+    with group.naming_faults(lambda: "preparing the data"):
+        if dies and not group.is_main:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with group.main_first():
+            if group.is_main:
+                work()
+            done.append(1)
+        group.try_on_main(work)
+        with unhurried(partial(any_rank, mesh=group.mesh)):
+            if not group.is_main:
+                work()
+        done.append(2)
+    return done
+
+
+def test_long_work_of_one_rank_does_not_count_against_the_timeout(launch) -> None:
+    assert launch(2, long_work, 2 * PATIENCE, False, pg_timeout=PATIENCE).values == [[1, 2], [1, 2]]
+
+
+def test_a_rank_that_dies_while_another_works_is_named(launch) -> None:
+    outcomes = launch(2, long_work, 1.0, True, pg_timeout=PATIENCE)
+    assert outcomes[1].signal == "SIGKILL"
+    assert str(outcomes[0].error) == "preparing the data: rank 1 died or hangs: it did not answer within 1 s"
 
 
 def test_an_exception_on_one_rank_reaches_the_others(launch, tmp_path: Path) -> None:

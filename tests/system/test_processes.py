@@ -126,6 +126,38 @@ def test_a_signal_stops_after_the_step_and_saves(launch: Launch, job: Job, numbe
     assert [path.name for path in job.exports()] == [f"samples_{sum(line['num_samples'] for line in job.lines())}"]
 
 
+def main_with_broken_display(stdout: str | None, closes_stderr: bool, words: list[str]) -> int:
+    """Run a command whose stdout nobody reads, or lies on a full disk."""
+    if stdout == "pipe":
+        reads, writes = os.pipe()
+        os.close(reads)
+        os.dup2(writes, 1)
+    elif stdout is not None:
+        os.dup2(os.open(stdout, os.O_WRONLY), 1)
+    if closes_stderr:
+        os.close(2)
+        sys.stderr = None
+    return main(words)
+
+
+def test_a_display_that_fails_ends_no_run(launch: Launch, job: Job) -> None:
+    words = ["train", *job.words(), "--max-steps=2"]
+    note = "trainer: note: stdout cannot be written ({}): nothing more is shown"
+    (ended,) = launch(1, main_with_broken_display, "pipe", False, words, group=False)
+    assert ended.value == 0, ended.log
+    assert ended.log.count(note.format("Broken pipe")) == 1
+    assert "Traceback" not in ended.log
+    assert len(job.lines()) == 2
+    again = [*words, "--overwrite-output-dir"]
+    assert launch(1, main_with_broken_display, "/dev/full", True, again, group=False).values == [0]
+    assert len(job.lines()) == 2
+    # Of other commands the output is the result.
+    plan = ["plan", *job.words()]
+    (ended,) = launch(1, main_with_broken_display, "/dev/full", False, plan, group=False)
+    assert ended.value == 1
+    assert note.format("No space left on device") in ended.log
+
+
 def run_on_two(module: str, *words: str) -> tuple[int | None, str]:
     """Exit code of a job on two ranks, and the message of the error instead of it."""
     try:

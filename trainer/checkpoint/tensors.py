@@ -27,6 +27,7 @@ from trainer.checkpoint.manifest import INDEX
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError
 from trainer.model.fsdp import Region, local_part
+from trainer.model.lora import is_adapted
 
 OPTIMIZER = "optimizer"  # what the names of its tensors begin with
 SPLIT, SHARED, OWN = "split", "shared", "own"  # in pieces, equal on all ranks, another one on each rank
@@ -368,9 +369,10 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     strange = [name for name, value in stored.items() if not isinstance(value, Tensor)]
     if strange:
         raise CheckpointError(f"{strange[0]} of the model is no tensor: a checkpoint cannot hold it")
-    is_adapted = hasattr(model, "peft_config")
+    # What adapters adapt stays as it is: a digest of it is recorded.
+    is_whole = not is_adapted(model)
     tensors: dict[str, Tensor] = {
-        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad or not is_adapted
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad or is_whole
     }
     return tensors | {name: buffer for name, buffer in model.named_buffers() if name in stored}
 

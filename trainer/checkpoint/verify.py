@@ -102,7 +102,8 @@ def _faults_of_records(folder: Path, about: Manifest) -> dict[str, list[str]]:
 
 def check(folder: Path, group: Group) -> None:
     """Raise CheckpointError, on all ranks, where a checkpoint is not whole."""
-    faults = find_damage(folder, group.rank, group.world_size)
+    with group.unhurried():
+        faults = find_damage(folder, group.rank, group.world_size)
     more = f" and {len(faults) - NUM_FAULTS_SHOWN} more" if len(faults) > NUM_FAULTS_SHOWN else ""
     said = group.first_error(CheckpointError("; ".join(faults[:NUM_FAULTS_SHOWN]) + more) if faults else None)
     if said is not None:

@@ -171,9 +171,10 @@ class CheckpointWriter:
         pending, self._pending = self._pending, None
         assert pending is not None
         pending.report(self._report)
-        while pending.thread.is_alive():
-            pending.thread.join(SECONDS_BETWEEN_LOOKS)
-            pending.report(self._report)
+        with self.group.unhurried():
+            while pending.thread.is_alive():
+                pending.thread.join(SECONDS_BETWEEN_LOOKS)
+                pending.report(self._report)
         step = pending.contents.step
         self._agree(pending.error, step, pending.hidden)
         self._on_main(lambda: self._publish(pending), step, pending.hidden)

@@ -52,7 +52,10 @@ def run(words: Sequence[str]) -> int:
     from trainer.training.saved_model import open_saved_model
     from trainer.training.task import load_datasets
 
-    with Group.join(MachineArguments(use_cpu=options.use_cpu)) as group:
+    with (
+        Group.join(MachineArguments(use_cpu=options.use_cpu)) as group,
+        group.naming_faults(lambda: "evaluation"),
+    ):
         saved = open_saved_model(
             options.model,
             group.device,

@@ -1,9 +1,9 @@
-"""`trainer export`: a run's weights, or any Hugging Face folder, written anew in another type."""
+"""`trainer export`: a run's weights, or any Hugging Face folder, written anew in another type, or adapters merged."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +23,7 @@ class ExportOptions:
         None, "Type of the weights; as stored if unset."
     )
     max_shard_size: str = option("5GB", "Largest weight file.")
+    merge: bool = option(False, "Add adapters (LoRA) to the weights that they adapt; else adapters stay adapters.")
 
 
 def run(words: Sequence[str]) -> int:
@@ -56,10 +57,16 @@ def export(source: Path, options: ExportOptions) -> None:
     import torch
 
     from trainer.model.export import export_model
+    from trainer.model.lora import is_adapted, merge
     from trainer.optim.adapters import averaged_weights
     from trainer.training.saved_model import open_saved_model
 
     saved = open_saved_model(source)
+    prepared = saved.prepared
+    if options.merge and not is_adapted(prepared.outer):
+        raise UsageError(f"--merge has no effect: {source} holds no adapters; leave it out")
     dtype = getattr(torch, options.save_dtype) if options.save_dtype else None
     with averaged_weights(saved.optimizer):
-        export_model(saved.prepared, saved.tokenizer, options.target, dtype, options.max_shard_size)
+        if options.merge:
+            prepared = replace(prepared, model=merge(prepared.outer), wrapper=None)
+        export_model(prepared, saved.tokenizer, options.target, dtype, options.max_shard_size)

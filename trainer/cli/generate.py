@@ -60,7 +60,11 @@ def run(words: Sequence[str]) -> int:
 
     logging.disable_progress_bar()
     set_seed(options.seed)
-    with Group.join(MachineArguments(use_cpu=options.use_cpu)) as group, ExitStack() as stack:
+    with (
+        Group.join(MachineArguments(use_cpu=options.use_cpu)) as group,
+        group.naming_faults(lambda: "generation"),
+        ExitStack() as stack,
+    ):
         models = []
         for place in options.models:
             code = options.trust_remote_code

@@ -1,14 +1,87 @@
-"""Where the log lines of the package go while a command runs: to stderr, from `info` on rank 0, warnings elsewhere."""
+"""Where what a command shows goes: log lines to stderr, from `info` on rank 0, warnings elsewhere.
+
+Invariant: a display that fails (a pipe that nobody reads, a full disk, a closed stderr) ends no command.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import zip_longest
+from typing import Any, TextIO
 
 from trainer.distributed.topology import Topology
+
+
+class Display:
+    """A stream of text that takes what is written after it has failed, and says once on stderr that it did."""
+
+    def __init__(self, stream: TextIO, name: str) -> None:
+        self._stream, self._name = stream, name
+        self.error: OSError | ValueError | None = None
+
+    def write(self, text: str) -> int:
+        """Write; replace what the encoding of the terminal cannot say."""
+        if self.error is None:
+            try:
+                return self._stream.write(text)
+            except UnicodeEncodeError as error:
+                return self._stream.write(text.encode(error.encoding, "replace").decode(error.encoding))
+            except (OSError, ValueError) as error:
+                self._give_up(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what is held back."""
+        if self.error is None:
+            try:
+                self._stream.flush()
+            except (OSError, ValueError) as error:
+                self._give_up(error)
+
+    def _give_up(self, error: OSError | ValueError) -> None:
+        self.error = error
+        with suppress(OSError, ValueError):  # Python writes what is held back once more when it ends
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+        if self._name != "stderr":
+            reason = getattr(error, "strerror", None) or error
+            print(f"trainer: note: {self._name} cannot be written ({reason}): nothing more is shown", file=sys.stderr)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def display_that_may_fail() -> Iterator[Display]:
+    """Have no write to stdout or stderr raise; give what stands for stdout."""
+    _open_closed_streams()
+    before = sys.stdout, sys.stderr
+    shown = Display(sys.stdout, "stdout")
+    sys.stdout, sys.stderr = shown, Display(sys.stderr, "stderr")  # type: ignore[assignment]
+    try:
+        yield shown
+        shown.flush()
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def _open_closed_streams() -> None:
+    """Open what the caller closed (`2>&-`) onto nothing: the next file would get its number, and what is said there."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest free number
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115  as Python's own
 
 
 class _StderrHandler(logging.StreamHandler):

@@ -56,7 +56,8 @@ def train(args: TrainingArguments) -> int:
     logging.disable_progress_bar()  # ours says what happens
     tokenizer = load_tokenizer(args)
     with Group.join(args) as group:
-        agree(group, lambda: version_facts() | option_facts(args))  # preparing data may take hours
+        with group.naming_faults(lambda: "before the first step"):
+            agree(group, lambda: version_facts() | option_facts(args))  # preparing data may take hours
         with PreparationDisplay() as progress:
             train_dataset, eval_dataset = load_datasets(args, tokenizer, group, progress)
         trainer = CoreTrainer(

@@ -96,7 +96,7 @@ ALIASES = {
 WITH_VALUE = ("eval_strategy", "save_strategy", "logging_strategy", "lr_scheduler_type", "optim", "hub_strategy")
 """Options that are enums in transformers: scripts ask them for `.value`."""
 
-LEFT_TO_SCRIPTS = (  # beside all of the group DataArguments
+LEFT_TO_SCRIPTS = (  # beside all of the groups DataArguments and LoraArguments
     *("model_name_or_path", "model_config", "tokenizer_name_or_path", "trust_remote_code", "attn_implementation"),
 )
 """Options that HfArgumentParser does not see in TrainingArguments, so that they do not conflict with a script's own."""
@@ -122,8 +122,9 @@ FORMER_NAMES = {  # of transformers before 5, which scripts still have
     "warmup_ratio": "warmup_steps, below 1",
 }
 
-_LORA = "LoRA is not an option yet; wrap the model with peft's get_peft_model and give it to Trainer from Python"
-_FOUR_BITS = "quantised weights cannot be trained here; bf16 halves the memory of activations"
+_FOUR_BITS = (
+    "quantised weights cannot be trained or adapted; with lora_rank and bf16 a model stored in bfloat16 stays so"
+)
 _ATTENTION = "attn_implementation, which is chosen by itself"
 _PACKED = "samples are always packed, each seeing only itself"
 OF_MINI_TRAINER = {  # flags of mini_trainer that are not supported -> what to do instead
@@ -189,8 +190,14 @@ OTHER_TOOLS = {  # names that other trainers give an option -> ours, or what to 
     "load_in_4bit": _FOUR_BITS,
     "load_in_8bit": _FOUR_BITS,
     **OF_MINI_TRAINER,
-    **dict.fromkeys(("use_peft", "use_lora", "lora", "lora_r", "lora_rank", "lora_alpha", "lora_dropout"), _LORA),
-    **dict.fromkeys(("lora_target_modules", "lora_target", "adapter", "peft_config", "finetuning_type"), _LORA),
+    **dict.fromkeys(("use_peft", "use_lora", "lora", "lora_r", "adapter", "finetuning_type"), "lora_rank"),
+    **dict.fromkeys(("lora_target", "lora_target_linear"), "lora_target_modules"),
+    "use_rslora": "lora_use_rslora",
+    "use_dora": "lora_use_dora",
+    "init_lora_weights": "lora_init",
+    "peft_config": "lora_rank and its like, or give Trainer the model that peft.get_peft_model returns",
+    "lora_modules_to_save": "give Trainer the model that peft.get_peft_model returns",
+    "lora_target_parameters": "give Trainer the model that peft.get_peft_model returns",
 }
 
 VALUES = {  # values that people try -> the ones meant

@@ -102,6 +102,25 @@ class OsftArguments:
 
 
 @dataclass
+class LoraArguments:
+    """Low-rank adapters (LoRA), by PEFT."""
+
+    lora_rank: int | None = option(
+        None, "Train adapters of this rank and nothing else of the model (docs/lora.md); 16 is a good start.", above=0
+    )
+    lora_alpha: int | None = option(
+        None, "The adapters' output counts alpha / rank times; by default twice the rank.", above=0
+    )
+    lora_dropout: float = option(0.0, "Dropout of the adapters' inputs.", minimum=0, below=1)
+    lora_target_modules: None | str | list[str] = option(
+        None, "Names of modules to adapt or their ends, or one regular expression; by default all-linear, without head."
+    )
+    lora_use_rslora: bool = option(False, "Scale by alpha over the root of the rank (rank-stabilised LoRA).")
+    lora_use_dora: bool = option(False, "Train the magnitude of each weight's rows, too (DoRA); slower.")
+    lora_init: str = option("default", "First values of the adapters: default (Kaiming), gaussian or orthogonal.")
+
+
+@dataclass
 class DataArguments:
     """Training and validation data."""
 
@@ -440,6 +459,7 @@ GROUPS = (
     ExportArguments,
     ModelArguments,
     OsftArguments,
+    LoraArguments,
     DataArguments,
     BatchArguments,
     LoaderArguments,
@@ -460,6 +480,7 @@ IN_ORDER_OF_USE = (  # of the help and the documentation; above is the order of 
     BatchArguments,
     ScheduleArguments,
     OptimizerArguments,
+    LoraArguments,
     OsftArguments,
     EvaluationArguments,
     CheckpointArguments,

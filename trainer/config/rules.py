@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from trainer.config.arguments import TrainingArguments
 
 DataKind = Literal["token data", "custom data set"]
-IDENTITIES = ("data", "eval_data", "tokenizer", "callbacks", "unknown_options")  # what else a resume may change
+# What else a resume may change.
+IDENTITIES = ("data", "eval_data", "base_weights", "tokenizer", "callbacks", "unknown_options")
 
 
 class CombinationError(UsageError):
@@ -209,6 +210,29 @@ RULES: tuple[Rule, ...] = (
         ),
         "osft_rank_ratios = {osft_rank_ratios}: each ratio is a number from 0 to 1",
     ),
+    # LoRA
+    no_effect(
+        *("lora_alpha", "lora_dropout", "lora_target_modules", "lora_use_rslora", "lora_use_dora", "lora_init"),
+        unless=lambda args: args.lora_rank is not None,
+        why="without lora_rank: say lora_rank=16",
+    ),
+    exclude("osft", "lora_rank", "osft splits the matrices of a model, lora_rank puts adapters beside them: give one"),
+    wrong(
+        lambda args: args.lora_init not in ("default", "gaussian", "orthogonal"),
+        "lora_init = {lora_init!r}: allowed are default, gaussian and orthogonal; other ways of PEFT (pissa, olora, "
+        "loftq, eva ...) change the model's own weights or read data first: call get_peft_model in a script and give "
+        "Trainer the model that it returns",
+    ),
+    wrong(
+        lambda args: args.lora_init == "orthogonal" and bool(args.lora_rank % 2),
+        "lora_init=orthogonal needs an even rank, lora_rank is {lora_rank}",
+    ),
+    Rule(
+        ("optim_target_modules",),
+        lambda args: args.lora_rank is not None,
+        "optim={optim} projects gradients of whole matrices, and those of adapters have lora_rank={lora_rank} already: "
+        "choose another optim",
+    ),
     # checkpoints
     no_effect(
         "save_steps",
@@ -293,6 +317,7 @@ NO_EFFECT_ON: dict[DataKind, dict[str, str]] = {
         "max_tokens": "give max_steps or max_samples",
         "packing_cost": "batches are dealt by the number of samples",
         "osft": "only the matrices of a language model on token data are split",
+        "lora_rank": "wrap the model in peft.get_peft_model, and give that",
         "attn_implementation": "choose it when you build the model",
         "eval_exact_match": _ANSWERS,
         "score_answers": _ANSWERS,

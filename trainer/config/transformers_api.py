@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self
 
 from trainer.config.foreign_names import LEFT_TO_SCRIPTS, NOT_HERE
-from trainer.config.groups import DataArguments, LoaderArguments, MachineArguments
+from trainer.config.groups import DataArguments, LoaderArguments, LoraArguments, MachineArguments
 from trainer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ class FieldViews:
         is_first = len(own) == len(fields)  # of TrainingArguments itself, where nothing is hidden yet
         self.of_instance = {name: _with_init(field, True) for name, field in own.items()}
         self.of_class = dict(own)
-        for name in (*LEFT_TO_SCRIPTS, *(field.name for field in dataclasses.fields(DataArguments))):
+        of_scripts = (*dataclasses.fields(DataArguments), *dataclasses.fields(LoraArguments))
+        for name in (*LEFT_TO_SCRIPTS, *(field.name for field in of_scripts)):
             if is_first:  # what scripts load by themselves, and declare beside ours
                 self.of_class[name] = _with_init(own[name], False)
         for name, about in NOT_HERE.items():

@@ -6,7 +6,10 @@ ends only what it started. Knows nothing of models and data.
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -23,6 +26,10 @@ from trainer.distributed.orphan import end_with_launcher
 from trainer.distributed.topology import Topology, current_topology, gpu_index, refuse_lone_slurm_task
 from trainer.errors import PeerError, RankError
 
+SECONDS_BETWEEN_BEATS = 0.25
+SECONDS_BEFORE_TELLING = 300.0  # that other ranks are at work for so long; a disk that hangs would wait in silence
+
+logger = logging.getLogger(__name__)
 Given = TypeVar("Given")
 
 
@@ -33,7 +40,7 @@ class Group:
         self.topology, self.device = topology, device
         self._owns_process_group = owns_process_group
         self.mesh: DeviceMesh | None = None
-        self._num_runs = 0  # equal on all ranks
+        self._num_failures = 0  # equal on all ranks: where one fails, all do
         # Flags, counts and errors travel between CPUs: a wait for them over NCCL ends in its watchdog's abort when a
         # rank is gone, and nobody is told which.
         self._control: dist.ProcessGroup | None = None
@@ -112,17 +119,24 @@ class Group:
         """Wait until every rank has come here."""
         self.any(False)
 
+    @contextmanager
+    def unhurried(self) -> Iterator[None]:
+        """Leave the body together with all ranks, however long it takes some of them; it calls no collectives."""
+        with unhurried(None if self.mesh is None else self.any):
+            yield
+
     def try_on_main(self, act: Callable[[], Given], *kinds: type[Exception]) -> tuple[Given | None, Exception | None]:
         """Run something on the main rank; return (its result, None), or (None, its error) if it is of these kinds.
 
-        The other ranks get (None, None): `first_error` tells them.
+        The other ranks wait, however long it takes, and get (None, None): `first_error` tells them.
         """
-        if not self.is_main:
-            return None, None
-        try:
-            return act(), None
-        except kinds as error:
-            return None, error
+        with self.unhurried():
+            if not self.is_main:
+                return None, None
+            try:
+                return act(), None
+            except kinds as error:
+                return None, error
 
     def first_error(self, error: BaseException | None) -> str | None:
         """Say what went wrong on the first rank where something did, naming it; None where nothing did.
@@ -148,43 +162,50 @@ class Group:
     def naming_faults(self, where: Callable[[], str]) -> Iterator[None]:
         """Make errors of the body that come from a lost rank name it; `where` returns what this rank was doing.
 
+        Of several around each other, the innermost one does.
+
         Raises:
             RankError: another rank failed, died or hangs.
         """
-        self._num_runs += 1
         try:
             yield
+        except RankError:
+            raise
         except Exception as error:
             if self.mesh is None:
                 raise
-            announce(error, where(), self.rank, self._num_runs)
+            number, self._num_failures = self._num_failures, self._num_failures + 1
+            announce(error, where(), self.rank, number)
             if not is_loss_of_peer(error):
                 raise
-            raise RankError(f"{where()}: {name_failed_rank(self.rank, self.world_size, self._num_runs)}") from error
+            raise RankError(f"{where()}: {name_failed_rank(self.rank, self.world_size, number)}") from error
 
     @contextmanager
     def main_first(self, *, local: bool = True, what: str = "work") -> Iterator[None]:
         """Run the body on the first rank (of each node, or of all), then on the others, which find done what it did.
+
+        The others wait, however long it takes; it calls no collectives.
 
         Raises:
             PeerError: it failed on the first rank, which says why; the body is not run on the others.
             RankError: it failed on the first rank of another node.
         """
         leads = self.topology.is_local_main if local else self.topology.is_main
-        if not leads:
-            self._check_leads(PeerError, what)
-        try:
-            yield
-        except BaseException:
+        error: BaseException | None = None
+        with self.unhurried():
             if leads:
-                self.any(True)
-            raise
-        if leads:
-            self._check_leads(RankError, what)
-
-    def _check_leads(self, kind: type[RankError], what: str) -> None:
-        if self.any(False):
+                try:
+                    yield
+                except BaseException as caught:  # noqa: BLE001  raised below, once the others know
+                    error = caught
+        has_failed = self.any(error is not None)
+        if error is not None:
+            raise error
+        if has_failed:
+            kind = RankError if leads else PeerError
             raise kind(f"{what} stopped because the first rank failed; see its message")
+        if not leads:
+            yield
 
     def close(self) -> None:
         """End the process group if this object started it."""
@@ -199,6 +220,48 @@ class Group:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+@contextmanager
+def unhurried(is_any_at_work: Callable[[bool], bool] | None) -> Iterator[None]:
+    """Leave the body together with all ranks, however long it takes some of them.
+
+    While one is at work, a thread of it takes part in a collective of all every `SECONDS_BETWEEN_BEATS`: so no timeout
+    of a collective counts its work, and a rank that dies is noticed.
+
+    Args:
+        is_any_at_work: asks, with whether this rank is; a collective. None for one process.
+    """
+    if is_any_at_work is None:
+        yield
+        return
+    is_done = threading.Event()
+    lost: list[Exception] = []
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # each thread has one of its own
+
+    def beat() -> None:
+        if device is not None:
+            torch.cuda.set_device(device)
+        try:
+            while not is_done.wait(SECONDS_BETWEEN_BEATS):
+                is_any_at_work(True)
+        except Exception as error:  # noqa: BLE001  raised by the thread that works
+            lost.append(error)
+
+    thread = threading.Thread(target=beat, name="trainer-heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_done.set()
+        thread.join()
+    if lost:
+        raise lost[0]
+    since, tells_after = time.monotonic(), SECONDS_BEFORE_TELLING
+    while is_any_at_work(False):
+        if time.monotonic() - since > tells_after:
+            logger.warning("other ranks have been at work for %.0f s; this one waits for them", tells_after)
+            tells_after *= 2
 
 
 def _store_of_this_start(topology: Topology, timeout: timedelta) -> dist.Store:

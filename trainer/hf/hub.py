@@ -130,8 +130,10 @@ def on_lead(group: Group, do: Callable[[], Given], what: str) -> Given | None:
     Raises:
         OutputError: on all ranks, where it failed.
     """
-    done, error = group.try_on_main(do, Exception)  # its transport, and so what it raises, changes with the version
-    if (said := group.first_error(error)) is not None:
+    with group.naming_faults(lambda: what):
+        done, error = group.try_on_main(do, Exception)  # its transport, and so what it raises, changes with the version
+        said = group.first_error(error)
+    if said is not None:
         raise OutputError(f"{what}: {said}; log in with `hf auth login`, or give hub_token") from error
     return done
 

@@ -24,20 +24,21 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from trainer.config.groups import ModelArguments
+from trainer.config.groups import LoraArguments, ModelArguments
 from trainer.errors import ModelError, UsageError, named_error
 from trainer.model.attention import attention_settings, choose_attention
 from trainer.model.borrowing import Borrowing, settings_made_by
 from trainer.model.cross_entropy import LinearCrossEntropy, linear_cross_entropy_sum
 from trainer.model.freezing import freeze
-from trainer.model.fsdp import checkpoint_activations, compile_blocks, local_part, shard_for_training
+from trainer.model.fsdp import checkpoint_activations, compile_blocks, local_part, shard_for_training, unwrapped
 from trainer.model.isolation import check_isolation
 from trainer.model.liger import liger_cross_entropy_sum, liger_settings
+from trainer.model.lora import ADAPTER, HALVES, AdaptedWeights, add_lora, check_for_packs, hold, is_adapted
 from trainer.model.loss import measure_head
 from trainer.model.osft.layers import Osft, is_osft_parameter, unread_parameters
 from trainer.model.prepared import Prepared
 from trainer.model.tokenizer import align_special_ids, fit_vocabulary, padding_row_settings
-from trainer.model.traits import check_module, read_traits
+from trainer.model.traits import QUANTISED, check_module, read_traits
 from trainer.model.weights import FileWeights, SeededWeights, Weights
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -55,6 +56,7 @@ def load_model(
     *,
     seed: int,
     adapt: Adapt | None = None,
+    lora: LoraArguments | None = None,
     is_packed: bool = True,
 ) -> Prepared:
     """Load or create the model that the options describe, ready to train; every rank of the mesh calls.
@@ -66,12 +68,30 @@ def load_model(
         device: This rank's device.
         seed: Seed of weights that are not loaded; they do not depend on the number of ranks.
         adapt: Changes the model's modules before it is sharded and filled, such as `apply_osft`.
+        lora: Adapters to train in place of the model; None for none.
         is_packed: Whether it will read packs.
 
     Raises:
         ModelError: The model cannot be found, built, or trained as asked.
         IsolationError: Packed samples would see each other.
     """
+    model, weights = open_model(args, tokenizer, seed)
+    if lora is not None:
+        if tokenizer is not None and len(tokenizer) > read_config(args, find_model(args)).get_text_config().vocab_size:
+            raise ModelError(
+                f"the tokenizer has {len(tokenizer)} tokens, more than the model has embeddings, and LoRA trains none: "
+                "give the model's own tokenizer, or resize and save the model first"
+            )
+        wrapper = add_lora(model, lora, seed, place_of(args))
+        weights = AdaptedWeights(weights, model, wrapper.peft_config[ADAPTER].init_lora_weights, seed)
+        model = wrapper
+    return prepare_model(model, args, mesh, device, is_packed=is_packed, weights=weights, adapt=adapt)
+
+
+def open_model(
+    args: ModelArguments, tokenizer: PreTrainedTokenizerBase | None, seed: int
+) -> tuple[PreTrainedModel, Weights]:
+    """Build the model that the options describe on the meta device, and open where its weights come from."""
     folder = find_model(args)
     config = read_config(args, folder)
     if tokenizer is not None:
@@ -80,7 +100,13 @@ def load_model(
     weights = open_weights(model, args, folder, seed)
     if tokenizer is not None:
         align_special_ids(model, tokenizer)
-    return prepare_model(model, args, mesh, device, is_packed=is_packed, weights=weights, adapt=adapt)
+    return model, weights
+
+
+def place_of(args: ModelArguments) -> str | None:
+    """The model's folder from anywhere on this machine, or its name on the hub; None for random weights."""
+    name = args.model_name_or_path
+    return str(Path(name).resolve()) if name is not None and Path(name).is_dir() else name
 
 
 def find_model(args: ModelArguments) -> Path:
@@ -113,7 +139,7 @@ def read_config(args: ModelArguments, folder: Path) -> Any:
     except Exception as error:  # noqa: BLE001  a malformed file makes transformers raise anything
         raise ModelError(f"no usable config.json in {place}: {named_error(error)}") from error
     if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(f"{place}: quantised weights cannot be trained; start from the original model")
+        raise ModelError(f"{place}: {QUANTISED}")
     return config
 
 
@@ -195,7 +221,7 @@ def prepare_model(
     """Make a model ready to train on this rank, in place; every rank of the mesh calls.
 
     Args:
-        model: Any module with its weights, or one from `build_on_meta` with `weights`.
+        model: Any module with its weights, or one from `build_on_meta` with `weights`; PEFT may wrap it.
         args: How it trains.
         mesh: Ranks to shard over; None for one process.
         device: This rank's device.
@@ -209,16 +235,18 @@ def prepare_model(
         ModelError: It cannot be trained as asked.
         IsolationError: Packed samples would see each other.
     """
-    device = torch.device(device)
+    device, wrapper = torch.device(device), None
+    if is_packed and is_adapted(model):
+        # PEFT's wrapper runs its model past the hooks of FSDP2, so a trainer runs the model itself.
+        check_for_packs(model)
+        wrapper, model = model, unwrapped(model)
     check_module(model, is_packed=is_packed)
     traits = read_traits(model, label_names)
-    stored_dtype = model.config.dtype or torch.float32 if isinstance(model, PreTrainedModel) else None
-    if is_packed and model.dtype in (torch.bfloat16, torch.float16):
-        stored_dtype, model = model.dtype, model.float()  # master weights are float32
+    compute_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    stored_dtype = _set_formats(model, compute_dtype or torch.float32, is_packed=is_packed)
     osft = adapt(model) if adapt is not None else None
     if weights is None:
         model.to(device)
-    compute_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     settings, attention = [], None
     linear_cross_entropy: LinearCrossEntropy = linear_cross_entropy_sum
     if args.use_liger_kernels:
@@ -251,12 +279,30 @@ def prepare_model(
         attention=attention,
         linear_cross_entropy=linear_cross_entropy,
         osft=osft if osft is not None and osft.layers else None,
+        wrapper=wrapper,
         recomputes=args.gradient_checkpointing,
         borrowing=Borrowing(settings),
     )
     if is_packed and not is_record:
         check_isolation(prepared)
     return replace(prepared, head=measure_head(prepared)) if is_packed else prepared
+
+
+def _set_formats(model: nn.Module, compute_dtype: torch.dtype, *, is_packed: bool) -> torch.dtype | None:
+    """Give the parameters of a model that reads packs the formats to train in, in place; return the stored one."""
+    inner = unwrapped(model)
+    if not isinstance(inner, PreTrainedModel):
+        return None
+    stored_dtype = inner.config.dtype or torch.float32
+    if not is_packed:
+        return stored_dtype
+    if inner.dtype in HALVES:
+        stored_dtype = inner.dtype
+    if is_adapted(inner):
+        hold(inner, stored_dtype, compute_dtype)
+    elif inner.dtype in HALVES:
+        inner.float()  # master weights are float32
+    return stored_dtype
 
 
 def materialise(

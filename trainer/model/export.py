@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import stat
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,17 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.atomic import is_untouched, read_listing, sync, write_listing
+from trainer.distributed.group import unhurried
 from trainer.errors import CheckpointError
 from trainer.model.fsdp import any_rank, is_main, whole
+from trainer.model.lora import ADAPTER_CONFIG, adapter_tensors, is_adapted
 from trainer.model.osft.layers import is_osft_parameter, merged_weight, osft_layers
 from trainer.model.prepared import Prepared
 
 logger = logging.getLogger(__name__)
 
 MAX_SHARD_SIZE = "5GB"
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-ADAPTER = "adapter_config.json"  # of PEFT; an export holds one of the three at least
+CONFIG, WEIGHTS = "config.json", "model.safetensors"  # an export holds one of these, or PEFT's ADAPTER_CONFIG
 
 
 def export_model(
@@ -51,23 +53,26 @@ def export_model(
         prepared: The model, plain or sharded.
         tokenizer: Saved beside the model, if given.
         directory: The folder to make.
-        save_dtype: Format of the weights; None for the one in which the model was stored before training.
+        save_dtype: Format of the weights; None for the one in which the model was stored before training, of adapters
+            for the one in which they are trained.
         max_shard_size: Largest safetensors file.
         is_shared: The folder holds other things as well, which stay; only file by file does the export appear whole.
 
     Raises:
         CheckpointError: The main rank could not write, or `directory` holds something else than an export.
     """
-    target, model, mesh = Path(directory), prepared.model, prepared.mesh
-    tensors = _gather(model, save_dtype or prepared.stored_dtype, is_main(mesh))
+    target, model, mesh = Path(directory), prepared.outer, prepared.mesh
+    dtype = save_dtype if save_dtype is not None or is_adapted(model) else prepared.stored_dtype
+    tensors = _gather(model, dtype, is_main(mesh))
     error: Exception | None = None
-    if is_main(mesh):
-        try:
-            _check_range(tensors)
-            hidden = _stage(model, tokenizer, tensors, target, max_shard_size)
-            (_move_files if is_shared else _replace_folder)(hidden, target)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as caught:
-            error = caught
+    with unhurried(None if mesh is None else partial(any_rank, mesh=mesh)):
+        if is_main(mesh):
+            try:
+                _check_range(tensors)
+                hidden = _stage(model, tokenizer, tensors, target, max_shard_size)
+                (_move_files if is_shared else _replace_folder)(hidden, target)
+            except (OSError, ValueError, RuntimeError, SafetensorError) as caught:
+                error = caught
     if error is not None:
         any_rank(True, mesh)
         raise CheckpointError(f"could not export to {target}: {error}") from error
@@ -79,8 +84,9 @@ def _gather(model: nn.Module, dtype: torch.dtype | None, lead: bool) -> dict[str
     """Every stored tensor, whole, on the CPU of the main rank; floating-point ones in `dtype`, if one is given."""
     tied = set(getattr(model, "all_tied_weights_keys", ()))
     split = {f"{name}.weight": layer for name, layer in osft_layers(model).items()}
+    stored = adapter_tensors(model) if is_adapted(model) else model.state_dict()
     tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in stored.items():
         if name in tied or is_osft_parameter(name):
             continue
         gathered = merged_weight(split[name]) if name in split else whole(tensor)
@@ -109,7 +115,7 @@ def _stage(
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
     try:
-        if hasattr(model, "peft_config"):
+        if is_adapted(model):
             # All adapters, under PEFT's names: the first in the folder itself, others in folders of their own.
             model.save_pretrained(hidden, state_dict=tensors)
         elif isinstance(model, PreTrainedModel):
@@ -129,7 +135,7 @@ def _stage(
 def _replace_folder(hidden: Path, target: Path) -> None:
     """Rename a finished export, in place of an older one; what is not an untouched export of ours is set aside."""
     try:
-        looks_like_export = any((target / name).is_file() for name in (CONFIG, WEIGHTS, ADAPTER))
+        looks_like_export = any((target / name).is_file() for name in (CONFIG, WEIGHTS, ADAPTER_CONFIG))
         if target.exists() and not looks_like_export and any(target.iterdir()):
             raise ValueError("the folder holds something else than an export; choose another")
         if is_untouched(target):

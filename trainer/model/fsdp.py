@@ -41,6 +41,11 @@ PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "_grou
 }
 
 
+def unwrapped(model: Any) -> Any:
+    """The model itself, where PEFT wraps it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def decoder_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The repeated blocks of a model by name: what is sharded, compiled and recomputed as one."""
     classes = set(model._no_split_modules or [])
@@ -87,7 +92,8 @@ def compile_blocks(model: nn.Module, **settings: Any) -> None:
 
     Hardly two batches of text are equally long. The first step is slow.
     """
-    blocks = decoder_blocks(model) if isinstance(model, PreTrainedModel) else {}
+    inner = unwrapped(model)
+    blocks = decoder_blocks(inner) if isinstance(inner, PreTrainedModel) else {}
     for block in blocks.values():
         block.compile(dynamic=True, **settings)
     if not blocks:
@@ -138,7 +144,8 @@ def shard_model(
     policy = policy or MixedPrecisionPolicy()
     ignored = {parameter for parameter in model.parameters() if parameter.ndim == 0}
     ignored |= {_shard_rows(model, name, mesh) for name in unread}
-    blocks = decoder_blocks(model) if isinstance(model, PreTrainedModel) else {}
+    inner = unwrapped(model)
+    blocks = decoder_blocks(inner) if isinstance(inner, PreTrainedModel) else {}
     for module in (*blocks.values(), model):
         module.register_forward_hook(_own_outputs)  # runs before FSDP2's own
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)

@@ -36,6 +36,7 @@ class Prepared:
     head: HeadOutput | None = None  # what becomes of its head's output; None where that cannot be told
     linear_cross_entropy: LinearCrossEntropy = linear_cross_entropy_sum
     osft: Osft | None = None
+    wrapper: Any = None  # of PEFT, around the model, if that holds adapters
     recomputes: bool = False  # activations, in the backward pass
     borrowing: Borrowing = field(default_factory=Borrowing)
 
@@ -45,6 +46,11 @@ class Prepared:
         parameter = next(model.parameters())
         stored = getattr(getattr(model, "config", None), "dtype", None)
         return cls(model, parameter.device, None, parameter.dtype, False, read_traits(model), stored)
+
+    @property
+    def outer(self) -> Any:
+        """The model as users hold it: with PEFT's wrapper, if it has one; same parameters, other names."""
+        return self.model if self.wrapper is None else self.wrapper
 
     def in_use(self) -> AbstractContextManager[None]:
         """Context in which a trainer runs the model, forward and backward; may be nested.

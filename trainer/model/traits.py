@@ -21,9 +21,14 @@ from transformers.utils.generic import can_return_loss, find_labels
 
 from trainer.errors import ModelError
 from trainer.labels import IGNORE_INDEX
+from trainer.model.fsdp import unwrapped
 from trainer.model.precision import accumulation_dtype
 
 ITEMS = "num_items_in_batch"
+QUANTISED = (
+    "quantised weights cannot be trained, and adapters of them (QLoRA) neither; start from the original model: with "
+    "lora_rank and bf16, one that is stored in bfloat16 takes 2 bytes a parameter, shared out over the ranks"
+)
 LossFunction = Callable[..., Tensor]  # (outputs, labels, num_items_in_batch=) -> loss
 
 
@@ -57,13 +62,12 @@ def check_module(model: Any, *, is_packed: bool = False) -> None:
     if is_packed and (not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None):
         raise ModelError(f"model is a {type(model).__name__}: give a transformers causal language model, not wrapped")
     if getattr(model, "is_quantized", False):
-        raise ModelError("quantised weights cannot be trained; start from the original model")
+        raise ModelError(QUANTISED)
 
 
 def read_traits(model: nn.Module, label_names: Sequence[str] | None = None) -> ModelTraits:
     """Read what a model's forward takes and how it uses labels."""
-    outer: Any = model
-    inner = outer.get_base_model() if hasattr(outer, "get_base_model") else outer  # PEFT wraps
+    inner = unwrapped(model)
     parameters = inspect.signature(inner.forward).parameters
     labels = find_labels(type(inner)) if label_names is None else list(label_names)
     is_encoder_decoder = getattr(getattr(inner, "config", None), "is_encoder_decoder", False)

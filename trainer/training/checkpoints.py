@@ -16,14 +16,13 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.trainer_callback import CallbackHandler
 
 from trainer.atomic import LISTING, MALFORMED, read_json, read_listing, read_sealed, sync_size, write_json
@@ -36,7 +35,6 @@ from trainer.checkpoint.run_state import (
     check_changes,
     find_changes,
     option_changes,
-    options_of,
     restore_callbacks,
     restore_random_state,
     restore_state,
@@ -50,12 +48,10 @@ from trainer.config.arguments import TrainingArguments
 from trainer.data.length import RunLength
 from trainer.distributed.group import Group
 from trainer.errors import CheckpointError, TrainerError, UsageError, named_error
-from trainer.model.build import build_on_meta, prepare_model, read_config
-from trainer.model.osft.layers import apply_osft, is_osft_parameter
-from trainer.model.prepared import Prepared
+from trainer.model.fsdp import unwrapped
+from trainer.model.lora import is_adapted, write_adapters, write_configurations
+from trainer.model.osft.layers import is_osft_parameter
 from trainer.optim.adapters import is_averaging
-from trainer.optim.build import build_optimizer
-from trainer.optim.registry import OPTIMIZERS
 from trainer.optim.schedules import advance
 from trainer.training.callbacks import Events, RunState
 from trainer.training.run_dir import (
@@ -313,11 +309,14 @@ class Checkpoints:
             return {}
         with tempfile.TemporaryDirectory() as folder:
             handler: CallbackHandler = self.events.handler
-            if isinstance(self.engine.model, PreTrainedModel):
-                self.engine.model.config.save_pretrained(folder)
-                generation = getattr(self.engine.model, "generation_config", None)
+            model: Any = unwrapped(self.engine.model)
+            if isinstance(model, PreTrainedModel):
+                model.config.save_pretrained(folder)
+                generation = getattr(model, "generation_config", None)
                 if generation is not None:
                     generation.to_json_file(Path(folder, "generation_config.json"))
+            if is_adapted(model):
+                write_configurations(self.engine.model, Path(folder))
             osft = self.engine.osft
             if osft is not None and osft.importance is not None:
                 write_json(Path(folder, IMPORTANCE), osft.importance)
@@ -342,17 +341,21 @@ class Checkpoints:
 
         It holds copies of config and tokenizer, so that callbacks may write into it without changing the checkpoint,
         and an index that leads from_pretrained to the weights. Of several ranks each saved its own part: no file of
-        these could be read by others.
+        these could be read by others. Adapters are small, and written there once more.
         """
         twin, source = twin_of(folder), folder / MODEL_FILES
         names = [path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()]
-        tensors = model_tensors(self.engine.model)
-        is_whole = self.engine.group.world_size == 1 and not any(is_osft_parameter(name) for name in tensors)
+        model = self.engine.model
+        tensors, is_whole = model_tensors(model), self.engine.group.world_size == 1
+        is_whole &= not any(is_osft_parameter(name) for name in tensors)
         try:
             twin.mkdir(exist_ok=True)
             if names:
                 shutil.copytree(source, twin, dirs_exist_ok=True)
-            if is_whole and "config.json" in names:
+            if is_adapted(model):
+                stored, is_whole = StoredTensors(folder), True
+                names += write_adapters(model, {name: stored.read(name, ()) for name in tensors}, twin)
+            elif is_whole and "config.json" in names:
                 file = os.path.relpath(folder / "model_0.safetensors", twin)
                 write_json(twin / WEIGHTS_INDEX, {"metadata": {}, "weight_map": dict.fromkeys(tensors, file)})
                 names.append(WEIGHTS_INDEX)
@@ -415,35 +418,6 @@ def read_importance(folder: Path) -> dict[str, float] | None:
     """
     path = folder / MODEL_FILES / IMPORTANCE
     return dict(read_json(path)) if path.is_file() else None
-
-
-def build_saved_model(folder: Path, stored: StoredTensors, device: torch.device, *, is_packed: bool) -> Prepared:
-    """Build the language model that a checkpoint or the record of a step holds, with its weights.
-
-    Raises:
-        CheckpointError: only its own program can build it.
-    """
-    if not (folder / MODEL_FILES / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder} is of a model that is not built from a config.json: build it yourself, and fill it with "
-            "trainer.checkpoint.tensors.restore_model"
-        )
-    args = options_of(folder)
-    model = build_on_meta(read_config(args, folder / MODEL_FILES), trust_remote_code=args.trust_remote_code)
-    if (folder / MODEL_FILES / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder / MODEL_FILES)
-    adapt = partial(apply_osft, args=args, importance=read_importance(folder)) if args.osft else None
-    return prepare_model(model, args, None, device, is_packed=is_packed, weights=stored, is_record=True, adapt=adapt)
-
-
-def build_saved_optimizer(folder: Path, stored: StoredTensors, model: PreTrainedModel) -> Optimizer | None:
-    """Build the optimizer of a checkpoint with its state, where it averages the weights to export; else None."""
-    args = options_of(folder)
-    if args.optim not in OPTIMIZERS or not OPTIMIZERS[args.optim].averages_weights:
-        return None
-    optimizer = build_optimizer(model, args)
-    restore_optimizer(optimizer, model, read_json(folder / OPTIMIZER_STATE), stored, frozenset())
-    return optimizer
 
 
 def by_either_name(folder: Path) -> Path:

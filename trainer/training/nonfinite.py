@@ -31,8 +31,9 @@ from trainer.distributed.group import Group
 from trainer.errors import CheckpointError, NonFiniteError
 from trainer.model.prepared import Prepared
 from trainer.training.callbacks import RunState
-from trainer.training.checkpoints import Checkpoints, build_saved_model
+from trainer.training.checkpoints import Checkpoints
 from trainer.training.packed_task import pack_loss
+from trainer.training.saved_model import build_saved_model
 from trainer.training.step import Engine, GlobalBatch, StepResult
 
 logger = logging.getLogger(__name__)

@@ -102,7 +102,7 @@ class PackedTask:
         if prepared is None:
             prepared = build_split_model(model, args, self.processing_class, group, self.train_dataset)
         self.prepared = prepared
-        self.model: PreTrainedModel = self.prepared.model
+        self.model: PreTrainedModel = self.prepared.outer
         self.osft = self.prepared.osft
         check_fit(self.model, self.train_dataset, "train_dataset")
         if self.eval_dataset is not None:

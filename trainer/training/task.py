@@ -25,6 +25,7 @@ from trainer.distributed.group import Group
 from trainer.errors import DataError, UsageError
 from trainer.model.build import Adapt, load_model, prepare_model
 from trainer.model.isolation import check_positions
+from trainer.model.lora import add_lora
 from trainer.model.osft.layers import Osft
 from trainer.model.prepared import Prepared
 from trainer.optim.build import find_class
@@ -148,7 +149,7 @@ def load_datasets(
     """
     if args.data_path is None and not args.data_mixture:
         raise UsageError("data_path is missing: name the files to train on, or give Trainer a train_dataset")
-    with group.main_first():
+    with group.naming_faults(lambda: "preparing the data"), group.main_first():
         train, held_out, notes = load_data(args, tokenizer, args.seed, args.longest_sample, progress)
     if group.is_main:
         for note in notes:
@@ -208,8 +209,12 @@ def build_model(
 
     `adapt` changes its modules before it is sharded.
     """
+    is_lora = args.lora_rank is not None
     if model is None:
-        return load_model(args, tokenizer, group.mesh, group.device, seed=args.seed, adapt=adapt)
+        lora = args if is_lora else None
+        return load_model(args, tokenizer, group.mesh, group.device, seed=args.seed, adapt=adapt, lora=lora)
+    if is_lora:
+        model = add_lora(model, args, args.seed)
     return prepare_model(model, args, group.mesh, group.device, is_packed=True, adapt=adapt)
 
 

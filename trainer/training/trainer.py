@@ -27,6 +27,7 @@ from trainer.distributed.group import Group
 from trainer.errors import UsageError
 from trainer.model.borrowing import embedding_noise
 from trainer.model.export import export_model
+from trainer.model.lora import base_fingerprint
 from trainer.optim.adapters import averaged_weights
 from trainer.optim.build import build_optimizer
 from trainer.optim.gradients import LossScale
@@ -286,6 +287,7 @@ class CoreTrainer:
         return {
             "data": data_fingerprint(self.train_dataset),
             "eval_data": data_fingerprint(self.eval_dataset),
+            "base_weights": base_fingerprint(self.model),
             "tokenizer": tokenizer_fingerprint(self.processing_class),
         }
 
