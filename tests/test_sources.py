@@ -453,3 +453,10 @@ def test_an_error_of_the_disk_is_an_error_of_ours(tmp_path: Path, monkeypatch: A
     monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(DataError, match=r"t.jsonl: cannot be read \(Input/output error\)"):
         Source.scan(path)
+
+
+def test_a_disk_that_fails_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.symlink_to("/proc/self/mem")  # reading its start is EIO
+    with pytest.raises(DataError, match=r"chats.jsonl: cannot be read \(Input/output error\)"):
+        prepare(path, None, DataArguments(data_cache_dir=str(tmp_path / "cache")))

@@ -18,6 +18,7 @@ from tests.fixtures.ranks.context import Ranks
 from tests.fixtures.runs import build_arguments, build_store, random_token_samples
 from tests.fixtures.tokenizers import build_tokenizer
 from trainer import Trainer, TrainingArguments
+from trainer.data.store import StoreWriter, TokenStore
 from trainer.distributed.group import Group
 from trainer.distributed.topology import Topology
 from trainer.errors import UsageError
@@ -145,6 +146,13 @@ def test_ranks_with_other_token_data_never_train(ranks: Ranks, tmp_path: Path) -
         many[1] = [ids[0] ^ 1, *ids[1:]], labels  # not one of those that are read for their labels
     group, store = Group.join(TrainingArguments(use_cpu=True)), build_store(many)
     assert "in train_dataset: 200 samples" in refused(lambda: agree(group, lambda: data_facts("train_dataset", store)))
+    ids, labels = many[3]
+    another = [*labels[:-1], labels[-1] + ranks.rank]  # one label alone, in memory or in a file
+    with StoreWriter(tmp_path / "store") as writer:
+        writer.append(ids, another)
+    for other in (TokenStore.open(tmp_path / "store"), build_store([(ids, another)])):
+        said = refused(lambda other=other: agree(group, lambda: data_facts("train_dataset", other)))
+        assert "in train_dataset: 1 samples" in said
     said = refused(lambda: trainer_of(tmp_path, evals=SAMPLES[: 2 + ranks.rank]).train())
     assert "rank 1 differs from rank 0 in eval_dataset: 3 samples, digest" in said
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -12,11 +13,16 @@ import pytest
 
 import trainer.data
 from tests.fixtures.corpora import chat, write_jsonl, write_tokens
+from tests.fixtures.models import save_model
+from tests.fixtures.runs import build_trainer, random_token_samples
 from tests.fixtures.tokenizers import build_tokenizer
-from trainer.config.groups import DataArguments
+from trainer.atomic import read_sealed, write_sealed
+from trainer.config.groups import DataArguments, ModelArguments
 from trainer.data.prepare import prepare
 from trainer.data.store import TokenStore
-from trainer.errors import DataError
+from trainer.errors import DataError, TrainerError
+from trainer.model.build import load_model
+from trainer.training.saved_model import open_saved_model
 
 MODULES = sorted(Path(trainer.data.__path__[0]).glob("*.py"))
 FORBIDDEN_IMPORTS = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "multiprocessing"}
@@ -82,3 +88,48 @@ def test_a_template_cannot_leave_its_sandbox(tmp_path: Path, template: str) -> N
     with pytest.raises(DataError, match=r"c.jsonl:1: .*the chat template refuses it"):
         prepare(path, build_tokenizer(), DataArguments(data_cache_dir=str(tmp_path / "c"), chat_template=str(file)))
     assert not target.exists()
+
+
+IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+
+
+@pytest.mark.parametrize("value", ["kernels-community/any", "flash_attention_2"])
+def test_a_config_fetches_no_kernels(tmp_path: Path, value: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Either would have transformers fetch code from the hub, the second where its package is not installed."""
+    build_tokenizer().save_pretrained(tmp_path)
+    save_model(tmp_path, "mixtral", vocab_size=320)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    for name in (*IMPLEMENTATIONS, "experts_implementation"):
+        caplog.clear()
+        (tmp_path / "config.json").write_text(json.dumps({**settings, name: value}))
+        prepared = load_model(ModelArguments(model_name_or_path=str(tmp_path)), seed=0)
+        assert prepared.attention is not None
+        assert prepared.attention.name in ("packed_sdpa", "varlen")
+        assert "is not used" in caplog.text or name.endswith("_internal")  # which transformers itself drops
+
+
+def test_a_checkpoint_does_not_say_itself_that_its_code_is_trusted(tmp_path: Path) -> None:
+    trainer = build_trainer(tmp_path, random_token_samples([5, 6]), use_cpu=True, max_steps=1, save_strategy="steps")
+    trainer.train()
+    checkpoint = tmp_path / "checkpoints" / "step_1"
+    marker = tmp_path / "ran"
+    config = json.loads((checkpoint / "model" / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}}
+    code = f"import pathlib\nfrom transformers import PretrainedConfig\npathlib.Path({str(marker)!r}).touch()\n"
+    options = json.loads((checkpoint / "training_params.json").read_text())
+    about, _ = read_sealed(checkpoint / "manifest.json")
+    for name, text in {
+        "model/config.json": json.dumps(config),
+        "model/own.py": code + "class OwnConfig(PretrainedConfig): model_type = 'own'\nclass Own: pass\n",
+        "training_params.json": json.dumps({**options, "trust_remote_code": True}),
+    }.items():
+        (checkpoint / name).write_text(text)
+        fact = {"num_bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        about["files"][name] = fact
+    write_sealed(checkpoint / "manifest.json", about)
+    with pytest.raises(TrainerError):
+        open_saved_model(checkpoint)
+    assert not marker.exists()
+    with pytest.raises(TrainerError):
+        open_saved_model(checkpoint, trust_remote_code=True)
+    assert marker.exists()  # so that the test does not pass for another reason

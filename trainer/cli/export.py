@@ -23,6 +23,7 @@ class ExportOptions:
         None, "Type of the weights; as stored if unset."
     )
     max_shard_size: str = option("5GB", "Largest weight file.")
+    trust_remote_code: bool = option(False, "Run code that comes with a model of the hub.")
     merge: bool = option(False, "Add adapters (LoRA) to the weights that they adapt; else adapters stay adapters.")
 
 
@@ -61,7 +62,7 @@ def export(source: Path, options: ExportOptions) -> None:
     from trainer.optim.adapters import averaged_weights
     from trainer.training.saved_model import open_saved_model
 
-    saved = open_saved_model(source)
+    saved = open_saved_model(source, trust_remote_code=options.trust_remote_code)
     prepared = saved.prepared
     if options.merge and not is_adapted(prepared.outer):
         raise UsageError(f"--merge has no effect: {source} holds no adapters; leave it out")

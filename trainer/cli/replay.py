@@ -16,6 +16,7 @@ class ReplayOptions:
 
     folder: Path = positional("crash/step_N of a run.")
     use_cpu: bool = option(False, "Stay on the CPU although a GPU is there.")
+    trust_remote_code: bool = option(False, "Run code that comes with a model of the hub.")
 
 
 def run(words: Sequence[str]) -> int:
@@ -38,7 +39,7 @@ def run(words: Sequence[str]) -> int:
         f"with seed {about['seed']}"
     )
     with Group.join(TrainingArguments(use_cpu=options.use_cpu)) as group, Console(stderr=True).status("replaying"):
-        finding = replay(options.folder, group)
+        finding = replay(options.folder, group, trust_remote_code=options.trust_remote_code)
     if finding is None:
         print("every value is finite this time: the cause is not in weights, data or dropout")
     else:

@@ -172,6 +172,11 @@ class TokenStore:
         return self._index.contents
 
     @property
+    def checksums(self) -> NDArray[np.uint32]:
+        """Checksums of all tokens and labels, block by block, of the files that the samples lie in."""
+        return self._tokens.checksums
+
+    @property
     def source_names(self) -> list[str]:
         """Names of the sources that the samples come from; one without a name where there is no more to say."""
         return list(self.metadata.get("source_names", [""]))

@@ -46,6 +46,10 @@ class Tokens(Protocol):
     def parts(self) -> list[MappedTokens]:
         """Return the files that they lie in."""
 
+    @property
+    def checksums(self) -> NDArray[np.uint32]:
+        """CRC-32 of every block of ids and labels."""
+
 
 @dataclass(frozen=True)
 class JoinedTokens:
@@ -62,6 +66,11 @@ class JoinedTokens:
     def parts(self) -> list[MappedTokens]:
         """Return the files that they lie in."""
         return [part for store in self.stores for part in store.parts()]
+
+    @property
+    def checksums(self) -> NDArray[np.uint32]:
+        """CRC-32 of every block of every store."""
+        return np.concatenate([store.checksums for store in self.stores])
 
     def read(self, starts: Int64s, lengths: Int32s) -> Sample:
         """Return the spans that begin at `starts`, end to end."""
@@ -95,6 +104,11 @@ class MemoryTokens:
     def parts(self) -> list[MappedTokens]:
         """Return the files that they lie in."""
         return []
+
+    @property
+    def checksums(self) -> NDArray[np.uint32]:
+        """CRC-32 of all ids, and of all labels."""
+        return np.array([zlib.crc32(np.ascontiguousarray(column)) for column in (self.input_ids, self.labels)])
 
     def read(self, starts: Int64s, lengths: Int32s) -> Sample:
         """Return the spans that begin at `starts`, end to end."""

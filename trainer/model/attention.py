@@ -329,8 +329,13 @@ def _head_size_obstacle(model: PreTrainedModel, config: Any) -> str | None:
 
 def _configurations(model: PreTrainedModel) -> list[Any]:
     """The configurations of a model and of all its parts, each once."""
+    return configurations([getattr(module, "config", None) for module in model.modules()])
+
+
+def configurations(given: Sequence[Any]) -> list[Any]:
+    """The configurations among what is given, and those of their parts, each once."""
     found: dict[int, Any] = {}
-    waiting = [config for module in model.modules() if (config := getattr(module, "config", None)) is not None]
+    waiting = list(given)
     while waiting:
         config = waiting.pop()
         if id(config) in found or not hasattr(config, "_attn_implementation"):

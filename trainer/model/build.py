@@ -9,6 +9,7 @@ bit for bit; nothing is unpickled.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -26,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from trainer.config.groups import LoraArguments, ModelArguments
 from trainer.errors import ModelError, UsageError, named_error
-from trainer.model.attention import attention_settings, choose_attention
+from trainer.model.attention import attention_settings, choose_attention, configurations
 from trainer.model.borrowing import Borrowing, settings_made_by
 from trainer.model.cross_entropy import LinearCrossEntropy, linear_cross_entropy_sum
 from trainer.model.freezing import freeze
@@ -41,6 +42,7 @@ from trainer.model.tokenizer import align_special_ids, fit_vocabulary, padding_r
 from trainer.model.traits import QUANTISED, check_module, read_traits
 from trainer.model.weights import FileWeights, SeededWeights, Weights
 
+_log = logging.getLogger(__name__)
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 Adapt = Callable[[PreTrainedModel], Osft | None]
@@ -138,9 +140,22 @@ def read_config(args: ModelArguments, folder: Path) -> Any:
         config = AutoConfig.from_pretrained(place, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # noqa: BLE001  a malformed file makes transformers raise anything
         raise ModelError(f"no usable config.json in {place}: {named_error(error)}") from error
+    _forget_kernels(config, place)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"{place}: {QUANTISED}")
     return config
+
+
+def _forget_kernels(config: Any, place: Path) -> None:
+    """Have a config choose no implementation: transformers would fetch and run the kernels that a name may stand for.
+
+    Options choose (`attn_implementation`), never a file that was downloaded. transformers' own files name none.
+    """
+    for part in configurations([config]):
+        for name in ("_attn_implementation", "_experts_implementation"):
+            if getattr(part, name, None) is not None:
+                _log.warning("%s: %s = %r in its config.json is not used", place, name.strip("_"), getattr(part, name))
+                setattr(part, f"{name}_internal", None)
 
 
 def build_on_meta(config: Any, *, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -71,7 +71,8 @@ SAME_LENGTHS = "have the loaders of all ranks give equally many batches"
 SAME_MODEL = "have all ranks read the same model and tokenizer: look for an old copy on one of the nodes"
 
 NUM_VALUES_READ = 32  # of each parameter, spread over it
-NUM_BYTES_READ = 2**16  # of each file of weights, from its start, where its header is, and from its end
+NUM_PLACES_READ = 32  # of each file of weights, evenly spread, its header and its end among them; what lies between
+NUM_BYTES_READ = 2**16  # and is shorter than a 31st of the file may differ unseen; all of a place
 LONGEST_VALUE = 80  # characters of a value in a message
 MOST_NAMED = 5  # differences in a message
 
@@ -200,8 +201,8 @@ def _check_nodes(places: list[tuple[int, int]]) -> None:
 def _data_digest(dataset: Any) -> str | None:
     store = dataset.store if isinstance(dataset, JsonlDataset) else dataset
     if isinstance(store, TokenStore):
-        digest = hashlib.sha256((data_fingerprint(store) or "").encode())  # labels of some samples
-        for column in (store.lengths, store.num_loss_tokens, store.contents):
+        digest = hashlib.sha256()  # contents: hashes of the ids of each sample; checksums: of all labels too
+        for column in (store.lengths, store.num_loss_tokens, store.contents, store.checksums):
             digest.update(np.ascontiguousarray(column).tobytes())
         return f"{len(store)} samples, digest {digest.hexdigest()[:12]}"
     if hasattr(dataset, "with_format") and hasattr(dataset, "_fingerprint") and hasattr(dataset, "__len__"):
@@ -216,11 +217,12 @@ def _data_digest(dataset: Any) -> str | None:
 
 def _file_digest(path: Path) -> str:
     size = path.stat().st_size
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        start = file.read(NUM_BYTES_READ)
-        file.seek(max(size - NUM_BYTES_READ, 0))
-        digest = hashlib.sha256(start + file.read())
-    return f"{size} bytes, digest of start and end {digest.hexdigest()[:12]}"
+        for place in range(NUM_PLACES_READ):
+            file.seek(max(size - NUM_BYTES_READ, 0) * place // (NUM_PLACES_READ - 1))
+            digest.update(file.read(NUM_BYTES_READ))
+    return f"{size} bytes, digest of {NUM_PLACES_READ} places {digest.hexdigest()[:12]}"
 
 
 def _as_plain(value: Any) -> Any:

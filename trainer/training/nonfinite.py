@@ -119,15 +119,18 @@ class Finding:
     place: str
 
 
-def replay(folder: Path, group: Group) -> Finding | None:
+def replay(folder: Path, group: Group, *, trust_remote_code: bool = False) -> Finding | None:
     """Run a recorded step of token data again; None if everything is finite this time.
+
+    `trust_remote_code` says whether code that comes with the model is run.
 
     Raises:
         CheckpointError: the record is damaged, or of a model that only its own program can build.
     """
     if faults := find_damage(folder):
         raise CheckpointError(f"{folder} is not a whole record of a step: {faults[0]}")
-    prepared = build_saved_model(folder, StoredTensors(folder), group.device, is_packed=True)
+    stored = StoredTensors(folder)
+    prepared = build_saved_model(folder, stored, group.device, is_packed=True, trust_remote_code=trust_remote_code)
     args = options_of(folder)
     for name, weight in prepared.model.named_parameters():
         if not _is_finite(weight):

@@ -98,9 +98,11 @@ def open_saved_model(
         if faults:
             raise CheckpointError(f"{folder} is not a whole checkpoint: {faults[0]}")
         stored = StoredTensors(folder)
-        prepared = build_saved_model(folder, stored, device, is_packed=is_packed)
+        code = trust_remote_code
+        prepared = build_saved_model(folder, stored, device, is_packed=is_packed, trust_remote_code=code)
         has_tokenizer = (folder / MODEL_FILES / "tokenizer_config.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(folder / MODEL_FILES) if has_tokenizer else None
+        place = folder / MODEL_FILES
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=code) if has_tokenizer else None
         optimizer = build_saved_optimizer(folder, stored, prepared.outer)
         return SavedModel(weights, prepared, tokenizer, options_of(folder), optimizer)
     adapters = folder if (folder / ADAPTER_CONFIG).is_file() else None
@@ -124,13 +126,18 @@ def open_saved_model(
     return SavedModel(weights, prepared, tokenizer, options_of(run) if is_export else None, None)
 
 
-def build_saved_model(folder: Path, stored: StoredTensors, device: torch.device, *, is_packed: bool) -> Prepared:
+def build_saved_model(
+    folder: Path, stored: StoredTensors, device: torch.device, *, is_packed: bool, trust_remote_code: bool
+) -> Prepared:
     """Build the language model that a checkpoint or the record of a step holds, with its weights.
+
+    Its own code is run if the caller trusts it, whatever the record says: that may come from others.
 
     Raises:
         CheckpointError: only its own program can build it, or the model that its adapters adapt has changed.
     """
     files, args = folder / MODEL_FILES, options_of(folder)
+    args.trust_remote_code = trust_remote_code
     if not (files / "config.json").is_file():
         raise CheckpointError(
             f"{folder} is of a model that is not built from a config.json: build it yourself, and fill it with "
