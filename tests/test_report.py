@@ -207,6 +207,10 @@ def test_the_file_may_be_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture
     report_to = tmp_path / "page.html"
     assert main(["report", str(folder), "--output", str(report_to)]) == 0
     assert Page(report_to).cells("last step") == [str(NUM_STEPS)]
+    report_to.write_text("<p>my notes</p>")
+    assert main(["report", str(folder), "--output", str(report_to)]) == 0
+    assert Page(report_to).cells("last step") == [str(NUM_STEPS)]
+    assert (tmp_path / "page.1.html").read_text() == "<p>my notes</p>"
     assert main(["report", str(folder), "--output", str(tmp_path / "nowhere" / "page.html")]) == EXIT_FAILED
     assert "nowhere/page.html cannot be written" in capsys.readouterr().err
 

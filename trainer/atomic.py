@@ -7,7 +7,9 @@ what was to be written, not of what lies on disk, so whatever spoils a file show
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import logging
 import os
 import shutil
 import stat
@@ -18,8 +20,10 @@ from typing import Any, BinaryIO
 
 from trainer.errors import CheckpointError
 
+logger = logging.getLogger(__name__)
 LISTING = ".export.json"  # what an exported folder holds: only this may be removed for the next export
 MAX_RECORD_BYTES = 2**28
+_PAGE_SEAL = "written by trainer, sha256"
 # What reading values of the wrong shape or type raises: a record may hold any JSON.
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
 
@@ -53,6 +57,42 @@ def write_json(path: Path, value: Mapping[str, Any]) -> FileFact:
     """Write an object as JSON, one line per field (Python's own indentation takes ten times as long)."""
     lines = [f"{json.dumps(name)}: {json.dumps(field)}" for name, field in value.items()]
     return write_file(path, [("{\n" + ",\n".join(lines) + "\n}\n").encode()])
+
+
+def write_page(path: Path, text: str) -> None:
+    """Write a page of HTML or Markdown where people may have written one, or changed ours.
+
+    It ends in a comment with its own hash. A page without one that fits is set aside, which a warning says.
+
+    Raises:
+        OSError: the disk is full, or the folder is gone.
+    """
+    if path.is_symlink() or (path.exists() and not _is_our_page(path)):
+        logger.warning("%s is not as this trainer wrote it: set aside as %s", path, set_aside(path))
+    text = text.rstrip("\n") + "\n"
+    path.write_bytes((text + _seal_of(text)).encode())
+
+
+def _seal_of(text: str) -> str:
+    return f"<!-- {_PAGE_SEAL} {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def _is_our_page(path: Path) -> bool:
+    try:
+        text, mark, _ = path.read_text(encoding="utf-8").rpartition(f"<!-- {_PAGE_SEAL} ")
+        return bool(mark) and path.read_bytes() == (text + _seal_of(text)).encode()
+    except (OSError, ValueError):
+        return False
+
+
+def set_aside(path: Path) -> Path | None:
+    """Rename metrics.jsonl to metrics.1.jsonl, or to the first number that is free; None where there is nothing."""
+    if not (path.exists() or path.is_symlink()):
+        return None
+    names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
+    target = next(name for name in names if not (name.exists() or name.is_symlink()))
+    path.rename(target)
+    return target
 
 
 def open_regular(path: Path) -> BinaryIO:

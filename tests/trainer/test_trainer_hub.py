@@ -156,6 +156,7 @@ def test_a_card_says_what_was_trained(tmp_path: Path) -> None:
     trainer.train()
     trainer.create_model_card(tags=["first"], model_name="a line")
     trainer.create_model_card(tags="second", language="en")
+    assert not list(tmp_path.glob("README.*.md"))
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.tags == ["generated_from_trainer", "second", "first"]
     assert card.data.language == ["en"]
@@ -168,3 +169,16 @@ def test_a_token_is_not_shown() -> None:
     assert TOKEN not in f"{args} {args.to_dict()} {args.to_json_string()} {args.to_sanitized_dict()}"
     assert args.set_push_to_hub("me/run").hub_token == TOKEN
     assert args.push_to_hub
+
+
+def test_a_card_that_somebody_wrote_or_changed_is_set_aside(tmp_path: Path) -> None:
+    own = "---\ntags: [mine]\n---\nabout my model\n"
+    (tmp_path / "README.md").write_text(own)
+    trainer = get_regression_trainer(output_dir=tmp_path, disable_tqdm=True)
+    trainer.create_model_card()
+    assert (tmp_path / "README.1.md").read_text() == own
+    card = (tmp_path / "README.md").read_text()
+    assert ModelCard(card).data.tags == ["generated_from_trainer", "mine"]
+    (tmp_path / "README.md").write_text(card.replace("generated", "made", 1))
+    trainer.create_model_card()
+    assert "made" in (tmp_path / "README.2.md").read_text()

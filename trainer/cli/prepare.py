@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.atomic import write_page
 from trainer.cli.check import check_files
 from trainer.cli.parse import parse
 from trainer.cli.preview import cut, shown_tokens
@@ -57,7 +58,7 @@ def run(words: Sequence[str]) -> int:
 
         page = render_data(stores, args, build_decoder(load_tokenizer_if_named(args)))
         try:
-            Path(wanted.report).write_text(page, encoding="utf-8")
+            write_page(Path(wanted.report), page)
         except OSError as error:
             raise OutputError(f"report = {wanted.report!r} cannot be written ({error.strerror})") from error
         print(f"written: {wanted.report}")

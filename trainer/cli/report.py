@@ -20,6 +20,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from trainer.atomic import write_page
 from trainer.checkpoint.manifest import PARAMETERS
 from trainer.cli.parse import parse_alone, positional
 from trainer.config.arguments import TrainingArguments
@@ -256,7 +257,7 @@ def run(words: Sequence[str]) -> int:
     page = render_page(read_runs(options.folders))
     path = options.output or options.folders[0] / "report.html"
     try:
-        path.write_text(page, encoding="utf-8")
+        write_page(path, page)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error}") from error
     print(path)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import HfApi, ModelCard
 from transformers.modelcard import TrainingSummary, parse_log_history
 
-from trainer.atomic import LISTING
+from trainer.atomic import LISTING, write_page
 from trainer.config.arguments import TrainingArguments
 from trainer.config.fields import as_list
 from trainer.distributed.group import Given, Group
@@ -139,7 +139,7 @@ def on_lead(group: Group, do: Callable[[], Given], what: str) -> Given | None:
 
 
 def write_card(path: Path, args: TrainingArguments, history: list[dict[str, float]], **facts: Any) -> None:
-    """Write what was trained and how; tags of a card that is there already stay.
+    """Write what was trained and how; tags of a card that is there already stay, one that is not ours is set aside.
 
     Args:
         path: the file.
@@ -159,4 +159,4 @@ def write_card(path: Path, args: TrainingArguments, history: list[dict[str, floa
         **facts,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(summary.to_model_card(), encoding="utf-8")
+    write_page(path, summary.to_model_card())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import itertools
 import logging
 import os
 import secrets
@@ -20,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.atomic import is_untouched, read_json, read_listing, remove_listed, write_file, write_json
+from trainer.atomic import is_untouched, read_json, read_listing, remove_listed, set_aside, write_file, write_json
 from trainer.checkpoint import manifest
 from trainer.checkpoint.manifest import PARAMETERS
 from trainer.config.arguments import TrainingArguments
@@ -173,8 +172,8 @@ def _open(folder: Path, args: TrainingArguments, keeps_older: bool) -> None:
             if args.overwrite_output_dir:
                 _remove_run(folder, here)
             elif keeps_older:
-                aside = _set_aside(folder / manifest.FOLDER)
-                _set_aside(folder / METRICS)
+                aside = set_aside(folder / manifest.FOLDER)
+                set_aside(folder / METRICS)
                 if aside is not None:
                     logger.warning(
                         "a new run begins in %s; the checkpoints of the one before are set aside as %s (to continue "
@@ -225,7 +224,7 @@ def _continue(folder: Path, args: TrainingArguments, source: Path, record: RunRe
         if metrics.exists() and num_bytes:
             os.truncate(metrics, num_bytes)
         elif metrics.exists():
-            _set_aside(metrics)
+            set_aside(metrics)
         _write_records(folder, args, run_id or here or secrets.token_hex(6))
     except OSError as error:
         raise CheckpointError(f"output_dir = {args.output_dir!r} cannot be resumed in: {error}") from error
@@ -255,16 +254,6 @@ def _write_records(folder: Path, args: TrainingArguments, run_id: str) -> None:
     (folder / PARAMETERS).write_text(args.to_json_string(), encoding="utf-8")
 
 
-def _set_aside(path: Path) -> Path | None:
-    """metrics.jsonl -> metrics.1.jsonl, or the first number that is free."""
-    if not (path.exists() or path.is_symlink()):
-        return None
-    names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
-    target = next(name for name in names if not (name.exists() or name.is_symlink()))
-    path.rename(target)
-    return target
-
-
 def _remove_run(folder: Path, run_id: str | None) -> None:
     """Remove a run that is to be overwritten; what is not all of that run is set aside."""
     checks: dict[str, Callable[[Path], bool]] = {
@@ -279,7 +268,7 @@ def _remove_run(folder: Path, run_id: str | None) -> None:
             verdicts[path] = not path.is_symlink() and is_ours(path)
     for path, may_go in verdicts.items():
         if not may_go:
-            logger.warning("%s holds more than this trainer wrote for one run: set aside as %s", path, _set_aside(path))
+            logger.warning("%s holds more than this trainer wrote for one run: set aside as %s", path, set_aside(path))
         elif path.is_dir():
             shutil.rmtree(path)
         else:
