@@ -1,71 +1,53 @@
 """Weigh what each dependency and each extra brings: `python docs/weigh_dependencies.py`, for docs/install.md.
 
-pip resolves with constraints.txt; a weight is that of the unpacked wheels on this platform. For an extra, only what the
-package itself does not bring counts.
+Measures what is installed where it runs, so every extra must be: pip install '.[all,test,docs,research-optimizers]'.
+For an extra, only what the package itself does not bring counts.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
-import tomllib
-import zipfile
 from functools import cache
+from importlib.metadata import distribution
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+from packaging.requirements import Requirement
 
-
-def pip(*words: str) -> str:
-    """Run pip with the pinned versions and return what it prints."""
-    command = [sys.executable, "-m", "pip", *words, "-c", str(ROOT / "constraints.txt")]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+PROJECT = "reference-trainer"
 
 
 @cache
-def resolve(*requirements: str) -> dict[str, str]:
-    """Return what pip would install for some requirements: name -> version."""
-    words = ("install", "--dry-run", "--quiet", "--ignore-installed", "--report", "-")
-    report = json.loads(pip(*words, *requirements))
-    packages = [item["metadata"] for item in report["install"]]
-    return {package["name"].lower().replace("_", "-"): package["version"] for package in packages}
+def weigh(name: str) -> float:
+    """Return the megabytes of an installed distribution."""
+    files = [Path(str(file.locate())) for file in distribution(name).files or ()]
+    return sum(file.stat().st_size for file in files if file.is_file()) / 1e6
 
 
 @cache
-def weigh(name: str, version: str) -> int:
-    """Return the bytes of an unpacked wheel."""
-    with tempfile.TemporaryDirectory() as folder:
-        pip("wheel", "--quiet", "--no-deps", "--wheel-dir", folder, f"{name}=={version}")
-        (wheel,) = Path(folder).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            return sum(entry.file_size for entry in archive.infolist())
+def needed(name: str, extra: str = "") -> frozenset[str]:
+    """Return the names of all that a distribution needs, or that one of its extras adds; not its own."""
+    found: set[str] = set()
+    for requirement in map(Requirement, distribution(name).requires or ()):
+        of_extra = requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
+        if of_extra != bool(extra) or (requirement.marker and not requirement.marker.evaluate({"extra": extra})):
+            continue
+        other = requirement.name.lower().replace("_", "-")
+        if other != PROJECT:
+            found |= {other} | needed(other).union(*(needed(other, each) for each in requirement.extras))
+    return frozenset(found)
 
 
 def main() -> None:
     """Print the two tables."""
-    core = resolve(*PROJECT["dependencies"])
-    print("| package | itself | with all it brings |\n|---|---|---|")
-    for requirement in PROJECT["dependencies"]:
-        name = requirement.partition(">")[0]
-        own = weigh(name, core[name])
-        whole = sum(weigh(*package) for package in resolve(requirement).items())
-        print(f"| {name} | {own / 1e6:.1f} MB | {whole / 1e6:.0f} MB |", flush=True)
-    print(f"\nall: {len(core)} packages, {sum(weigh(*package) for package in core.items()) / 1e6:.0f} MB\n")
-    print("| extra | packages | weight |\n|---|---|---|")
-    for extra, requirements in PROJECT["optional-dependencies"].items():
-        if extra == "all":
-            continue
-        added = {name: version for name, version in resolve(*core_and(requirements)).items() if name not in core}
-        weight = sum(weigh(*package) for package in added.items())
-        print(f"| {extra} | {len(added)}: {', '.join(sorted(added))} | {weight / 1e6:.0f} MB |", flush=True)
-
-
-def core_and(requirements: list[str]) -> list[str]:
-    """Return some requirements after those of the package itself."""
-    return [*PROJECT["dependencies"], *requirements]
+    core = needed(PROJECT)
+    print("| package | itself | with all that it brings |\n|---|---|---|")
+    for requirement in map(Requirement, distribution(PROJECT).requires or ()):
+        if requirement.marker is None:
+            whole = sum(map(weigh, {requirement.name} | needed(requirement.name)))
+            print(f"| `{requirement.name}` | {weigh(requirement.name):.0f} MB | {whole:.0f} MB |")
+    print(f"\n{len(core)} packages, {sum(map(weigh, core)):.0f} MB\n\n| extra | packages | weight |\n|---|---|---|")
+    for extra in distribution(PROJECT).metadata.get_all("Provides-Extra") or ():
+        added = needed(PROJECT, extra) - core
+        print(f"| `{extra}` | {len(added)}: {', '.join(sorted(added))} | {sum(map(weigh, added)):.0f} MB |")
 
 
 if __name__ == "__main__":
