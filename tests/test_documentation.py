@@ -121,6 +121,8 @@ def is_understood(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
             assert {extra for names in named for extra in names.split(",")} <= EXTRAS.keys()
         case ["python", "-m", module, *_] if module != "pytest":
             assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
+        case ["pytest", "--pyargs", package, *_]:
+            assert Path(ROOT, package.replace("trainer_testing.", "tests/fixtures/")).exists(), package
         case ["python" | "pytest", *rest]:
             files = [word.partition("::")[0] for word in rest if "/" in word and not word.startswith("-")]
             assert files, f"{words} names no file of the repository"
@@ -150,13 +152,13 @@ def check_block(block: Block, capsys: pytest.CaptureFixture[str]) -> None:
         compile(block.text, "block", "exec")
     elif block.language == "json":
         json.loads(block.text)
-    elif block.language == "yaml":
+    elif block.language == "yaml" and block.reason is None:
         check_yaml(block)
     elif block.language in ("bash", "console"):
         for words in block.commands if block.reason is None else ():
             is_understood(words, capsys)
     else:
-        assert block.language in PLAIN, f"a block of {block.language!r}, which no test reads"
+        assert block.reason or block.language in PLAIN, f"a block of {block.language!r}, which no test reads"
         assert not re.search(r"^(?:\$ |trainer |pip )", block.text, flags=re.M), "commands are bash or console"
 
 
