@@ -119,6 +119,14 @@ def test_a_router_loss_weighs_what_its_tokens_weigh_in_the_global_batch():
     torch.testing.assert_close(difference, expected, rtol=tolerances.LOSS_FP32, atol=tolerances.LOSS_FP32)
 
 
+def test_a_router_loss_that_is_asked_for_and_not_computed_is_refused():
+    """As granitemoe of transformers 5.17, whose router logits are recorded by nobody."""
+    prepared = packed_model("mixtral", output_router_logits=True)
+    prepared.model.register_forward_hook(lambda model, inputs, output: setattr(output, "aux_loss", 0))
+    with pytest.raises(ModelError, match=r"'mixtral' asks for a router loss .* computes none"):
+        token_loss_sum(prepared, build_pack([4, 5]))
+
+
 def test_a_router_loss_of_unknown_weight_is_refused(monkeypatch):
     prepared = packed_model("mixtral", output_router_logits=True)
     model = prepared.model

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from trainer.errors import ModelError
@@ -225,10 +226,17 @@ def router_loss(prepared: Prepared, outputs: Any, share: float, unit: float = 1)
         unit: What the loss at hand will be divided by.
 
     Raises:
-        ModelError: The model's config has no coefficient for it.
+        ModelError: The model's config has no coefficient for it, or asks for it and none comes back.
     """
     mean = getattr(outputs, "aux_loss", None)
     if not isinstance(mean, Tensor):  # None, or 0 where the model was not asked for it
+        if hasattr(outputs, "aux_loss") and getattr(prepared.model.config, "output_router_logits", False):
+            # granitemoe of transformers 5.17: its blocks record no router logits, so their loss is 0.
+            raise ModelError(
+                f"the config of model type {prepared.model.config.model_type!r} asks for a router loss "
+                f"(output_router_logits), and transformers {transformers.__version__} computes none; take a newer one, "
+                "or set output_router_logits to false"
+            )
         return 0.0
     config = prepared.model.config.get_text_config()
     coefficient = getattr(config, ROUTER_COEFFICIENT, None)
