@@ -35,6 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trainer.data.order import epoch_order
 from trainer.labels import IGNORE_INDEX
 
+TRAINER = [sys.executable, "-m", "trainer"]
 PARTS = ["compare", "forget", "resume"]
 LEARNING_RATE = 2e-5  # of the comparison
 SEED = 42
@@ -299,23 +300,12 @@ def plot(results: dict[str, list[Measured]], found: list[Measured], path: Path) 
 
 def resume(options: argparse.Namespace, folder: Path) -> None:
     """Train by the command line, once whole and once killed after its first checkpoint; export, load, ask."""
-    data = folder / "questions.jsonl"
-    rows = [
-        {"prompt": f"Question: {q}\nAnswer:", "completion": f" {a}"} for q, a in questions()[: 4 * options.batch_size]
-    ]
+    data, pairs = folder / "questions.jsonl", questions()
+    rows = [{"prompt": f"Question: {q}\nAnswer:", "completion": f" {a}"} for q, a in pairs[: 4 * options.batch_size]]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     words = f"--max-steps 4 --save-steps 1 --batch-size {options.batch_size} --max-tokens-per-rank {options.tokens}"
-    train = [
-        sys.executable,
-        "-m",
-        "trainer",
-        "train",
-        "--model-name-or-path",
-        str(options.model),
-        "--data-path",
-        str(data),
-    ]
-    train += [*words.split(), "--learning-rate", str(LEARNING_RATE), "--resume-from-checkpoint", "auto", "--use-cpu"]
+    train = [*TRAINER, "train", "--model-name-or-path", str(options.model), "--data-path", str(data), *words.split()]
+    train += ["--learning-rate", str(LEARNING_RATE), "--resume-from-checkpoint", "auto", "--use-cpu"]
     whole, killed = folder / "whole", folder / "killed"
     started = time.perf_counter()
     run_command([*train, "--output-dir", str(whole)])
@@ -329,7 +319,7 @@ def resume(options: argparse.Namespace, folder: Path) -> None:
     print(f"killed and resumed: the exported weights are {verdict} bit for bit")
     print(f"one run of 4 steps with 4 checkpoints took {seconds:.0f} s from launch to end")
     prompt = ["--prompt", f"Question: {pairs[0][0]}\nAnswer:", "--max-new-tokens", "24"]
-    print(run_command([sys.executable, "-m", "trainer", "generate", str(whole), *prompt]))
+    print(run_command([*TRAINER, "generate", str(whole), *prompt]))
 
 
 def digest(run: Path) -> str:
