@@ -26,6 +26,7 @@ from trainer.distributed import failure
 from trainer.distributed.group import Group
 from trainer.distributed.topology import Topology, current_topology, gpu_index, refuse_lone_slurm_task
 from trainer.errors import CheckpointError, RankError, UsageError
+from trainer.model.precision import emulates_bfloat16
 from trainer.optim.build import build_optimizer
 from trainer.optim.gradients import clip, global_norm, last_backward
 from trainer.optim.schedules import build_schedule
@@ -418,3 +419,18 @@ class TestPrecision:
         trainer = build_trainer(tmp_path, random_token_samples((5, 6)), tiny_llama(dtype=torch.bfloat16))
         assert trainer.model.dtype == torch.float32
         assert AutoModelForCausalLM.from_pretrained(trainer.save_model(tmp_path / "s")).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "emulates"),
+    [
+        ({"architecture": "x86_64", "avx2": True, "avx512_f": True, "avx512_bf16": False}, True),
+        ({"architecture": "x86_64", "avx512_bf16": True}, False),
+        ({"architecture": "x86_64", "amx_bf16": True}, False),
+        ({"architecture": "aarch64"}, False),  # nothing is claimed
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_bfloat16_is_emulated_where_the_processor_has_no_instructions_for_it(capabilities, emulates):
+    assert emulates_bfloat16(capabilities) is emulates

@@ -7,13 +7,16 @@ float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from trainer.errors import UsageError
+
+BFLOAT16_SETS = ("amx_bf16", "avx512_bf16", "avx10_1", "avx10_2")  # of x86-64 instructions, as torch names them
 
 
 @contextmanager
@@ -49,6 +52,18 @@ def cast_weights(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     finally:
         for tensor, before in zip(tensors, kept, strict=True):
             tensor.data = before.to(tensor.device)
+
+
+def emulates_bfloat16(capabilities: Mapping[str, Any] | None = None) -> bool:
+    """Whether a processor computes bfloat16 products without instructions for them: many times slower than float32.
+
+    Args:
+        capabilities: What `torch.cpu.get_capabilities` returns; of this processor, if not given. Of processors other
+            than x86-64, and by a torch that has no such function, nothing is claimed.
+    """
+    if capabilities is None:
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return capabilities.get("architecture") == "x86_64" and not any(capabilities.get(name) for name in BFLOAT16_SETS)
 
 
 def use_tf32(is_allowed: bool | None) -> None:

@@ -28,6 +28,7 @@ from trainer.errors import UsageError
 from trainer.model.borrowing import embedding_noise
 from trainer.model.export import export_model
 from trainer.model.lora import base_fingerprint
+from trainer.model.precision import emulates_bfloat16
 from trainer.optim.adapters import averaged_weights
 from trainer.optim.build import build_optimizer
 from trainer.optim.gradients import LossScale
@@ -303,6 +304,12 @@ class CoreTrainer:
             write_record(Path(self.args.output_dir), self.args.seed)
             for line in self._describe(run, source):
                 logger.info("%s", line)
+            is_bfloat16 = self.task.prepared.compute_dtype == torch.bfloat16
+            if is_bfloat16 and self.group.device.type == "cpu" and emulates_bfloat16():
+                logger.warning(
+                    "bf16: this processor has no instructions for bfloat16 and emulates them, many times slower than "
+                    "float32; leave bf16 out here (`trainer doctor` times both)"
+                )
         if self.task.osft is not None:
             self.log(start(self.task.osft, self.events, self.group))
 
