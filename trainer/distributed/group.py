@@ -264,6 +264,21 @@ def unhurried(is_any_at_work: Callable[[bool], bool] | None) -> Iterator[None]:
             tells_after *= 2
 
 
+@contextmanager
+def imagined_mesh(world_size: int, device: torch.device) -> Iterator[DeviceMesh]:
+    """Mesh of ranks of which only the first is there, for tensors without values: nothing is sent.
+
+    No process group may exist; the one behind the mesh ends with the context.
+    """
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers the back end
+
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=world_size)
+    try:
+        yield init_device_mesh(device.type, (world_size,), mesh_dim_names=("data",))
+    finally:
+        dist.destroy_process_group()
+
+
 def _store_of_this_start(topology: Topology, timeout: timedelta) -> dist.Store:
     """Store in which the ranks meet, apart from what ranks that are gone have left there.
 

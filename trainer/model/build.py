@@ -231,6 +231,7 @@ def prepare_model(
     label_names: Sequence[str] | None = None,
     weights: Weights | None = None,
     is_record: bool = False,
+    is_dry: bool = False,
     adapt: Adapt | None = None,
 ) -> Prepared:
     """Make a model ready to train on this rank, in place; every rank of the mesh calls.
@@ -244,6 +245,7 @@ def prepare_model(
         label_names: Names of its labels, where its class does not tell.
         weights: Fills a model on the meta device.
         is_record: `weights` are of a run, with all that `adapt` adds, and are not judged.
+        is_dry: A model from `build_on_meta` gets tensors without values: nothing is read, and nothing tried out.
         adapt: Changes the model's modules before it is sharded and filled, such as `apply_osft`.
 
     Raises:
@@ -260,7 +262,7 @@ def prepare_model(
     compute_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     stored_dtype = _set_formats(model, compute_dtype or torch.float32, is_packed=is_packed)
     osft = adapt(model) if adapt is not None else None
-    if weights is None:
+    if weights is None and not is_dry:
         model.to(device)
     settings, attention = [], None
     linear_cross_entropy: LinearCrossEntropy = linear_cross_entropy_sum
@@ -280,7 +282,9 @@ def prepare_model(
     if mesh is not None:
         shard_for_training(model, mesh, compute_dtype, unread=unread_parameters(model), casts_inputs=is_packed)
     model.train()
-    if weights is not None:
+    if is_dry:
+        _allocate(model, device)
+    elif weights is not None:
         fresh = set() if is_record else set(filter(is_osft_parameter, model.state_dict()))
         materialise(model, weights, device, zeros=fresh)
     prepared = Prepared(
@@ -298,9 +302,11 @@ def prepare_model(
         recomputes=args.gradient_checkpointing,
         borrowing=Borrowing(settings),
     )
-    if is_packed and not is_record:
+    if is_dry or not is_packed:
+        return prepared
+    if not is_record:
         check_isolation(prepared)
-    return replace(prepared, head=measure_head(prepared)) if is_packed else prepared
+    return replace(prepared, head=measure_head(prepared))
 
 
 def _set_formats(model: nn.Module, compute_dtype: torch.dtype, *, is_packed: bool) -> torch.dtype | None:

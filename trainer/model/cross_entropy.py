@@ -65,6 +65,7 @@ class _Settings:
     label_smoothing: float
     dtype: torch.dtype
     needs_gradients: bool
+    logits_per_piece: int
     by_group: GroupSums | None = None
 
 
@@ -85,9 +86,17 @@ def linear_cross_entropy_sum(
     head_output: HeadOutput,
     label_smoothing: float = 0.0,
     by_group: GroupSums | None = None,
+    logits_per_piece: int | None = None,
 ) -> Tensor:
-    """The same, from the head's input (N,D); float32 or more. Backward may run once."""
-    settings = _Settings(head_output, label_smoothing, autocast_dtype(hidden), torch.is_grad_enabled(), by_group)
+    """The same, from the head's input (N,D); float32 or more. Backward may run once.
+
+    `logits_per_piece` logits are held at once; None: as many as suit the device.
+    """
+    if logits_per_piece is None:
+        logits_per_piece = LOGITS_PER_PIECE.get(hidden.device.type, LOGITS_PER_PIECE["cpu"])
+    settings = _Settings(
+        head_output, label_smoothing, autocast_dtype(hidden), torch.is_grad_enabled(), logits_per_piece, by_group
+    )
     return _LinearCrossEntropySum.apply(hidden, head.weight, head.bias, targets, settings)
 
 
@@ -132,7 +141,7 @@ def _loss_and_gradients(
     grad_hidden, grad_weight, grad_bias = gradients
     is_training = settings.needs_gradients and any(wanted)
     matrix = weight.to(settings.dtype)
-    rows = max(1, LOGITS_PER_PIECE.get(hidden.device.type, 2**21) // weight.shape[0])
+    rows = max(1, settings.logits_per_piece // weight.shape[0])
     for start in range(0, hidden.shape[0], rows):
         piece = hidden[start : start + rows].to(settings.dtype)
         piece_targets = targets[start : start + rows, None]

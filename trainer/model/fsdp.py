@@ -200,6 +200,12 @@ def inference(model: nn.Module) -> Iterator[None]:
         model.reshard()
 
 
+def local_shard(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def local_part(tensor: Tensor) -> tuple[Tensor, Region]:
     """What this rank holds of a tensor, and which region of the whole that is."""
     tensor = tensor.detach()

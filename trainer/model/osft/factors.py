@@ -22,7 +22,7 @@ from trainer.model.fsdp import (
     gather_rows,
     inference,
     largest_of_ranks,
-    local_part,
+    local_shard,
     model_mesh,
     scatter_rows,
     sum_over_shards,
@@ -130,7 +130,7 @@ def _rounds(layers: Sequence[OsftLinear], model: nn.Module) -> Iterator[Sequence
 def _undecomposed(osft: Osft) -> list[OsftLinear]:
     if not osft.layers:
         return []
-    squares = torch.stack([local_part(layer.osft_free)[0].square().sum() for layer in osft.layers])
+    squares = torch.stack([local_shard(layer.osft_free).square().sum() for layer in osft.layers])
     filled = sum_over_shards(squares, like=osft.layers[0].osft_free).tolist()
     return [layer for layer, square in zip(osft.layers, filled, strict=True) if square == 0]
 

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from trainer.config.groups import OsftArguments
 from trainer.errors import LeakError, ModelError
 from trainer.model.freezing import matching_names
-from trainer.model.fsdp import decoder_blocks, local_part, sum_over_shards, whole
+from trainer.model.fsdp import decoder_blocks, local_shard, sum_over_shards, whole
 
 UPDATE, FREE, PROTECTED = "osft_update", "osft_free", "osft_protected"
 
@@ -95,13 +95,13 @@ def merged_weight(layer: OsftLinear) -> Tensor:
 
 def coefficients(tensor: Tensor, basis: Tensor) -> Tensor:
     """What of each column lies along each column of a basis, (k, r), for plain and row-sharded tensors alike."""
-    return sum_over_shards(local_part(basis)[0].mT @ local_part(tensor)[0], like=tensor)
+    return sum_over_shards(local_shard(basis).mT @ local_shard(tensor), like=tensor)
 
 
 def remove(tensor: Tensor, basis: Tensor) -> Tensor:
     """Take out of a tensor, in place, what lies in the span of an orthonormal basis; give the coefficients removed."""
     removed = coefficients(tensor, basis)
-    local_part(tensor)[0].addmm_(local_part(basis)[0], removed, alpha=-1)
+    local_shard(tensor).addmm_(local_shard(basis), removed, alpha=-1)
     return removed
 
 
@@ -168,7 +168,7 @@ class Osft:
 
 
 def _square_sum(tensor: Tensor) -> Tensor:
-    return local_part(tensor)[0].square().sum()
+    return local_shard(tensor).square().sum()
 
 
 def _largest_share(parts: Tensor, wholes: Tensor) -> float:
