@@ -1,4 +1,7 @@
-"""`trainer plan`: the length of a run, and its first epoch on each number of ranks, as tables. Loads no torch."""
+"""`trainer plan`: the length of a run, and its first epoch on each number of ranks, as tables.
+
+Loads torch for the memory of a rank alone.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.cli.check import check_before_start
+from trainer.cli.memory import parse_bytes, show_memory
 from trainer.cli.parse import parse
 from trainer.cli.stores import open_training_data, read_config
 from trainer.config.arguments import TrainingArguments
@@ -32,6 +36,10 @@ class PlanArguments:
     temperature: float | None = option(
         None, "Print weights in proportion to size ** (1 / temperature), for a data_mixture.", above=0
     )
+    memory: bool = option(False, "Show what the memory of a rank will hold; of a GPU, unless use_cpu is set.")
+    memory_limit: str | None = option(
+        None, "Memory of a rank, such as 80GB: with --memory, the largest max_tokens_per_rank that fits is shown."
+    )
 
 
 def run(words: Sequence[str]) -> int:
@@ -42,14 +50,23 @@ def run(words: Sequence[str]) -> int:
     check_before_start(args, needs_model=False)
     if min(wanted.world_size, default=0) < 1:
         raise UsageError(f"world_size = {wanted.world_size}: give numbers of ranks, at least 1")
-    show_plan(args, wanted.world_size, wanted.temperature)
+    limit = None
+    if wanted.memory_limit is not None:
+        if not wanted.memory:
+            raise UsageError(f"memory_limit = {wanted.memory_limit!r} has no effect without memory: add --memory")
+        limit = parse_bytes("memory_limit", wanted.memory_limit)
+    store, epochs = show_plan(args, wanted.world_size, wanted.temperature)
+    if wanted.memory:
+        show_memory_of(args, store, epochs, limit)
     return 0
 
 
 console = Console()
 
 
-def show_plan(args: TrainingArguments, world_sizes: list[int], temperature: float | None) -> None:
+def show_plan(
+    args: TrainingArguments, world_sizes: list[int], temperature: float | None
+) -> tuple[TokenStore, dict[int, EpochForecast]]:
     """Plan the training data and print the run's length, its sources, and a line for each number of ranks."""
     store, _ = open_training_data(args)
     length = run_length(store.num_loss_tokens, args.batch_size, args.order_seed, args)
@@ -65,7 +82,26 @@ def show_plan(args: TrainingArguments, world_sizes: list[int], temperature: floa
         words = ", ".join(f"{name}: {weight:.4f}" for name, weight in named)
         console.print(f"weights at temperature {temperature:g}: {words}", soft_wrap=True, markup=False)
     cost = planned_cost(args)
-    console.print(epoch_table(args, {ranks: first_epoch(args, store, ranks, cost) for ranks in world_sizes}))
+    epochs = {ranks: first_epoch(args, store, ranks, cost) for ranks in world_sizes}
+    console.print(epoch_table(args, epochs))
+    return store, epochs
+
+
+def show_memory_of(
+    args: TrainingArguments, store: TokenStore, epochs: dict[int, EpochForecast], limit: int | None
+) -> None:
+    """Print the memory of a rank with the largest micro-batch of the first epoch, for each number of ranks."""
+    from trainer.training.memory import Load  # loads torch
+
+    longest = int(store.lengths.max())
+    trained_share = float(store.num_loss_tokens.sum()) / max(int(store.lengths.sum()), 1)
+    largest = max(epoch.largest_pack for epoch in epochs.values())
+    loads = {}
+    for world_size, epoch in epochs.items():
+        accumulates = epoch.num_micro_batches > epoch.num_steps
+        num_loss_tokens = max(1, round(largest * trained_share))
+        loads[world_size] = Load(largest, longest, num_loss_tokens, accumulates)
+    show_memory(args, loads, longest, limit)
 
 
 def source_table(store: TokenStore, num_steps: int | None) -> Table:

@@ -12,7 +12,7 @@ from trainer.config.arguments import TrainingArguments
 from trainer.config.fields import option
 from trainer.config.groups import GROUPS
 from trainer.config.rules import COMMAND_RULES
-from trainer.distributed.topology import Topology
+from trainer.distributed.topology import Topology, current_topology
 
 
 @dataclass
@@ -44,9 +44,10 @@ def train(args: TrainingArguments) -> int:
     """Train in this process, with progress; return the exit code."""
     from transformers.utils import logging
 
+    from trainer.cli.memory import foretell_memory
     from trainer.cli.progress import ProgressDisplay, show_answers, show_summary
     from trainer.cli.stores import PreparationDisplay
-    from trainer.distributed.group import Group
+    from trainer.distributed.group import Group, memory_of_rank
     from trainer.model.tokenizer import load_tokenizer
     from trainer.training.agreement import agree, option_facts, version_facts
     from trainer.training.task import check_names, load_datasets
@@ -55,6 +56,9 @@ def train(args: TrainingArguments) -> int:
     check_names(args)
     logging.disable_progress_bar()  # ours says what happens
     tokenizer = load_tokenizer(args)
+    topology = current_topology()
+    if topology.is_main:
+        foretell_memory(args, topology.world_size, memory_of_rank(args, topology))
     with Group.join(args) as group:
         with group.naming_faults(lambda: "before the first step"):
             agree(group, lambda: version_facts() | option_facts(args))  # preparing data may take hours

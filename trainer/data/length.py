@@ -115,6 +115,7 @@ class EpochForecast:
     num_loss_tokens: int
     packing_efficiency: float  # tokens / (micro-batches * ranks * budget)
     balance: float  # cost of all packs / (ranks * sum over micro-batches of the most expensive)
+    largest_pack: int  # tokens of the largest pack of any rank
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,7 @@ def _epoch(lengths: NDArray[np.int64], num_loss_tokens: int, layout: Layout, see
         num_loss_tokens=num_loss_tokens,
         packing_efficiency=num_tokens / (tally.num_micro_batches * layout.world_size * layout.max_tokens_per_rank),
         balance=tally.cost / (layout.world_size * tally.slowest) if tally.slowest else 1.0,
+        largest_pack=tally.largest,
     )
 
 
@@ -202,13 +204,15 @@ class _Tally:
         self.num_steps = self.num_micro_batches = self.num_placeholders = 0
         self.cost = 0
         self.slowest = 0  # sum over micro-batches of the most expensive rank's cost
+        self.largest = 0  # tokens of a pack
 
     def add(self, lengths: NDArray[np.int64], plan: Plan) -> None:
         """Count one global batch."""
-        costs = self._cost_model.of(lengths).tolist()
+        costs, tokens = self._cost_model.of(lengths).tolist(), lengths.tolist()
         self.num_steps += 1
         self.num_micro_batches += plan.num_micro_batches
         self.cost += sum(costs)
         for micro_batch in plan.packs:
             self.num_placeholders += sum(not pack for pack in micro_batch)
             self.slowest += max(sum(costs[i] for i in pack) for pack in micro_batch)
+            self.largest = max(self.largest, *(sum(tokens[i] for i in pack) for pack in micro_batch))

@@ -67,7 +67,7 @@ def cost_model_from_config(config: Mapping[str, Any] | object) -> CostModel:
     of forward and drops out. Sliding-window layers cost their window per token. With nothing but `hidden_size` and
     `num_hidden_layers` this is 6 * hidden_size tokens per squared token. Without any full attention: `TOKENS`.
     """
-    shape = _Shape(config)
+    shape = ModelShape(config)
     square = 4 * shape.query_width * shape.num_full_layers
     if square == 0:
         return TOKENS
@@ -76,8 +76,8 @@ def cost_model_from_config(config: Mapping[str, Any] | object) -> CostModel:
     return CostModel(per_token=(linear + square // 2) // square, per_square=1)
 
 
-class _Shape:
-    """The sizes that decide the FLOPs, read from a configuration under the names in use."""
+class ModelShape:
+    """The sizes that decide FLOPs and memory, read from a configuration under the names in use."""
 
     def __init__(self, config: Mapping[str, Any] | object) -> None:
         self._config = _field(config, "text_config") or config
@@ -100,14 +100,25 @@ class _Shape:
         return attention + self._mlp_weights
 
     @property
-    def _mlp_weights(self) -> int:
+    def inner(self) -> int:
+        """Values that the active MLPs of a layer compute for one token, of each of their matrices."""
         inner = self._get(0, "intermediate_size")
-        if not inner:
-            return 8 * self.hidden**2  # two matrices to and from 4 * hidden, as GPT-2 had them
         active = self._get(0, "num_experts_per_tok")
-        if active:
-            inner = active * self._get(inner, "moe_intermediate_size")
-        return 3 * self.hidden * inner  # gate, up, down
+        return active * self._get(inner, "moe_intermediate_size") if inner and active else inner
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of the model, roughly: layers with all experts, embeddings and head."""
+        num_experts = max(self._get(1, "num_local_experts", "num_experts", "n_routed_experts"), 1)
+        active = max(self._get(1, "num_experts_per_tok"), 1)
+        layer = self.layer_weights + self._mlp_weights * (num_experts - active) // active
+        return self.num_layers * layer + 2 * self.hidden * self.vocabulary
+
+    @property
+    def _mlp_weights(self) -> int:
+        if not self.inner:
+            return 8 * self.hidden**2  # two matrices to and from 4 * hidden, as GPT-2 had them
+        return 3 * self.hidden * self.inner  # gate, up, down
 
     def _value(self, *names: str) -> Any:
         return next((value for name in names if (value := _field(self._config, name)) is not None), None)

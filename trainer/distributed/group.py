@@ -314,6 +314,14 @@ def choose_device(args: MachineArguments, topology: Topology) -> torch.device:
     return device
 
 
+def memory_of_rank(args: MachineArguments, topology: Topology) -> int:
+    """Give the bytes of memory that a rank may fill: those of its GPU, or its share of this machine's."""
+    device = choose_device(args, topology)
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // topology.local_world_size
+
+
 @contextmanager
 def threads_that_give_way() -> Iterator[None]:
     """Keep threads that the body starts from displacing one that computes (Linux; elsewhere nothing changes).

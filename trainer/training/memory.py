@@ -8,6 +8,7 @@ numbers of ranks. Not counted: what CUDA and its libraries hold beside torch's t
 from __future__ import annotations
 
 import copy
+import math
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,8 +37,7 @@ from trainer.model.osft.layers import apply_osft
 from trainer.model.prepared import Prepared
 from trainer.model.tokenizer import fit_vocabulary
 from trainer.optim.build import build_optimizer
-from trainer.optim.gradients import clip, global_norm
-from trainer.optim.in_backward import last_backward
+from trainer.optim.gradients import clip, global_norm, last_backward
 from trainer.training.packed_task import pack_loss
 
 FORWARD, LOSS, BACKWARD, STEP = "forward pass", "loss", "backward pass", "optimizer step"
@@ -97,7 +97,8 @@ class MemoryEstimate:
     gradients: int
     optimizer_state: int
     activations: int  # kept from the forward pass of the model's body for the backward pass
-    loss: int  # logits held at once, and gradients of the head that wait for the backward pass
+    loss: int  # held at once while the loss is computed: logits, and gradients of the head
+    kept: int  # between the forward and the backward pass: activations, and gradients of the head
     peaks: dict[str, Peak]  # of each phase of a step
     modules: tuple[ModuleMemory, ...]
     shapes: tuple[tuple[int, ...], ...] = field(repr=False)  # of the parameters
@@ -163,7 +164,7 @@ def estimate_memory(
     shapes = tuple(tuple(parameter.shape) for parameter in model.parameters())
     # CUDA's own paths can be taken where there is CUDA; elsewhere the tensors say that they are on the CPU.
     device = torch.device("cuda" if on_gpu and torch.cuda.is_available() else "cpu")
-    micro_batch = _micro_batch(load)  # with values: borders and positions are read back
+    micro_batch = micro_batch_of(load)  # with values: borders and positions are read back
     memory = LiveBytes()
     with ExitStack() as stack:
         mesh = stack.enter_context(imagined_mesh(IMAGINED_RANKS, device)) if is_sharded else None
@@ -188,26 +189,22 @@ def largest_budget(estimate: Callable[[int], int], limit: int, start: int) -> in
     Returns:
         None where not even `ROUNDING` tokens fit; at most `MOST_TOKENS`.
     """
-    low, high = ROUNDING, max(start // ROUNDING, 2) * ROUNDING
-    low_bytes = estimate(low)
-    if low_bytes > limit:
+    low, high = ROUNDING, MOST_TOKENS + ROUNDING  # the most that fits, and the least that does not, as far as is known
+    last, tokens = low, max(start // ROUNDING, 2) * ROUNDING
+    known = {low: estimate(low)}
+    if known[low] > limit:
         return None
-    while (high_bytes := estimate(high)) <= limit:
-        if high >= MOST_TOKENS:
-            return high
-        low, low_bytes, high = high, high_bytes, 4 * high
-    while high - low > ROUNDING:
-        # What grows linearly is found at once, what grows faster takes a few more steps.
-        slope = (high_bytes - low_bytes) / (high - low)
-        middle = low + int((limit - low_bytes) / slope) // ROUNDING * ROUNDING
-        if middle == low:
-            break
-        middle = min(middle, high - ROUNDING)
-        middle_bytes = estimate(middle)
-        if middle_bytes > limit:
-            high, high_bytes = middle, middle_bytes
+    while low < tokens < high:
+        known[tokens] = estimate(tokens)
+        if known[tokens] <= limit:
+            low = tokens
         else:
-            low, low_bytes = middle, middle_bytes
+            high = tokens
+        # What grows linearly is found at once, what grows faster takes a few more steps.
+        slope = (known[tokens] - known[last]) / (tokens - last)
+        last = tokens
+        tokens = tokens + math.floor((limit - known[tokens]) / max(slope, 1) / ROUNDING) * ROUNDING
+        tokens = max(min(tokens, high - ROUNDING), low)
     return low
 
 
@@ -301,7 +298,8 @@ class LiveBytes(TorchDispatchMode):
         return outputs
 
 
-def _micro_batch(load: Load) -> dict[str, Any]:
+def micro_batch_of(load: Load) -> dict[str, Any]:
+    """Build a micro-batch of a load, as the loader builds them."""
     lengths, num_tokens = load.lengths, load.num_tokens
     labels = torch.full((1, num_tokens), IGNORE_INDEX)
     num_trained = min(load.num_loss_tokens, num_tokens - 1)
@@ -366,7 +364,7 @@ def _step(
     with prepared.in_use():
         memory.enter(FORWARD)
         before = memory.kept()
-        with _watching_modules(model, memory) as kept_by_modules:
+        with _watching_modules(prepared, memory) as kept_by_modules:
             loss = pack_loss(prepared, micro_batch, args.label_smoothing_factor)
         kept = memory.kept() - before
         memory.enter(BACKWARD)
@@ -378,11 +376,11 @@ def _step(
         osft.project_gradients()
     norm = global_norm(model.parameters(), optimizer)
     clip(model.parameters(), norm, args.max_grad_norm)
-    gradients = {}
+    gradients = []  # when their storage came to be, and their bytes
     for parameter in trained:
         if parameter.grad is not None:
             local = local_shard(parameter.grad)
-            gradients[memory.birth(local)] = local.nbytes
+            gradients.append((memory.birth(local), local.nbytes))
     optimizer.step()
     if osft is not None:
         osft.project_updates()
@@ -390,20 +388,20 @@ def _step(
     peaks = {}
     for phase, total in memory.peaks.items():
         born = memory.births_at_peak[phase]
-        present = sum(size for birth, size in gradients.items() if birth <= born)
+        present = sum(size for birth, size in gradients if birth <= born)
         peaks[phase] = Peak(total, weights + optimizer_state + present)
-    loss_bytes = kept
+    activations, in_loss = kept, 0
     if LOSS in peaks:
-        loss_bytes = memory.peaks[LOSS] - memory.at_loss
-        kept = memory.kept_at_loss - before
+        activations, in_loss = memory.kept_at_loss - before, memory.peaks[LOSS] - memory.at_loss
     return MemoryEstimate(
         load=load,
         world_size=1 if prepared.mesh is None else prepared.mesh.size(),
         weights=weights,
-        gradients=sum(gradients.values()),
+        gradients=sum(size for _, size in gradients),
         optimizer_state=optimizer_state,
-        activations=kept,
-        loss=loss_bytes,
+        activations=activations,
+        loss=in_loss,
+        kept=kept,
         peaks=peaks,
         modules=tuple(_rows(model, kept_by_modules)),
         shapes=shapes,
@@ -431,8 +429,10 @@ def _with_state(
 
 
 @contextmanager
-def _watching_modules(model: nn.Module, memory: LiveBytes) -> Iterator[dict[str, int]]:
+def _watching_modules(prepared: Prepared, memory: LiveBytes) -> Iterator[dict[str, int]]:
     """Yield what each part of a model that has a row keeps of its forward pass, as it comes."""
+    model = prepared.model
+    blocks = decoder_blocks(model)
     kept: dict[str, int] = {}
     entered: dict[str, int] = {}
 
@@ -444,6 +444,8 @@ def _watching_modules(model: nn.Module, memory: LiveBytes) -> Iterator[dict[str,
 
     with ExitStack() as stack:
         for name in _parts(model):
+            if prepared.recomputes and name.rpartition(".")[0] in blocks:
+                continue  # what it keeps goes at the end of its block
             module = model.get_submodule(name)
             stack.callback(module.register_forward_pre_hook(partial(enter, name)).remove)
             stack.callback(module.register_forward_hook(partial(leave, name)).remove)
