@@ -8,13 +8,13 @@ from tests.test_memory import measured_bytes
 from trainer.config.arguments import TrainingArguments
 from trainer.training.memory import Load, estimate_memory
 
-SIZES = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 4, "vocab_size": 8192}
+SIZES = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2, "vocab_size": 4096}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "head_dim": 64}
-LOAD = Load(num_tokens=1024, longest=300, num_loss_tokens=600, accumulates=False)
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "head_dim": 32}
+LOAD = Load(num_tokens=512, longest=150, num_loss_tokens=300, accumulates=False)
 MODELS: dict[str, PreTrainedConfig] = {
     "Llama": LlamaConfig(**SIZES, **HEADS),
-    "Gemma 3": AutoConfig.for_model("gemma3_text", **SIZES, **HEADS, head_dim=64, sliding_window=128),
+    "Gemma 3": AutoConfig.for_model("gemma3_text", **SIZES, **HEADS, head_dim=32, sliding_window=128),
     "Qwen 3 MoE": AutoConfig.for_model("qwen3_moe", **SIZES, **HEADS, **EXPERTS),
 }
 OPTIONS = (

@@ -16,6 +16,7 @@ from trainer.config.arguments import TrainingArguments
 from trainer.distributed.group import Group
 from trainer.errors import UsageError
 from trainer.model.build import prepare_model
+from trainer.model.lora import add_lora
 from trainer.model.osft.layers import apply_osft
 from trainer.optim.build import build_optimizer
 from trainer.optim.gradients import clip, global_norm
@@ -28,6 +29,8 @@ def measured_bytes(args, config, load, mesh=None):
     micro_batch = micro_batch_of(load)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model = model_of(config)
+        if args.lora_rank is not None:
+            model = add_lora(model, args, seed=0)
         adapt = partial(apply_osft, args=args) if args.osft else None
         prepared = prepare_model(model, args, mesh, is_packed=True, adapt=adapt)
         optimizer = build_optimizer(model, args)
@@ -83,10 +86,12 @@ def small(**changes):
             {"optim": "adafactor"},
             {"osft": True, "osft_unfreeze_rank_ratio": 0.5},
             {"freeze_patterns": ["embed_tokens"]},
+            {"lora_rank": 8, "gradient_checkpointing": True},
         ]
     ),
 )
 @example(64, 2, 512, 400, 100, False, {})
+@example(64, 2, 512, 400, 100, False, {"lora_rank": 8})
 def test_estimated_bytes_are_those_of_a_real_step(
     hidden, layers, vocabulary, tokens, longest, is_tied, options
 ) -> None:

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from trainer.config.groups import LoraArguments, ModelArguments
 from trainer.errors import ModelError, UsageError, named_error
 from trainer.model.attention import attention_settings, choose_attention, configurations
-from trainer.model.borrowing import Borrowing, settings_made_by
+from trainer.model.borrowing import Borrowing, Setting, settings_made_by
 from trainer.model.cross_entropy import LinearCrossEntropy, linear_cross_entropy_sum
 from trainer.model.freezing import freeze
 from trainer.model.fsdp import checkpoint_activations, compile_blocks, local_part, shard_for_training, unwrapped
@@ -273,18 +273,13 @@ def prepare_model(
         attention = choose_attention(model, args.attn_implementation, device, compute_dtype or torch.float32)
         settings += attention_settings(model, attention) + padding_row_settings(model)
     freeze(model, args.freeze_patterns)
-    if args.gradient_checkpointing:
-        settings += settings_made_by(lambda: checkpoint_activations(model, args), model)
-    if args.torch_compile:
-        compiler = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
-        given = {name: value for name, value in compiler.items() if value is not None}
-        settings += settings_made_by(lambda: compile_blocks(model, **given), model)
+    settings += _block_settings(model, args)
     if mesh is not None:
         shard_for_training(model, mesh, compute_dtype, unread=unread_parameters(model), casts_inputs=is_packed)
     model.train()
     if is_dry:
         _allocate(model, device)
-    elif weights is not None:
+    if weights is not None:
         fresh = set() if is_record else set(filter(is_osft_parameter, model.state_dict()))
         materialise(model, weights, device, zeros=fresh)
     prepared = Prepared(
@@ -302,11 +297,21 @@ def prepare_model(
         recomputes=args.gradient_checkpointing,
         borrowing=Borrowing(settings),
     )
-    if is_dry or not is_packed:
-        return prepared
-    if not is_record:
+    if is_packed and not (is_dry or is_record):
         check_isolation(prepared)
-    return replace(prepared, head=measure_head(prepared))
+    return replace(prepared, head=measure_head(prepared)) if is_packed and not is_dry else prepared
+
+
+def _block_settings(model: nn.Module, args: ModelArguments) -> list[Setting]:
+    """What makes the blocks of a model recompute their activations and run compiled, where that is asked for."""
+    settings = []
+    if args.gradient_checkpointing:
+        settings += settings_made_by(lambda: checkpoint_activations(model, args), model)
+    if args.torch_compile:
+        compiler = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+        given = {name: value for name, value in compiler.items() if value is not None}
+        settings += settings_made_by(lambda: compile_blocks(model, **given), model)
+    return settings
 
 
 def _set_formats(model: nn.Module, compute_dtype: torch.dtype, *, is_packed: bool) -> torch.dtype | None:

@@ -33,6 +33,7 @@ from trainer.model.borrowing import Borrowing
 from trainer.model.build import Adapt, build_on_meta, prepare_model
 from trainer.model.cross_entropy import LOGITS_PER_PIECE, HeadOutput, linear_cross_entropy_sum
 from trainer.model.fsdp import decoder_blocks, local_shard
+from trainer.model.lora import add_lora
 from trainer.model.osft.layers import apply_osft
 from trainer.model.prepared import Prepared
 from trainer.model.tokenizer import fit_vocabulary
@@ -101,7 +102,7 @@ class MemoryEstimate:
     kept: int  # between the forward and the backward pass: activations, and gradients of the head
     peaks: dict[str, Peak]  # of each phase of a step
     modules: tuple[ModuleMemory, ...]
-    shapes: tuple[tuple[int, ...], ...] = field(repr=False)  # of the parameters
+    shapes: tuple[tuple[int, ...], ...] = field(repr=False)  # of the parameters, bytes of a value first
     notes: tuple[str, ...] = ()
 
     @property
@@ -161,7 +162,8 @@ def estimate_memory(
     args.use_liger_kernels = args.torch_compile = False
     adapt: Adapt | None = partial(apply_osft, args=args) if args.osft else None
     model = build_on_meta(config, trust_remote_code=args.trust_remote_code)
-    shapes = tuple(tuple(parameter.shape) for parameter in model.parameters())
+    if args.lora_rank is not None:
+        model = add_lora(model, args, args.seed)
     # CUDA's own paths can be taken where there is CUDA; elsewhere the tensors say that they are on the CPU.
     device = torch.device("cuda" if on_gpu and torch.cuda.is_available() else "cpu")
     micro_batch = micro_batch_of(load)  # with values: borders and positions are read back
@@ -172,7 +174,7 @@ def estimate_memory(
         stack.enter_context(memory)
         prepared = prepare_model(model, args, mesh, device, is_packed=True, is_dry=True, adapt=adapt)
         prepared = _imitate(prepared, args, memory, on_gpu=on_gpu)
-        return _step(prepared, args, load, micro_batch, memory, shapes, notes)
+        return _step(prepared, args, load, micro_batch, memory, notes)
 
 
 _NOT_IMITATED = ("use_liger_kernels", "torch_compile")
@@ -347,7 +349,6 @@ def _step(
     load: Load,
     micro_batch: dict[str, Any],
     memory: LiveBytes,
-    shapes: tuple[tuple[int, ...], ...],
     notes: list[str],
 ) -> MemoryEstimate:
     """Take a step in the middle of a run: the optimizer has its state, and perhaps gradients are there already."""
@@ -404,7 +405,7 @@ def _step(
         kept=kept,
         peaks=peaks,
         modules=tuple(_rows(model, kept_by_modules)),
-        shapes=shapes,
+        shapes=tuple((parameter.itemsize, *parameter.shape) for parameter in model.parameters()),
         notes=tuple(notes),
     )
 
@@ -478,5 +479,10 @@ def _rows(model: nn.Module, kept: dict[str, int]) -> Iterable[ModuleMemory]:
 
 
 def _shard_size(shapes: Iterable[Sequence[int]], world_size: int) -> int:
-    """Count the values of the largest shard: rows are dealt out, scalars are held whole."""
-    return sum(-(-shape[0] // world_size) * int(torch.Size(shape[1:]).numel()) if shape else 1 for shape in shapes)
+    """Count the bytes of the largest shards of parameters: rows are dealt out, scalars are held whole."""
+    total = 0
+    for itemsize, *sizes in shapes:
+        if sizes:
+            sizes[0] = -(-sizes[0] // world_size)
+        total += itemsize * math.prod(sizes)
+    return total
