@@ -198,13 +198,15 @@ class Case:
 
     def _spans(self, ids: Any, is_trained: Any, words: list[list[str]]) -> list[tuple[str, str]]:
         """Return each trained run as text, with the text before it; turns without headers make one run."""
+        if not self.oracle.exact:
+            words = [[squeezed(word) for word in turn] for turn in words]
         edges = np.flatnonzero(np.diff(np.concatenate([[False], is_trained, [False]]).astype(int))).tolist()
         spans = []
         for start, stop in zip(edges[::2], edges[1::2], strict=True):
             before, run = self.text(ids[:start]), self.text(ids[start:stop])
-            held = [turn for turn in words if turn and all(as_written(word, run) for word in turn)]
+            held = [turn for turn in words if turn and all(word in run for word in turn)]
             for turn in held[:-1]:
-                last = max(run.find(squeezed(w) if not self.oracle.exact else w) + len(w) for w in turn)
+                last = max(run.find(word) + len(word) for word in turn)
                 end = end_of_turn(run, last)
                 if end is not None:
                     spans.append((before, run[:end]))

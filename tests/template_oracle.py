@@ -15,12 +15,12 @@ from typing import Any
 # Tokens that end what a model writes, in the templates that are published.
 _NAMES = (
     r"im_end|eot_id|eom_id|eom|message_sep|tools_suffix|end_of_turn|eot|end|return|call|endoftext|end_of_text|"
-    r"END_OF_TURN_TOKEN|eos|/s|turn\||assistant_end|end_of_sentence|end▁of▁sentence|im_sep_end|eod|EOT|end_message|"
+    r"END_OF_TURN_TOKEN|eos|/s|turn\||assistant_end|end_of_sentence|end▁?of▁?sentence|im_sep_end|eod|EOT|end_message|"
     r"turn_end|message_end|endofprompt|role_end|end_of_role|seed:eos|separator|sep|eoa|EOS|endofturn|end_of_msg|msg_end|"
     # Idefics and SmolVLM; tool calls of Solar and HyperCLOVA; Nemotron Nano 2 and Apertus 1.1, whose EOS is reserved.
     r"end_of_utterance|calls|stop|SPECIAL_12|SPECIAL_68|"
     # Models of fewer users: LongCat, Solar Open, Hunyuan, CodeLlama 70B, Ghost.
-    r"/longcat_s|im:end|hy_eos|hy_place▁holder▁no▁2|hy_Assistant|eos:\w+|step|END|endofmessage|cos|mend|/assistant|end_turn"
+    r"/longcat_s|im:end|hy_eos|hy_place▁?holder▁?no▁?2|hy_Assistant|eos:\w+|step|END|endofmessage|cos|mend|/assistant|end_turn"
 )
 # Tokens that begin the next message: the model stops there if nothing ended its turn before.
 _NEXT = r"user|observation|system|tool_response|start_function_response"
@@ -122,8 +122,8 @@ def words_of(turn: dict[str, Any]) -> list[str]:
 
 
 def squeezed(text: str) -> str:
-    """Return the text without its spaces."""
-    return "".join(text.split())
+    """Return the text without spaces, and without the letter that stands for one."""
+    return "".join(text.replace("▁", " ").split())
 
 
 def as_written(word: str, text: str) -> bool:

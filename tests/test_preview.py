@@ -101,6 +101,25 @@ def test_a_preview_names_place_and_counts_of_each_sample(preview: Run) -> None:
     assert "sample 1, line 3: 3 tokens, 1 trained\n7 8 ⟦9 ⟧\n" in shown
 
 
+def test_a_preview_says_where_a_chat_was_split_and_counts_it(tmp_path: Path, preview: Run) -> None:
+    tokenizer = build_tokenizer("strips_reasoning")
+    tokenizer.save_pretrained(tmp_path / "strips")
+    thinking = [[f"Ask {k}", f"<think>{k}</think>Reply {k}"] for k in range(2)]
+    turns = [
+        {"role": role, "content": text}
+        for pair in thinking
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    documents = [{"messages": turns[:2]}, {"messages": turns}]
+    shown = preview(documents, f"--tokenizer-name-or-path={tmp_path / 'strips'}")
+    assert "3 samples; 1 lines became 2 of them; ⟦this⟧ is trained" in shown
+    assert re.search(r"sample 0, line 1: ", shown)
+    assert re.search(r"sample 1, line 2 \(1 of 2 samples of it\): ", shown)
+    prefix = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
+    assert f"sample 2, line 2 (2 of 2 samples of it; its first {len(prefix)} tokens are those of sample 1): " in shown
+    assert between_marks(shown).endswith(f"<think>0</think>Reply 0{END}<think>1</think>Reply 1{END}")
+
+
 def test_labels_that_are_other_tokens_are_shown_and_counted(preview: Run) -> None:
     shown = preview([{"input_ids": [5, 6, 7, 8], "labels": [6, 7, 8, -100]}])
     assert "4 tokens, 2 trained (2 on another token than stands there" in shown

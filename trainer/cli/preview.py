@@ -126,7 +126,10 @@ def build_decoder(tokenizer: Any) -> Callable[[list[int]], str]:
 def show_samples(console: Console, store: Any, numbers: Sequence[int], decode: Callable[[list[int]], str]) -> None:
     """Print samples: trained text in colour, or between MARKS where the console has none."""
     has_colour = console.color_system is not None and not console.no_color
-    legend = [(f"{len(store):,} samples; ", False), ("this", True), (" is trained", False)]
+    num_samples = np.unique(store.documents, return_counts=True)[1]
+    num_split = int((num_samples > 1).sum())
+    split = f"{num_split:,} lines became {num_samples[num_samples > 1].sum():,} of them; " if num_split else ""
+    legend = [(f"{len(store):,} samples; {split}", False), ("this", True), (" is trained", False)]
     console.print(render(legend, has_colour), soft_wrap=True)
     for i in numbers:
         sample = store.sample(i)
@@ -134,7 +137,8 @@ def show_samples(console: Console, store: Any, numbers: Sequence[int], decode: C
         counts = f"{len(tokens):,} tokens, {store.num_loss_tokens[i]:,} trained"
         others = int((tokens != sample.input_ids).sum())
         differing = f" ({others:,} on another token than stands there: shown is the label)" if others else ""
-        console.print(Text(f"\nsample {i}, {where(store, i)}: {counts}{differing}", "bold"), soft_wrap=True)
+        place = where(store, i) + which_of_line(store, i)
+        console.print(Text(f"\nsample {i}, {place}: {counts}{differing}", "bold"), soft_wrap=True)
         console.print(render(cut(decode, tokens.tolist(), is_target), has_colour), soft_wrap=True)
 
 
@@ -142,6 +146,21 @@ def where(store: Any, i: int) -> str:
     """Say which line, and of several files which file, a sample comes from."""
     file, row = store.place(i)
     return f"{file}:{row}" if len(store.metadata.get("files", ())) > 1 else f"line {row}"
+
+
+def which_of_line(store: Any, i: int) -> str:
+    """Say which of the samples of its line a sample is, and how much of the one before it begins with; '' if alone."""
+    of_line = np.flatnonzero(store.documents == store.documents[i]).tolist()
+    if len(of_line) == 1:
+        return ""
+    k = of_line.index(i)
+    said = f" ({k + 1} of {len(of_line)} samples of it"
+    if k > 0:
+        ids, before = store.sample(i).input_ids, store.sample(of_line[k - 1]).input_ids
+        length = min(len(ids), len(before))
+        num_shared = int(np.logical_and.accumulate(ids[:length] == before[:length]).sum())
+        said += f"; its first {num_shared:,} tokens are those of sample {of_line[k - 1]}" if num_shared > 1 else ""
+    return f"{said})"
 
 
 def shown_tokens(store: Any, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
