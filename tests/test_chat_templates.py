@@ -259,8 +259,10 @@ def test_a_turn_written_into_the_one_before_it_is_trained_behind_what_the_model_
     apart = finder_for(
         finder.format.template.replace("{{ m.content }}", "{{ ' ' if m.role == 'assistant' }}{{ m.content }}")
     )
-    with pytest.raises(TemplateError, match="joins an assistant turn with the message before it"):
+    with pytest.raises(TemplateError, match="joins an assistant turn with the message before it") as caught:
         trained(apart, chat)
+    assert "mark that turn with 'train': false" in caught.value.remedy
+    assert [span for _, span in trained(apart, [*chat[:-1], {**chat[-1], "train": False}])] == [" Reply one<turn|>"]
 
 
 def test_an_open_last_turn_gets_the_token_that_ends_turns_within_the_chat() -> None:
@@ -365,3 +367,11 @@ def test_a_number_of_a_tool_call_that_the_template_cuts_is_noticed() -> None:
     assert len(finder.samples(calling({"a": 1717}))) == 1
     with pytest.raises(TemplateError, match="leaves out tool calls"):
         finder.samples(calling('{"a": 1717}'))
+
+
+def test_an_answer_that_begins_with_the_text_of_a_header_is_trained_whole() -> None:
+    finder = finder_for(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + CHATML_PROMPT
+    )
+    chat = [SHORT[0], assistant("<|im_start|>assistant\nReply one"), *LONG[2:]]
+    assert [span for _, span in trained(finder, chat)] == [f"<|im_start|>assistant\n{ONE}", THREE]

@@ -44,6 +44,7 @@ Q, W, V, NAME, KEY = "Qzxvka", "Wqjxzb", "Vjkqxz", "wqzjxf", "kqxjzw"
 template, and trimming or capitalising does not change them."""
 
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_MARK_TAG = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 
 
 class TemplateError(Exception):
@@ -106,6 +107,11 @@ class ChatFormat:
     def has_marks(self) -> bool:
         """Return whether the template marks what the assistant writes."""
         return _MARKS.search(self.template) is not None and _MARKS.search(self.tool_template) is not None
+
+    @cached_property
+    def _unmarked(self) -> str:
+        """The template with plain blocks in place of its marks, which are calls of macros and take time."""
+        return _MARK_TAG.sub(r"\1\2with\3", self.template)
 
     @cached_property
     def literals(self) -> tuple[str, ...]:
@@ -178,7 +184,7 @@ class ChatFormat:
         """
         from transformers.utils import chat_template_utils
 
-        template = chat_template_utils._compile_jinja_template(self.template)
+        template = chat_template_utils._compile_jinja_template(self.template if with_marks else self._unmarked)
         options: dict[str, Any] = {"tools": None, "documents": None, "add_generation_prompt": prompt}
         options |= {"messages": messages, **self._variables}
         if not (self.has_marks and with_marks):

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 _CLOSED_REASONING = re.compile(r"</(?:\w+:)?(?:think|thinking|thought|reasoning)>")
 _MAX_PATTERNS = 4096
 _MARKED_TEMPLATE = "give a chat_template with {% generation %} marks around what the assistant writes"
-_ONLY_LAST = "train_on='last'"
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,9 @@ class SpanFinder:
                 lengths.append(lengths[-1] + len(content))
             edges = [written + lengths[k] for k, written in pattern.edges]
             spans = tuple(zip(edges[::2], edges[1::2], strict=True))
-            samples.append(replace(pattern.example, text=_filled(pattern.sample, shown), spans=spans))
+            if pattern.sample is not pattern.rendered:
+                text = _filled(pattern.sample, shown)
+            samples.append(replace(pattern.example, text=text, spans=spans))
         return samples
 
     def _learn_patterns(self, messages: Sequence[Message], trained: list[int]) -> tuple[_Pattern, ...] | None:
@@ -190,7 +191,7 @@ class SpanFinder:
             for edge in (edge for span in sample.spans for edge in span):
                 before = [word for word in shown if sample.text.index(word) < edge]
                 edges.append((len(before), edge - sum(map(len, before))))
-            patterns.append(_Pattern(parts, written, tuple(edges), sample))
+            patterns.append(_Pattern(parts, parts if written == parts else written, tuple(edges), sample))
         return tuple(patterns)
 
     # The careful way.
@@ -233,7 +234,7 @@ class SpanFinder:
             raise TemplateError(
                 f"the chat template writes {len(samples) - 1} of {len(trained)} trained turns otherwise once the chat "
                 "goes on, so that no one sample shows each as the model will generate it",
-                f"leave split_chats on, or use {_ONLY_LAST}",
+                f"leave split_chats on, or use train_on='last'",
             )
         return samples[::-1]
 
@@ -248,10 +249,7 @@ class SpanFinder:
         said = text[start : max(start, len(text) - len(tail))]
         written = str(messages[i])  # with its reasoning and calls
         if before and before in said and before not in written and said.startswith(before):
-            raise TemplateError(
-                "the chat template joins an assistant turn with the message before it",
-                "join consecutive messages of one role in the document",
-            )
+            raise _joined(messages, i)
         if len(tail) > len(text) - start:
             tail = text[start:]
         end = self.style.end(bool(called_functions(messages[i])), bool(tools))
@@ -327,10 +325,7 @@ class SpanFinder:
             joined, said = common_prefix(text, before), content_text(messages[i]).strip()
             if said and text.startswith(said, joined) and given.endswith(header):
                 return given, joined
-            raise TemplateError(
-                "the chat template joins an assistant turn with the message before it",
-                "join consecutive messages of one role in the document, or give another chat_template",
-            )
+            raise _joined(messages, i)
         if asked == before:
             given += header  # generation adds it
         elif not given.rstrip().endswith(header.rstrip()):
@@ -346,7 +341,9 @@ class SpanFinder:
 
     def _behind_header(self, text: str, start: int, header: str) -> int:
         """Skip a header that the generation prompt leaves out: behind another assistant turn, or always."""
-        return start + len(header) if header and text.startswith(header, start) else start
+        if header and text.startswith(header, start) and not text.endswith(header, 0, start):
+            return start + len(header)
+        return start
 
     def _start_by_header(self, messages: list[Message], i: int, tools: Any, text: str, header: str) -> int:
         changed = [*messages[:i], begun_with(W, messages[i])]
@@ -470,6 +467,14 @@ def generation_prompt(
     except TemplateError as error:
         raise DataError(str(error), error.remedy, field="messages") from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"]), reference
+
+
+def _joined(messages: Sequence[Message], i: int) -> TemplateError:
+    if messages[i - 1]["role"] == "assistant":
+        remedy = "join the two in the document, or mark the second with 'train': false"
+    else:
+        remedy = "mark that turn with 'train': false, or give another chat_template"
+    return TemplateError("the chat template joins an assistant turn with the message before it", remedy)
 
 
 def _filled(parts: Sequence[str], contents: Sequence[str]) -> str:
