@@ -234,7 +234,7 @@ class SpanFinder:
             raise TemplateError(
                 f"the chat template writes {len(samples) - 1} of {len(trained)} trained turns otherwise once the chat "
                 "goes on, so that no one sample shows each as the model will generate it",
-                f"leave split_chats on, or use train_on='last'",
+                "leave split_chats on, or use train_on='last'",
             )
         return samples[::-1]
 
