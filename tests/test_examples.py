@@ -124,8 +124,11 @@ class TestModel:
         assert tokenizer.eos_token_id != tokenizer.pad_token_id
 
 
-def test_configuration_is_valid_and_names_files_that_exist() -> None:
-    args = TrainingArguments.from_yaml(REPOSITORY / "examples" / "quickstart.yaml")
+@pytest.mark.parametrize("name", ["quickstart.yaml", "lora.yaml"])
+def test_configuration_is_valid_and_names_files_that_exist(name: str) -> None:
+    args = TrainingArguments.from_yaml(REPOSITORY / "examples" / name)
+    assert (args.model_config is None) == (args.lora_rank is not None)
     for path in (args.model_config, args.tokenizer_name_or_path, args.data_path, args.validation_data_path):
-        assert path is not None
-        assert (REPOSITORY / path).exists()
+        assert path is None or (REPOSITORY / path).exists()
+    assert args.data_path is not None
+    assert args.validation_data_path is not None

@@ -130,6 +130,15 @@ def test_the_base_keeps_its_format_where_the_run_computes_in_it(ranks: Any, tmp_
     assert losses[0] == pytest.approx(losses[1], rel=LOSS_BF16)
 
 
+def test_adapters_in_16_bits_train_in_32(tmp_path: Path) -> None:
+    model = adapted(tiny_llama(dtype=torch.bfloat16)).to(torch.bfloat16)
+    trainer = build_trainer(tmp_path, SAMPLES, model, bf16=True, gradient_checkpointing=True, learning_rate=1e-6)
+    before = weights_of(model)
+    trainer.train()
+    moved = {name for name, value in weights_of(model).items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if ".lora_" in name}  # by less than bfloat16 can hold
+
+
 def model_job(folder: Path, **changes: Any) -> dict[str, Any]:
     """Options of a run from files: a model with a tokenizer, and chats."""
     job = chat_job(folder)
@@ -263,10 +272,28 @@ def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str, t
         lora_trainer(tmp_path, **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("gpt2", {"c_attn", "c_proj", "c_fc"}),
+        ("qwen3_moe", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("llama4", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+    ],
+)
+def test_linear_layers_of_the_blocks_are_adapted(name: str, expected: set[str]) -> None:
+    model = build_model(name)
+    add_lora(model, TrainingArguments(lora_rank=2), seed=0)
+    assert {layer.rpartition(".")[2] for layer in lora_layers(model)} == expected
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")
 def test_models_that_cannot_be_adapted_are_refused(tmp_path: Path) -> None:
     tied = tiny_llama(tie_word_embeddings=True)
     with pytest.raises(ModelError, match=r"lm_head.weight is tied to model.embed_tokens.weight"):
         lora_trainer(tmp_path, tied, lora_target_modules=["lm_head"])
+    of_experts = TrainingArguments(lora_rank=2, lora_target_modules=["gate_proj", "up_proj", "down_proj"])
+    with pytest.raises(ModelError, match="stand for experts whose weights are one tensor"):
+        add_lora(build_model("deepseek_v3"), of_experts, seed=0)
     with pytest.raises(ModelError, match="holds adapters of PEFT already; leave the option out"):
         lora_trainer(tmp_path, adapted())
     prompts = peft.get_peft_model(tiny_llama(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))

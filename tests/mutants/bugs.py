@@ -32,6 +32,8 @@ _COLLATOR_TESTS = "tests/test_data_loader.py::TestMaxTokensPerRankCollator"
 _INVARIANCE = "tests/laws/test_layout_invariance.py"
 _ACCOUNTING = "tests/laws/test_accounting.py"
 _CHECKPOINTS = "trainer/training/checkpoints.py"
+_LORA = "trainer/model/lora.py"
+_LORA_TESTS = "tests/test_lora.py"
 
 BUGS = [
     Bug(
@@ -384,5 +386,68 @@ BUGS = [
         "tokens[chosen] + length > max_tokens_per_rank",
         "tokens[chosen] > max_tokens_per_rank",
         "tests/test_batch_lengths_to_minibatches.py::TestBatchLengthsToMinibatches",
+    ),
+    Bug(
+        "a checkpoint of adapters holds the model that they adapt",
+        "L4 resume",
+        "trainer/checkpoint/tensors.py",
+        "model_tensors",
+        "if parameter.requires_grad or is_whole",
+        "if is_whole or parameter.ndim",
+        f"{_LORA_TESTS}::test_a_run_of_commands",
+    ),
+    Bug(
+        "adapters go on beside another model than they were trained with",
+        "L13 agreement",
+        _LORA,
+        "base_fingerprint",
+        "if not parameter.requires_grad}",
+        "if parameter.requires_grad}",
+        f"{_LORA_TESTS}::test_a_checkpoint_is_of_the_base_that_was_trained_on",
+    ),
+    Bug(
+        "adapters begin otherwise on each rank and with each way to give the model",
+        "L6 determinism",
+        _LORA,
+        "_first_values",
+        'torch.manual_seed(int.from_bytes(digest[:7], "big"))',
+        "torch.seed()",
+        f"{_LORA_TESTS}::test_a_model_from_a_folder_trains_as_the_one_given",
+    ),
+    Bug(
+        "adapters are trained in the 16 bits of the model",
+        "L9 frozen stays frozen",
+        _LORA,
+        "hold",
+        "parameter.data = parameter.data.float()",
+        "pass",
+        f"{_LORA_TESTS}::test_adapters_in_16_bits_train_in_32",
+    ),
+    Bug(
+        "exported adapters are rounded to the format of the model",
+        "L5 fidelity",
+        "trainer/model/export.py",
+        "export_model",
+        "dtype = save_dtype if save_dtype is not None or is_adapted(model) else prepared.stored_dtype",
+        "dtype = save_dtype or prepared.stored_dtype",
+        f"{_LORA_TESTS}::test_a_run_of_commands",
+    ),
+    Bug(
+        "dropout of adapters is another one after a resume",
+        "L4 resume",
+        "trainer/checkpoint/run_state.py",
+        "restore_random_state",
+        'torch.set_rng_state(_bytes(state["torch"]))',
+        '_bytes(state["torch"])',
+        "tests/laws/test_lora_resume.py::test_stopped_at_any_step_adapters_go_on_bit_for_bit",
+    ),
+    Bug(
+        "adapters are not summed over ranks",
+        "L2 layout invariance",
+        "trainer/model/fsdp.py",
+        "shard_model",
+        "module.set_gradient_divide_factor(1.0)",
+        "module.set_gradient_divide_factor(float(mesh.size()))",
+        f"{_LORA_TESTS}::test_a_run_is_the_run_by_hand",
     ),
 ]

@@ -90,6 +90,34 @@ RECIPES: dict[str, Recipe] = {
         },
         (*(name for name in _OFFERED if name not in ("weight_decay", "overlong", "max_length")), "max_tokens"),
     ),
+    "lora": Recipe(
+        "Train low-rank adapters of a chat model (docs/lora.md) on conversations; needs "
+        "`pip install 'reference-trainer[lora]'`.",
+        {
+            "model_name_or_path": "Qwen/Qwen2.5-0.5B-Instruct",
+            "bf16": True,
+            "data_path": "chats.jsonl",
+            "batch_size": 16,
+            "max_tokens_per_rank": 8192,
+            "num_train_epochs": 3,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.05,
+            "learning_rate": 2e-4,
+            "lora_rank": 16,
+            "output_dir": "outputs/lora",
+            **_EVALUATED,
+        },
+        (
+            *_OFFERED,
+            *("lora_alpha", "lora_dropout", "lora_target_modules", "lora_use_rslora", "lora_use_dora", "train_on"),
+        ),
+        (
+            "trainer preview {file}     shows samples, and what of them is trained",
+            "trainer plan {file}        shows steps and packing, before anything is loaded",
+            "trainer train {file}       trains; --nproc-per-node N on N GPUs",
+            "trainer export outputs/lora merged --merge    writes one model, adapters added",
+        ),
+    ),
     "osft": Recipe(
         "Teach a model new things without losing what it knows: orthogonal subspace fine-tuning (docs/osft.md) on "
         "conversations.",
@@ -136,7 +164,9 @@ RECIPES: dict[str, Recipe] = {
 class InitOptions:
     """Write a file to start from."""
 
-    recipe: Literal["chat", "pretraining", "osft", "seq2seq"] = positional("chat, pretraining, osft or seq2seq.")
+    recipe: Literal["chat", "pretraining", "lora", "osft", "seq2seq"] = positional(
+        "chat, pretraining, lora, osft or seq2seq."
+    )
     output: Path | None = option(None, "The file to write; by default the recipe's name and .yaml.")
     overwrite: bool = option(False, "Write over a file that is there already.")
 

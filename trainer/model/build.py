@@ -255,7 +255,7 @@ def prepare_model(
     device, wrapper = torch.device(device), None
     if is_packed and is_adapted(model):
         # PEFT's wrapper runs its model past the hooks of FSDP2, so a trainer runs the model itself.
-        check_for_packs(model)
+        check_for_packs(model, is_sharded=mesh is not None)
         wrapper, model = model, unwrapped(model)
     check_module(model, is_packed=is_packed)
     traits = read_traits(model, label_names)

@@ -93,7 +93,7 @@ def _gated_mlp(module: Any, hidden: Tensor, *, kernel: str) -> Tensor:
 
 def _agrees(module: nn.Module, fused: Fused, device: torch.device) -> bool:
     """Return whether a kernel gives what a copy of the module gives, of random weights and inputs."""
-    probe: Any = copy.deepcopy(module).to_empty(device=device).float()
+    probe: Any = copy.deepcopy(module).to_empty(device=device).float().eval()  # adapters may have dropout
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for parameter in probe.parameters():

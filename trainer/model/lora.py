@@ -21,11 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from trainer.config.groups import LoraArguments
 from trainer.errors import MissingPackageError, ModelError
 from trainer.model.freezing import near_names
-from trainer.model.fsdp import Region, local_part, sum_over_shards, unwrapped
+from trainer.model.fsdp import Region, decoder_blocks, local_part, sum_over_shards, unwrapped
 from trainer.model.traits import check_module
 from trainer.model.weights import Weights
 
@@ -72,8 +73,10 @@ def add_lora(model: PreTrainedModel, args: LoraArguments, seed: int, place: str 
     if is_adapted(model):
         raise ModelError("lora_rank: the model holds adapters of PEFT already; leave the option out to train those")
     check_module(model, is_packed=True)
-    targets = args.lora_target_modules or ALL_LINEAR
-    if targets != ALL_LINEAR:
+    targets = args.lora_target_modules
+    if targets is None or targets == ALL_LINEAR:
+        targets = _linear_layers(model)
+    else:
         _check_targets(model, targets)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -83,6 +86,7 @@ def add_lora(model: PreTrainedModel, args: LoraArguments, seed: int, place: str 
         target_modules=targets,
         use_rslora=args.lora_use_rslora,
         use_dora=args.lora_use_dora,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         init_lora_weights=True if args.lora_init == "default" else args.lora_init,
     )
     try:
@@ -90,6 +94,11 @@ def add_lora(model: PreTrainedModel, args: LoraArguments, seed: int, place: str 
             wrapper = peft.get_peft_model(model, config)
     except ValueError as error:
         raise ModelError(f"lora_target_modules: PEFT cannot adapt {targets}: {error}") from error
+    if wrapper.peft_config[ADAPTER].target_parameters:
+        raise ModelError(
+            f"lora_target_modules: {targets} stand for experts whose weights are one tensor, which are no linear "
+            "layers; name other modules, or leave the option out for those of attention"
+        )
     if place is not None:
         wrapper.peft_config[ADAPTER].base_model_name_or_path = place
     for name, layer in lora_layers(model).items():
@@ -103,6 +112,27 @@ def add_lora(model: PreTrainedModel, args: LoraArguments, seed: int, place: str 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
     """The layers of a model that LoRA adapts, by name."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+def _linear_layers(model: PreTrainedModel) -> list[str]:
+    """Ends of the names of all linear layers of the blocks; of a mixture of experts, of those of attention.
+
+    There PEFT (0.21) takes the names of dense layers for those of experts, whose weights are one tensor for all.
+    """
+    blocks = tuple(f"{block}." for block in decoder_blocks(model))
+    is_mixture = False
+    for module in model.modules():
+        is_conv = isinstance(module, nn.Conv1d)
+        is_mixture |= not is_conv and any(parameter.ndim > 2 for parameter in module.parameters(recurse=False))
+    found = []
+    for name, module in model.named_modules():
+        parent = model.get_submodule(name.rpartition(".")[0])
+        is_chosen = not is_mixture or "Attention" in type(parent).__name__
+        if name.startswith(blocks) and type(module) in (nn.Linear, Conv1D) and is_chosen:
+            found.append(name)
+    ends = {name.rpartition(".")[2] for name in found}
+    others = {name.rpartition(".")[2] for name, _ in model.named_modules() if name not in found}
+    return found if ends & others else sorted(ends)
 
 
 def _check_targets(model: PreTrainedModel, targets: str | list[str]) -> None:
@@ -180,7 +210,7 @@ class AdaptedWeights:
         return self._drawn[1][own_name][region]
 
 
-def check_for_packs(wrapper: Any) -> None:
+def check_for_packs(wrapper: Any, *, is_sharded: bool) -> None:
     """Refuse adapters that do not let the samples of a pack apart, or whose wrapper does more than run its model.
 
     Raises:
@@ -196,6 +226,12 @@ def check_for_packs(wrapper: Any) -> None:
             raise ModelError(
                 f"adapters of the kind {method} cannot be trained on packed token data: they add tokens to each row, a "
                 "term to the loss, or work by the tokens of a row; use LoRA, or give a data set of your own"
+            )
+        if is_sharded and getattr(config, "target_parameters", None):
+            raise ModelError(
+                f"adapters of parameters ({', '.join(sorted(config.target_parameters))}), such as those of experts, "
+                "cannot be shared out: PEFT replaces these parameters in each forward pass, and FSDP2 loses them; "
+                "train on one rank, or adapt linear layers alone"
             )
 
 
@@ -250,7 +286,8 @@ def _sum_of_bits(parameter: Tensor) -> Tensor:
 
 def adapter_tensors(wrapper: Any) -> dict[str, Tensor]:
     """What belongs to the adapters of a model, sharded as it is, under the names of the wrapper."""
-    state, kept = wrapper.state_dict(), set()
+    state: dict[str, Tensor] = wrapper.state_dict()
+    kept: set[int] = set()
     for adapter in wrapper.peft_config:
         chosen = load_peft().get_peft_model_state_dict(wrapper, state_dict=state, adapter_name=adapter)
         kept.update(id(tensor) for tensor in chosen.values())
