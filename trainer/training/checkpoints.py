@@ -214,7 +214,8 @@ class Checkpoints:
             self._restored = Restored(folder, record, changes)
             group = self.engine.group
             stored = StoredTensors(folder, group.rank, group.world_size)
-            restore_model(self.engine.model, stored)
+            with group.unhurried():  # one node's disk may be much slower
+                restore_model(self.engine.model, stored)
             kept = frozenset(key for name in changes for key in OPTIMIZER_SETTINGS.get(name, ()))
             form = read_json(folder / OPTIMIZER_STATE)
             restore_optimizer(self.engine.optimizer, self.engine.model, form, stored, kept)
