@@ -185,8 +185,11 @@ class TestProbe:
         with pytest.raises(IsolationError, match=f"model type '{name}' with attn_implementation 'packed_sdpa'"):
             prepare_model(build_model(name), ModelArguments(), is_packed=True)
 
-    def test_a_leak_is_refused(self):
-        model = prepared_for_packs(build_model("gpt_oss"), attn_implementation="eager")
+    @pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+    def test_a_leak_is_refused_whatever_the_size_of_logits(self, size):
+        leaking = build_model("gpt_oss")
+        leaking.lm_head.weight.data *= size
+        model = prepared_for_packs(leaking, attn_implementation="eager")
         with pytest.raises(IsolationError, match="'gpt_oss' with attn_implementation 'eager' leaks"):
             check_isolation(model)
 

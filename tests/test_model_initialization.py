@@ -232,6 +232,12 @@ class TestModelAndTokenizerAlignment:
         build_tokenizer().save_pretrained(tmp_path)
         assert load_tokenizer(ModelArguments(model_name_or_path=str(tmp_path))).eos_token == "<|im_end|>"
 
+    def test_a_config_may_be_named_by_its_file(self, tmp_path):
+        build_config("llama").save_pretrained(tmp_path)
+        assert_same_weights(draw(tmp_path / "config.json", seed=3), draw(tmp_path, seed=3))
+        with pytest.raises(ModelError, match="give a folder with a config.json, or the file itself"):
+            draw(tmp_path / "config.yaml")
+
     def test_a_config_has_no_tokenizer(self, tmp_path):
         with pytest.raises(UsageError, match="tokenizer_name_or_path: needed with model_config"):
             load_tokenizer(ModelArguments(model_config=str(tmp_path)))

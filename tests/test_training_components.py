@@ -86,6 +86,16 @@ class TestGradients:
         clip(parameters, global_norm(parameters), max_norm)
         assert global_norm(parameters).item() == pytest.approx(left, rel=CLIPPED_NORM)
 
+    @pytest.mark.parametrize("size", [1e-9, 1e-6, 1.0])
+    def test_clipping_is_torchs_at_gradients_of_any_size(self, size: float) -> None:
+        ours, theirs = self.parameters(), self.parameters()
+        for parameter in (*ours[:2], *theirs[:2]):
+            assert parameter.grad is not None
+            parameter.grad *= size
+        clip(ours, global_norm(ours), size)
+        torch.nn.utils.clip_grad_norm_(theirs, size)
+        assert [p.grad.tolist() for p in ours[:2]] == [p.grad.tolist() for p in theirs[:2]]
+
     def test_the_norm_of_no_gradients_is_0_and_nothing_is_clipped(self) -> None:
         parameters = [torch.nn.Parameter(torch.zeros(2))]
         norm = global_norm(parameters)
