@@ -19,8 +19,8 @@ from tests.fixtures.conformance.laws import LAWS
 from tests.fixtures.ranks.launch import Launch
 
 BY_NAME = {law.name: law for law in LAWS}
-ON_RANKS = ("number of ranks", "each sample once on ranks", "clipping", "logged loss", "evaluation on ranks")
-OURS = ("accumulation", "packing", "labels of chats", "learning rate")
+ON_RANKS = [law.name for law in LAWS if law.name.endswith("ranks")]
+OURS = ("accumulation", "packing", "labels of chats", "learning rate", "dropout", "resume")
 
 
 @pytest.fixture
