@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from tests.fixtures.corpora import chat, random_chats, write_jsonl
 from tests.fixtures.models import tiny_llama
+from tests.fixtures.ranks.rank_process import Ranks
 from tests.fixtures.runs import build_arguments, read_metrics
 from tests.fixtures.tokenizers import build_tokenizer
 from tests.fixtures.tolerances import CLOSED_FORM_FLOAT64, EVEN_WEIGHTS, LAYOUT_FP32
@@ -121,13 +122,12 @@ def test_a_run_resumed_at_any_step_goes_on_with_the_rest(mixture: tuple[TokenSto
         assert batches_from(4 * step, 3) == whole[step:]  # elastic: on other ranks
 
 
+@pytest.mark.world_size(1, 2)
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_losses_by_source_are_those_of_the_samples_alone(
-    mixture: tuple[TokenStore, Counter[tuple[int, ...]]], tmp_path: Path, smoothing: float
-) -> None:
-    store, _ = mixture
+def test_losses_by_source_are_those_of_the_samples_alone(ranks: Ranks, tmp_path: Path, smoothing: float) -> None:
+    store, _ = build_mixture(tmp_path)
     args = build_arguments(
-        tmp_path,
+        ranks.tmp_path / "run",
         max_steps=3,
         batch_size=7,
         max_tokens_per_rank=16,
@@ -138,6 +138,7 @@ def test_losses_by_source_are_those_of_the_samples_alone(
     args.label_smoothing_factor = smoothing
     trainer = Trainer(model=tiny_llama(), args=args, train_dataset=store, eval_dataset=store)
     trainer.train()
+    ranks.barrier()
     model = tiny_llama()
     expected: dict[str, list[float]] = {}  # of a model that stands still, each sample alone
     whole: dict[str, list[float]] = {}
@@ -152,7 +153,7 @@ def test_losses_by_source_are_those_of_the_samples_alone(
         whole.setdefault(name, []).extend(losses)
         if place < 7:
             expected.setdefault(name, []).extend(losses)
-    step = read_metrics(tmp_path)[0]
+    step = read_metrics(ranks.tmp_path / "run")[0]
     found = {name: value for name, value in step.items() if name.startswith("loss/")}
     assert found == pytest.approx({name: np.mean(losses) for name, losses in expected.items()}, rel=LAYOUT_FP32)
     evaluated = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)

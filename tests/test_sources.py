@@ -5,9 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import datasets
@@ -28,6 +33,7 @@ from trainer.data.sources import Source
 from trainer.data.store import TokenStore
 from trainer.errors import DataError, UsageError
 
+REPOSITORY = Path(__file__).parents[1]
 TOKENIZER = build_tokenizer()
 Rows = list[dict[str, Any]]
 
@@ -460,3 +466,79 @@ def test_a_disk_that_fails_is_an_error_that_names_the_file(tmp_path: Path) -> No
     path.symlink_to("/proc/self/mem")  # reading its start is EIO
     with pytest.raises(DataError, match=r"chats.jsonl: cannot be read \(Input/output error\)"):
         prepare(path, None, DataArguments(data_cache_dir=str(tmp_path / "cache")))
+
+
+HUB_ROWS = {  # (revision, file) -> rows
+    ("a" * 40, "train.jsonl"): [chat("one", "two")],
+    ("a" * 40, "test.jsonl"): [chat("held", "out")],
+    ("b" * 40, "train.jsonl"): [chat("three", "four"), chat("five", "six")],
+}
+REVISIONS = {"main": "a" * 40, "next": "b" * 40, "a" * 40: "a" * 40, "b" * 40: "b" * 40}
+READ_FROM_HUB = """
+import json
+from trainer.config.groups import DataArguments
+from trainer.data.sources import find_sources, raw_rows
+from trainer.errors import DataError
+
+def rows(split, revision):
+    ((source,),) = find_sources("hf://datasets/me/chats", split, revision)
+    return [json.loads(row) for row in raw_rows(source, range(1, 9)).values()]
+
+try:
+    rows("absent", None)
+except DataError as error:
+    told = str(error)
+print(json.dumps([rows(None, None), rows("test", None), rows(None, "next"), told]))
+"""
+
+
+class HubOfData(BaseHTTPRequestHandler):
+    """Answers as the hub does where `datasets` asks for a data set, its revisions and files."""
+
+    def do_GET(self) -> None:
+        missing = (404, b"{}", {"X-Error-Code": "EntryNotFound"})
+        match self.path.partition("?")[0].strip("/").split("/"):
+            case ["api", "datasets", "me", "chats", *rest] if rest[:1] != ["tree"]:
+                commit = REVISIONS[rest[1] if rest else "main"]
+                files = [{"rfilename": name} for revision, name in HUB_ROWS if revision == commit]
+                about = {"id": "me/chats", "sha": commit, "siblings": files, "private": False, "tags": []}
+                self.answer(200, json.dumps({**about, "downloads": 0, "likes": 0}).encode(), {})
+            case ["api", "datasets", "me", "chats", "tree", commit]:
+                found = [(name, lines_of(rows)) for (revision, name), rows in HUB_ROWS.items() if revision == commit]
+                tree = [{"type": "file", "oid": commit, "size": len(data), "path": name} for name, data in found]
+                self.answer(200, json.dumps(tree).encode(), {})
+            case ["datasets", "me", "chats", "resolve", revision, name] if (REVISIONS[revision], name) in HUB_ROWS:
+                commit = REVISIONS[revision]
+                marks = {"ETag": f'"{commit}{name}"', "X-Repo-Commit": commit}
+                self.answer(200, lines_of(HUB_ROWS[commit, name]), marks)
+            case _:
+                self.answer(*missing)
+
+    do_HEAD = do_GET
+
+    def answer(self, status: int, body: bytes, marks: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), "Content-Type": "application/json", **marks}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_data_set_of_the_hub_is_read_in_its_split_and_revision(tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), HubOfData) as hub:
+        Thread(target=hub.serve_forever, args=(0.01,), daemon=True).start()
+        there = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-c", READ_FROM_HUB]  # the address is read when `datasets` is imported
+        done = subprocess.run(command, env={**os.environ, **there}, capture_output=True, text=True, cwd=REPOSITORY)
+        hub.shutdown()
+    assert done.returncode == 0, done.stderr
+    main, held_out, later, told = json.loads(done.stdout.splitlines()[-1])
+    assert main == HUB_ROWS["a" * 40, "train.jsonl"]
+    assert held_out == HUB_ROWS["a" * 40, "test.jsonl"]
+    assert later == HUB_ROWS["b" * 40, "train.jsonl"]
+    assert "absent" in told
+    assert "check name, split and revision" in told

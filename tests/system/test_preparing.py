@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import random
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,31 @@ def test_a_killed_process_publishes_nothing_and_the_next_one_does(
     ended = launch(2, prepare, path, None, options, faults=[kill(0, at=at), kill(1, at=at)], group=False)
     assert ended.died == [0, 1]
     assert len(prepare(path, None, options)) == 2
+    assert list((tmp_path / "cache").glob("*.tmp-*")) == []
+
+
+def test_preparing_that_is_killed_again_and_again_ends_with_the_same_bytes(
+    launch: Launch, tmp_path: Path, options: DataArguments
+) -> None:
+    """Killed at drawn moments; what was published stays, and the store that comes of it is that of one quiet run."""
+    (tmp_path / "shards").mkdir()
+    for name in "abc":
+        write_tokens(tmp_path / "shards" / f"{name}.jsonl", [5, 7, 6], seed=ord(name))
+    source = random.Random(7)
+    num_kills = 0
+    for _ in range(3):
+        moment = (source.choice(["write", "sync", "rename"]), source.randint(1, 4))
+        ended = launch(1, prepare, tmp_path / "shards", None, options, faults=[kill(0, at=moment)], group=False)
+        num_kills += len(ended.died)
+    assert num_kills > 0
+    assert len(prepare(tmp_path / "shards", None, options)) == 9
+    prepare(tmp_path / "shards", None, DataArguments(data_cache_dir=str(tmp_path / "quiet")))
+    killed, quiet = (
+        {str(file.relative_to(home)): file.read_bytes() for file in home.glob("*/*.arrow")}
+        for home in (tmp_path / "cache", tmp_path / "quiet")
+    )
+    assert killed == quiet
+    assert len(quiet) >= 6  # tokens and index of each file
     assert list((tmp_path / "cache").glob("*.tmp-*")) == []
 
 
