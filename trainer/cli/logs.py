@@ -62,7 +62,7 @@ def display_that_may_fail() -> Iterator[Display]:
     _open_closed_streams()
     before = sys.stdout, sys.stderr
     shown = Display(sys.stdout, "stdout")
-    sys.stdout, sys.stderr = shown, Display(sys.stderr, "stderr")  # type: ignore[assignment]
+    sys.stdout, sys.stderr = shown, Display(sys.stderr, "stderr")
     try:
         yield shown
         shown.flush()

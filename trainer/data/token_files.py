@@ -108,7 +108,7 @@ class MemoryTokens:
     @property
     def checksums(self) -> NDArray[np.uint32]:
         """CRC-32 of all ids, and of all labels."""
-        return np.array([zlib.crc32(np.ascontiguousarray(column)) for column in (self.input_ids, self.labels)])
+        return np.array([zlib.crc32(column.tobytes()) for column in (self.input_ids, self.labels)], np.uint32)
 
     def read(self, starts: Int64s, lengths: Int32s) -> Sample:
         """Return the spans that begin at `starts`, end to end."""
