@@ -275,6 +275,7 @@ def prepare_model(
     freeze(model, args.freeze_patterns)
     settings += _block_settings(model, args)
     if mesh is not None:
+        settings += [_refuse_saving(part) for part in (model, wrapper) if hasattr(part, "save_pretrained")]
         shard_for_training(model, mesh, compute_dtype, unread=unread_parameters(model), casts_inputs=is_packed)
     model.train()
     if is_dry:
@@ -312,6 +313,20 @@ def _block_settings(model: nn.Module, args: ModelArguments) -> list[Setting]:
         given = {name: value for name, value in compiler.items() if value is not None}
         settings += settings_made_by(lambda: compile_blocks(model, **given), model)
     return settings
+
+
+def _refuse_saving(part: Any) -> Setting:
+    """Have save_pretrained say, in a run on several ranks, what to call instead: each rank has but its shards."""
+
+    def save_pretrained(*args: Any, **options: Any) -> Any:
+        if options.get("state_dict") is not None:
+            return type(part).save_pretrained(part, *args, **options)
+        raise ModelError(
+            "save_pretrained on several ranks, each of which holds shards of the weights: have all ranks call "
+            "trainer.save_model(folder), or run `trainer export CHECKPOINT FOLDER`"
+        )
+
+    return Setting(part, "save_pretrained", save_pretrained)
 
 
 def _set_formats(model: nn.Module, compute_dtype: torch.dtype, *, is_packed: bool) -> torch.dtype | None:

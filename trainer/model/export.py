@@ -117,7 +117,7 @@ def _stage(
     try:
         if is_adapted(model):
             # All adapters, under PEFT's names: the first in the folder itself, others in folders of their own.
-            model.save_pretrained(hidden, state_dict=tensors)
+            type(model).save_pretrained(model, hidden, state_dict=tensors)
         elif isinstance(model, PreTrainedModel):
             _write(model, tensors, hidden, max_shard_size)
         else:
@@ -175,7 +175,7 @@ def _write(model: PreTrainedModel, tensors: dict[str, Tensor], directory: Path, 
     double: Any = object.__new__(type(model))
     vars(double).update(vars(model))
     double.config, double.generation_config = copy.deepcopy(model.config), GenerationConfig()
-    double.save_pretrained(directory, state_dict=tensors, max_shard_size=max_shard_size)
+    type(double).save_pretrained(double, directory, state_dict=tensors, max_shard_size=max_shard_size)
     double.config.dtype = dtype
     double.config.save_pretrained(directory)
     if generation is not None:

@@ -61,6 +61,11 @@ def check_module(model: Any, *, is_packed: bool = False) -> None:
         raise ModelError(f"model is a {type(model).__name__}: give a torch.nn.Module")
     if is_packed and (not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None):
         raise ModelError(f"model is a {type(model).__name__}: give a transformers causal language model, not wrapped")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        raise ModelError(
+            f"model is wrapped in {type(model).__name__}, and nothing could load what a run of it exports: give the "
+            "model itself; weights are shared out over the ranks that torchrun starts, torch_compile=True compiles"
+        )
     if getattr(model, "is_quantized", False):
         raise ModelError(QUANTISED)
 
