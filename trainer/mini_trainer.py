@@ -75,8 +75,9 @@ class MiniTrainerFlags:
 
     def to_arguments(self) -> TrainingArguments:
         """Say the same in our options."""
-        parts = (self._renamed(), self._length(), self._validation(), self._osft(), self._reporting())
-        return TrainingArguments(**{name: value for part in parts for name, value in part.items()})
+        reporting = {"report_to": self.trackers or "none", "run_name": self.mlflow_run_name or self.wandb_run_name}
+        given = self._renamed() | self._length() | self._validation() | self._osft() | reporting
+        return TrainingArguments(**given)
 
     def _renamed(self) -> dict[str, Any]:
         same: tuple[str, ...] = (
@@ -142,9 +143,6 @@ class MiniTrainerFlags:
             "osft_svd_dtype": self.osft_upcast_dtype,
         }
 
-    def _reporting(self) -> dict[str, Any]:
-        return {"report_to": self.trackers or "none", "run_name": self.mlflow_run_name or self.wandb_run_name}
-
     @property
     def trackers(self) -> list[str]:
         """Trackers of which some flag is given."""
@@ -182,12 +180,8 @@ def open_trackers(flags: MiniTrainerFlags) -> None:
             raise MissingPackageError.in_extra(f"--{name}_...: {error}", name) from error
         if name == "wandb":
             tracker.init(project=flags.wandb_project, entity=flags.wandb_entity, name=flags.wandb_run_name)
-        else:
-            _open_mlflow(tracker, flags)
-
-
-def _open_mlflow(mlflow: Any, flags: MiniTrainerFlags) -> None:
-    if flags.mlflow_tracking_uri is not None:
-        mlflow.set_tracking_uri(flags.mlflow_tracking_uri)
-    if flags.mlflow_experiment_name is not None:
-        mlflow.set_experiment(flags.mlflow_experiment_name)
+            continue
+        if flags.mlflow_tracking_uri is not None:
+            tracker.set_tracking_uri(flags.mlflow_tracking_uri)
+        if flags.mlflow_experiment_name is not None:
+            tracker.set_experiment(flags.mlflow_experiment_name)

@@ -10,7 +10,9 @@ MODELS = ("model", "module", "block", "layer", "head", "embedding", "embeddings"
 OWN = {  # modules and configurations that we have built ourselves, before anyone else sees them
     "trainer/model/build.py": {"model.generation_config", "model.config"},
     "trainer/model/export.py": {"double.config"},
-    "trainer/training/checkpoints.py": {"model.generation_config"},
+    "trainer/model/lora.py": {"layer.weight", "model.config"},  # of the model that `trainer export` has loaded to merge
+    "trainer/training/saved_model.py": {"model.generation_config"},
+    "trainer/cli/logs.py": {"sys.stdout", "sys.stderr"},  # of a process that the command line owns
     "trainer/hf/seq2seq.py": {"model.generation_config"},  # of the user's arguments, as transformers' class does
 }
 

@@ -99,7 +99,9 @@ def show_store(path: str, store: TokenStore) -> None:
         named = zip(store.source_names, counts.tolist(), strict=True)
         table.add_row("samples by source", _listed(dict(named)))
     console.print(table)
-    console.print(histogram("tokens of a sample", store.lengths, _length_bounds(store.lengths), "{:,}"))
+    low, high = int(np.log2(max(store.lengths.min(), 1))), int(np.log2(max(store.lengths.max(), 1)))
+    powers_of_two = 2 ** np.arange(low, high + 2)
+    console.print(histogram("tokens of a sample", store.lengths, powers_of_two, "{:,}"))
     shares = store.num_loss_tokens / np.maximum(store.lengths - 1, 1)
     console.print(histogram("trained share of a sample", shares, np.linspace(0, 1, 11), "{:.0%}"))
 
@@ -137,12 +139,6 @@ def histogram(title: str, values: NDArray[Any], bounds: NDArray[Any], form: str)
         bar = "#" * -(-40 * count // max(counts.max(), 1))
         table.add_row(f"{form.format(low)} to {form.format(high)}", f"{count:,}", bar)
     return table
-
-
-def _length_bounds(lengths: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Powers of two around the lengths."""
-    low, high = int(np.log2(max(lengths.min(), 1))), int(np.log2(max(lengths.max(), 1)))
-    return 2 ** np.arange(low, high + 2)
 
 
 def _listed(counts: dict[str, int]) -> str:

@@ -75,7 +75,9 @@ class RankBatches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Micro-batches of this rank in a whole epoch."""
-        return _num_own(self.dealing, self.sampler.len_data)
+        num_trained = self.dealing.num_trained(self.sampler.len_data)
+        full, rest = divmod(num_trained, self.dealing.per_micro_batch)
+        return full + int(sum(self.dealing.own_sizes(rest)) > 0)
 
 
 class StreamShare(IterableDataset[Any]):
@@ -192,11 +194,6 @@ def chunks(samples: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(samples)
     while chunk := list(islice(iterator, size)):
         yield chunk
-
-
-def _num_own(dealing: Dealing, num_samples: int) -> int:
-    full, rest = divmod(dealing.num_trained(num_samples), dealing.per_micro_batch)
-    return full + int(sum(dealing.own_sizes(rest)) > 0)
 
 
 def keep_columns(dataset: Any, collate: Collate, columns: Sequence[str]) -> tuple[Any, Collate]:

@@ -163,7 +163,10 @@ def parse_chunk(
             continue
         try:
             document = _read_as(row, reading) if is_converted else row
-            _check_kind(document, expected)
+            if document.kind != expected.kind:
+                found = f"line {document.line} is {document.kind!r}, but line {expected.line} is {expected.kind!r}"
+                allowed = "a file holds documents of one kind; put each kind into a file of its own"
+                raise document.refusal(found, allowed)
             if row.may_hold_nulls:
                 document = replace(document, fields=drop_nulls(document.fields, report))
             documents = [document]
@@ -278,13 +281,6 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _check_kind(document: Document, expected: FileKind) -> None:
-    kind = document.kind
-    if kind != expected.kind:
-        found = f"line {document.line} is {kind!r}, but line {expected.line} is {expected.kind!r}"
-        raise document.refusal(found, "a file holds documents of one kind; put each kind into a file of its own")
-
-
 def _check_message(document: Document, message: Any, place: str) -> None:
     if not isinstance(message, dict):
         raise document.refusal(f"found {describe(message)}", "a message must be an object", place)
@@ -297,13 +293,10 @@ def _check_message(document: Document, message: Any, place: str) -> None:
         if message.get(name) not in (None, *values):
             found = f"found {describe(message[name])}"
             raise document.refusal(found, f"it must be {' or '.join(map(describe, values))}", f"{place}.{name}")
-    if not (content is None or isinstance(content, str) or _is_parts(content)):
+    has_parts = isinstance(content, list) and all(isinstance(part, dict) for part in content)
+    if not (content is None or isinstance(content, str) or has_parts):
         allowed = "a content must be a string or a list of objects"
         raise document.refusal(f"found {describe(content)}", allowed, f"{place}.content")
-
-
-def _is_parts(content: Any) -> bool:
-    return isinstance(content, list) and all(isinstance(part, dict) for part in content)
 
 
 def _check_pretrain(document: Document) -> None:

@@ -159,7 +159,8 @@ class Source:
         read = 0
         with reading(self.path), open_text(self.path, self.form) as (raw, text):
             line = 1
-            is_array, head = _starts_array(text)
+            head = text.read(4096)
+            is_array = head.removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"[")
             lines = _array_items(head, text, self.path) if is_array else _whole_lines(head, text)
             for block, num_lines in lines:
                 size, read = raw.tell() - read, raw.tell()
@@ -322,11 +323,6 @@ def open_text(path: str | Path, form: Form) -> Iterator[tuple[IO[bytes], Any]]:
                 yield raw, text
         else:
             yield raw, raw
-
-
-def _starts_array(text: Any) -> tuple[bool, bytes]:
-    head = text.read(4096)
-    return head.removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"["), head
 
 
 def _whole_lines(head: bytes, text: Any) -> Iterator[tuple[bytes, int]]:

@@ -324,7 +324,9 @@ class StoreWriter:
             "block_checksums": block_checksums(self._temporary / "tokens.arrow"),
             "index_checksum": zlib.crc32((self._temporary / "index.arrow").read_bytes()),
         }
-        _write_metadata(self._temporary, {**self.metadata, **facts})
+        metadata = {**self.metadata, **facts}
+        envelope = {"sha256": _digest(metadata), "metadata": metadata}
+        (self._temporary / "metadata.json").write_text(json.dumps(envelope, indent=1), encoding="utf-8")
         for path in [*self._temporary.iterdir(), self._temporary]:
             sync(path)
         try:
@@ -374,11 +376,6 @@ def _read_index(folder: Path, metadata: dict[str, Any]) -> _Index:
         return _Index(*checked_columns(batch, _INDEX_SCHEMA, metadata["num_samples"]))
     except (pa.ArrowException, OSError, ValueError, IndexError) as error:
         raise DataError(f"its index is damaged ({error})", REMEDY, folder / "index.arrow") from None
-
-
-def _write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
-    envelope = {"sha256": _digest(metadata), "metadata": metadata}
-    (folder / "metadata.json").write_text(json.dumps(envelope, indent=1), encoding="utf-8")
 
 
 def _digest(metadata: Any) -> str:

@@ -160,21 +160,20 @@ def packed_sdpa(
             f"{type(module).__name__} adds a position bias, which 'packed_sdpa' does not know; use 'eager'"
         )
     borders = _borders(module, query, attention_mask, options) if query.shape[2] == key.shape[2] else []
-    inputs, mask = [query, key, value], attention_mask
-    rounded = autocast_dtype(query)
+    mask, rounded = attention_mask, autocast_dtype(query)
     on_cpu = query.device.type == "cpu"
     if on_cpu:
         # In float32 at least, rounded once: a CPU takes up to three times as long in bfloat16.
-        inputs = [tensor.to(accumulation_dtype(tensor.dtype)) for tensor in inputs]
+        query, key, value = (tensor.to(accumulation_dtype(tensor.dtype)) for tensor in (query, key, value))
         if mask is not None and mask.is_floating_point():
-            mask = mask.to(inputs[0].dtype)
+            mask = mask.to(query.dtype)
     with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():
         if len(borders) <= 2:
-            attended = _attend(module, *inputs, mask, options)
+            attended = _attend(module, query, key, value, mask, options)
         else:
             sizes = [stop - start for start, stop in pairwise(borders)]
             # Split, not slices: the gradient of a slice is as large as the whole pack, for every sample of it.
-            samples = zip(*(tensor.split(sizes, dim=2) for tensor in inputs), strict=True)
+            samples = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
             parts = []
             for (start, stop), (q, k, v) in zip(pairwise(borders), samples, strict=True):
                 part_mask = None if mask is None else mask[..., start:stop, start:stop]

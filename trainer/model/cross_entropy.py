@@ -136,8 +136,10 @@ def _loss_and_gradients(
     total = torch.zeros((), dtype=accumulation, device=hidden.device)
     gradients: list[Tensor | None] = []
     for tensor, is_wanted in zip(inputs, wanted, strict=True):
-        has_gradient = tensor is not None and is_wanted
-        gradients.append(torch.zeros_like(tensor, dtype=accumulation) if has_gradient else None)
+        if tensor is not None and is_wanted:
+            gradients.append(torch.zeros_like(tensor, dtype=accumulation))
+        else:
+            gradients.append(None)
     grad_hidden, grad_weight, grad_bias = gradients
     is_training = settings.needs_gradients and any(wanted)
     matrix = weight.to(settings.dtype)

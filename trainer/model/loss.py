@@ -50,7 +50,8 @@ def token_loss_sum(
         label_smoothing: Share of the target spread evenly over the vocabulary.
         source_sums: (S,) float64; the loss of the tokens of each of S sources, without the router loss, is added to it.
     """
-    assert prepared.is_in_use or not prepared.recomputes, "enter Prepared.in_use around forward and backward"
+    is_in_use = prepared.borrowing.depth > 0
+    assert is_in_use or not prepared.recomputes, "enter Prepared.in_use around forward and backward"
     positions, targets = trained_positions(micro_batch)
     by_source = None if source_sums is None else GroupSums(sources_at(micro_batch, positions), source_sums)
     with prepared.in_use(), prepared.compute_context(), packed_forward():

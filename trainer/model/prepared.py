@@ -59,11 +59,6 @@ class Prepared:
         """
         return self.borrowing.held()
 
-    @property
-    def is_in_use(self) -> bool:
-        """Return whether we are inside `in_use`."""
-        return self.borrowing.depth > 0
-
     def compute_context(self) -> AbstractContextManager[object]:
         """Context in which to call the model, so that it computes in its format."""
         if not self.uses_autocast:

@@ -60,8 +60,10 @@ def align_special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
             continue
         setattr(model.config.get_text_config(), name, value)
         if generation is not None:
-            former = getattr(generation, name) if name == "eos_token_id" else None
-            setattr(generation, name, _with_former(value, former))
+            former = getattr(generation, name)
+            if name == "eos_token_id" and isinstance(former, list):
+                value = [value, *(other for other in former if other != value)]
+            setattr(generation, name, value)
     if generation is not None and generation.pad_token_id is None and tokenizer.eos_token_id is not None:
         generation.pad_token_id = tokenizer.eos_token_id
 
@@ -73,9 +75,3 @@ def padding_row_settings(model: nn.Module) -> list[Setting]:
     that is never trained where the tokenizer pads with it.
     """
     return [Setting(module, "padding_idx", None) for module in model.modules() if isinstance(module, nn.Embedding)]
-
-
-def _with_former(value: int, former: int | list[int] | None) -> int | list[int]:
-    if not isinstance(former, list):
-        return value
-    return [value, *(other for other in former if other != value)]

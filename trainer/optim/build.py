@@ -91,7 +91,15 @@ def _build_known(
     spec: Spec, model: nn.Module, groups: list[Group], args: OptimizerArguments, options: dict[str, Any]
 ) -> torch.optim.Optimizer:
     _check_ability(spec, groups, args)
-    groups = _arrange(spec, model, groups, args, options)
+    if spec.arrange is not None:
+        groups = spec.arrange(model, groups)
+    elif spec.target_options is not None:
+        if args.optim_target_modules is None:
+            raise UsageError(
+                f"optim = {args.optim!r} needs optim_target_modules: all-linear, a regular expression or a list"
+            )
+        settings = {name: options.pop(name, default) for name, default in spec.target_options.items()}
+        groups = split_targets(groups, target_matrices(model, args.optim_target_modules), settings)
     cls = find_class(args)
     extra = {name: options.pop(name, default) for name, default in spec.extra_options.items()}
     arguments = {**_adam(spec.takes, args), **spec.fixed}
@@ -149,22 +157,6 @@ def _check_ability(spec: Spec, groups: list[Group], args: OptimizerArguments) ->
     _check_unused(spec.takes, args)
     _refuse(args.optim_bf16_state and not spec.has_plain_state, "optim_bf16_state", args)
     _refuse(args.optim_target_modules is not None and spec.target_options is None, "optim_target_modules", args)
-
-
-def _arrange(
-    spec: Spec, model: nn.Module, groups: list[Group], args: OptimizerArguments, options: dict[str, Any]
-) -> list[Group]:
-    """Return the optimizer's own parameter groups; what they need is taken out of the options."""
-    if spec.arrange is not None:
-        return spec.arrange(model, groups)
-    if spec.target_options is None:
-        return groups
-    if args.optim_target_modules is None:
-        raise UsageError(
-            f"optim = {args.optim!r} needs optim_target_modules: all-linear, a regular expression or a list"
-        )
-    settings = {name: options.pop(name, default) for name, default in spec.target_options.items()}
-    return split_targets(groups, target_matrices(model, args.optim_target_modules), settings)
 
 
 def _adam(takes: Iterable[str], args: OptimizerArguments) -> dict[str, Any]:

@@ -71,7 +71,9 @@ def by_kind(groups: Iterable[Group]) -> list[Group]:
 def match(pattern: str, model: nn.Module, trained: Named) -> list[str]:
     """Names of the trained parameters that a pattern means: `embeddings`, `head`, or a regular expression's matches."""
     if pattern in (EMBEDDINGS, HEAD):
-        return _require(pattern, _names_of(_end(model, pattern), trained), trained)
+        end = _end(model, pattern)
+        members = set() if end is None else set(end.parameters())
+        return _require(pattern, [name for name, parameter in trained.items() if parameter in members], trained)
     try:
         expression = re.compile(pattern)
     except re.error as error:
@@ -117,11 +119,6 @@ def _end(model: nn.Module, which: str) -> nn.Module | None:
     method = "get_input_embeddings" if which == EMBEDDINGS else "get_output_embeddings"
     found: nn.Module | None = getattr(model, method, lambda: None)()
     return found
-
-
-def _names_of(module: nn.Module | None, trained: Named) -> list[str]:
-    members = set(module.parameters()) if module is not None else set()
-    return [name for name, parameter in trained.items() if parameter in members]
 
 
 def _require(pattern: str, names: list[str], trained: Named) -> list[str]:

@@ -132,14 +132,9 @@ class Checkpoints:
         self._restored: Restored | None = None
         self._has_explained_twins = False
 
-    @property
-    def state(self) -> RunState:
-        """Where the run stands."""
-        return self.events.state
-
     def save(self) -> None:
         """Save the state after the present step, if that was not done; a former save is finished first."""
-        state = self.state
+        state = self.events.state
         is_saved, state.saved_step = state.saved_step == state.global_step, state.global_step
         self.mark_best()
         if is_saved:
@@ -149,7 +144,7 @@ class Checkpoints:
 
     def mark_best(self) -> None:
         """Take the checkpoint of this step, if there is one, for the best, if it is."""
-        state = self.state
+        state = self.events.state
         if state.best_global_step == state.saved_step == state.global_step:
             folder = manifest.folder_of(self.folder, state.global_step)
             state.best_model_checkpoint = str(twin_of(folder) if self.has_twins else folder)
@@ -219,7 +214,7 @@ class Checkpoints:
             kept = frozenset(key for name in changes for key in OPTIMIZER_SETTINGS.get(name, ()))
             form = read_json(folder / OPTIMIZER_STATE)
             restore_optimizer(self.engine.optimizer, self.engine.model, form, stored, kept)
-            state = self.state
+            state = self.events.state
             restore_state(state, _unpack_plain(record.state))
             state.resumed_step, state.resumed_samples = state.global_step, state.num_samples_seen
             restore_callbacks(self.events.handler.callbacks, record.callbacks)
@@ -257,7 +252,7 @@ class Checkpoints:
             with reading(restored.folder):
                 restore_random_state(body["random"], group.device)
         else:
-            start_random_state(self.args.seed, self.state.global_step, group.rank)
+            start_random_state(self.args.seed, self.events.state.global_step, group.rank)
 
     def _check_room(self) -> None:
         """Warn where the disk has no room for the next checkpoint."""
@@ -280,11 +275,11 @@ class Checkpoints:
 
     def _contents(self) -> Contents:
         model, control = self.engine.model, self.events.control
-        is_over = 0 < self.state.max_steps <= self.state.global_step
+        is_over = 0 < self.events.state.max_steps <= self.events.state.global_step
         metrics = Path(self.args.output_dir, METRICS)
         metrics_bytes = sync_size(metrics)
         record = RunRecord(
-            state=_pack_plain(state_fields(self.state), "the state"),
+            state=_pack_plain(state_fields(self.events.state), "the state"),
             should_stop=control.should_training_stop and not is_over and not self.events.is_stopped_by_signal,
             should_stop_epoch=control.should_epoch_stop,
             schedule=_pack_plain(self.engine.schedule.state_dict(), "the learning-rate schedule"),
@@ -301,7 +296,7 @@ class Checkpoints:
         if self._files is None:
             self._files = self.model_files()
         return Contents(
-            self.state.global_step, tensors, records, self._files, is_resumable=not self.args.save_only_model
+            self.events.state.global_step, tensors, records, self._files, is_resumable=not self.args.save_only_model
         )
 
     def model_files(self) -> dict[str, bytes]:
@@ -360,7 +355,7 @@ class Checkpoints:
                 file = os.path.relpath(folder / "model_0.safetensors", twin)
                 write_json(twin / WEIGHTS_INDEX, {"metadata": {}, "weight_map": dict.fromkeys(tensors, file)})
                 names.append(WEIGHTS_INDEX)
-            self.state.save_to_json(str(twin / TRAINER_STATE))
+            self.events.state.save_to_json(str(twin / TRAINER_STATE))
             write_json(twin / LISTING, {"files": [*names, TRAINER_STATE]})
             for other in folder.parents[1].glob("checkpoint-*"):
                 if read_listing(other) and not by_either_name(other).exists():
