@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -114,7 +113,19 @@ class CheckpointWriter:
             for name, tensors in contents.tensors.items()
         }
         if self.is_async:
-            shares = {name: (entries, self._to_host(tensors)) for name, (entries, tensors) in shares.items()}
+            for name, (entries, tensors) in shares.items():
+                copies: dict[str, Tensor] = {}
+                for key, tensor in tensors.items():
+                    if self.group.device.type != "cuda":
+                        copies[key] = tensor.detach().to("cpu", copy=True)
+                        continue
+                    host = self._host.get(key)
+                    if host is None or (host.shape, host.dtype) != (tensor.shape, tensor.dtype):
+                        host = self._host[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                    copies[key] = host.copy_(tensor.detach(), non_blocking=True)
+                shares[name] = entries, copies
+            if self.group.device.type == "cuda":
+                torch.cuda.synchronize(self.group.device)
         num_bytes = sum(tensor.nbytes for _, tensors in shares.values() for tensor in tensors.values())
         pending = self._pending = _Pending(contents, hidden, target, num_bytes)
         record = {**contents.own, "random": random_state(self.group.device)}
@@ -135,17 +146,6 @@ class CheckpointWriter:
     def wait(self) -> Path | None:
         """Wait until the save in flight is published, and return it; None if there is none (all ranks call)."""
         return None if self._pending is None else self._finish()
-
-    def _to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if self.group.device.type != "cuda":
-            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        for name, tensor in tensors.items():
-            host = self._host.get(name)
-            if host is None or (host.shape, host.dtype) != (tensor.shape, tensor.dtype):
-                host = self._host[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            host.copy_(tensor.detach(), non_blocking=True)
-        torch.cuda.synchronize(self.group.device)
-        return {name: self._host[name] for name in tensors}
 
     def _write(
         self, pending: _Pending, shares: Mapping[str, tuple[Entries, dict[str, Tensor]]], record: dict[str, Any]
@@ -205,8 +205,14 @@ class CheckpointWriter:
             files[name] = write_json(pending.hidden / name, value)
         for name, content in contents.files.items():
             files[name] = write_file(pending.hidden / name, [content])
+        versions: dict[str, str] = {}
+        for name in ("reference-trainer", "torch", "transformers"):
+            try:
+                versions[name] = version(name)
+            except PackageNotFoundError:
+                versions[name] = "not installed"
         about = Manifest(
-            contents.step, self.group.world_size, contents.is_resumable, files, _versions(), run_id=self.run_id
+            contents.step, self.group.world_size, contents.is_resumable, files, versions, run_id=self.run_id
         )
         body = {**vars(about), "files": {name: vars(fact) for name, fact in sorted(files.items())}}
         write_sealed(pending.hidden / manifest.MANIFEST, body)
@@ -222,14 +228,3 @@ class CheckpointWriter:
         steps = [number for number in map(manifest.step_of, manifest.list_checkpoints(self.folder)) if number >= 0]
         last = f"the last one is {manifest.folder_of(self.folder, steps[0])}" if steps else "there is none before it"
         raise CheckpointError(f"the checkpoint after step {step} failed: {said}; {last}") from error
-
-
-@cache
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("reference-trainer", "torch", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
