@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from tests.test_memory import measured_bytes
@@ -10,12 +12,11 @@ from trainer.training.memory import Load, estimate_memory
 
 SIZES = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2, "vocab_size": 4096}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "head_dim": 32}
 LOAD = Load(num_tokens=512, longest=150, num_loss_tokens=300, accumulates=False)
 MODELS: dict[str, PreTrainedConfig] = {
     "Llama": LlamaConfig(**SIZES, **HEADS),
     "Gemma 3": AutoConfig.for_model("gemma3_text", **SIZES, **HEADS, head_dim=32, sliding_window=128),
-    "Qwen 3 MoE": AutoConfig.for_model("qwen3_moe", **SIZES, **HEADS, **EXPERTS),
+    "Qwen 3": AutoConfig.for_model("qwen3", **SIZES, **HEADS, head_dim=32),
 }
 OPTIONS = (
     *({}, {"bf16": True}, {"gradient_checkpointing": True}, {"optim": "sgd"}, {"optim": "adafactor"}),
@@ -23,9 +24,10 @@ OPTIONS = (
 )
 
 
-def rows() -> list[str]:
-    """Measure, and return the lines of the table."""
-    lines = ["| model | options | estimated peak, MiB | measured | off by |", "|---|---|---|---|---|"]
+def rows() -> Iterator[str]:
+    """Measure, and yield the lines of the table."""
+    yield "| model | options | estimated peak, MiB | measured | off by |"
+    yield "|---|---|---|---|---|"
     for name, config in MODELS.items():
         for options in OPTIONS if name == "Llama" else OPTIONS[:1]:
             args = TrainingArguments(**options)
@@ -33,9 +35,9 @@ def rows() -> list[str]:
             measured, _ = measured_bytes(args, config, LOAD)
             words = ", ".join(f"`{key}={value}`" for key, value in options.items()) or "defaults"
             numbers = f"{estimated / 2**20:.1f} | {measured / 2**20:.1f} | {estimated / measured - 1:+.1%}"
-            lines.append(f"| {name} | {words} | {numbers} |")
-    return lines
+            yield f"| {name} | {words} | {numbers} |"
 
 
 if __name__ == "__main__":
-    print("\n".join(rows()))
+    for row in rows():
+        print(row, flush=True)

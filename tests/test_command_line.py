@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers.trainer_callback import TrainerControl
 
 from tests.fixtures.corpora import write_chats, write_malformed, write_tokens
 from tests.fixtures.models import save_model
@@ -378,6 +380,42 @@ def test_what_takes_long_says_how_far_it_is(capsys: pytest.CaptureFixture[str]) 
     display.on_decompose(args, state, 1, 4, 3.0)
     display.on_decompose(args, state, 4, 4, 12.0)
     assert capsys.readouterr().out == "decomposed the matrices in 12.0 s\n"
+
+
+def test_a_line_of_progress_has_rate_memory_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    from trainer.cli.progress import ProgressDisplay
+    from trainer.training.callbacks import RunState
+    from trainer.training.metrics import StepReport
+
+    state = RunState(is_world_process_zero=True, max_steps=9)
+    report = StepReport(1, 0.5, 1e-3, 1.0, 2.5, 4, 1, 8.0, 0.0, 0.5, 3 * 2**29)
+    ProgressDisplay().on_step_end(TrainingArguments(), state, TrainerControl(), report=report)
+    full = dataclasses.replace(report, tokens_per_second=1234.0, mfu=0.42, seconds_left=3725.0)
+    ProgressDisplay().on_step_end(TrainingArguments(), state, TrainerControl(), report=full)
+    assert capsys.readouterr().out.splitlines() == [
+        "step 1/9  epoch 0.50  loss 2.5000  lr 1.00e-03  1.5 GiB",
+        "step 1/9  epoch 0.50  loss 2.5000  lr 1.00e-03  1,234 tokens/s  MFU 42%  1.5 GiB  1:02:05 left",
+    ]
+
+
+@pytest.mark.parametrize(("num_steps", "is_profiled"), [(2, False), (3, True), (6, True)])
+def test_profiled_steps_leave_a_trace_and_a_table(tmp_path: Path, num_steps: int, is_profiled: bool) -> None:
+    from trainer.cli.progress import ProfileSteps
+    from trainer.training.callbacks import RunState
+
+    args, state, control = TrainingArguments(output_dir=str(tmp_path)), RunState(), TrainerControl()
+    state.is_world_process_zero = True
+    callback = ProfileSteps(2)
+    callback.on_train_begin(args, state, control)
+    for step in range(1, num_steps + 1):
+        callback.on_step_begin(args, state, control)
+        torch.ones(2, 2) @ torch.ones(2, 2)
+        state.global_step = step
+        callback.on_step_end(args, state, control)
+    callback.on_train_end(args, state, control)
+    assert (tmp_path / "profile" / "trace.json").is_file() == is_profiled
+    if is_profiled:
+        assert "aten::mm" in (tmp_path / "profile" / "operations.txt").read_text()
 
 
 def test_pairs_of_names_and_values_are_as_good_as_json() -> None:

@@ -152,6 +152,17 @@ def test_what_is_not_known_gets_no_row(tmp_path: Path) -> None:
     assert not {"last loss", "loss tokens", "median tokens per second", "learning_rate"} & {row[0] for row in page.rows}
 
 
+def test_the_legend_names_each_of_several_runs(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        line = {"step": 1, "loss": 2.0, "step_seconds": 1.0, "data_seconds": 0.0, "seconds_left": 3.0, "mfu": 0.5}
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert main(["report", str(tmp_path / "first"), str(tmp_path / "second")]) == 0
+    page = Page(tmp_path / "first" / "report.html")
+    assert {"first", "second", "share of the GPU's nominal rate (MFU)"} <= set(page.drawn)
+    assert "seconds_left" not in page.drawn
+
+
 def test_long_runs_are_drawn_with_means(tmp_path: Path) -> None:
     from trainer.cli.report import MANY
 

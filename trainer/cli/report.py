@@ -118,6 +118,7 @@ TITLES = {
     "grad_norm": "gradient norm",
     "tokens_per_second": "tokens per second",
     "samples_per_second": "samples per second",
+    "mfu": "share of the GPU's nominal rate (MFU)",
     WAITING: "waiting for data, share of the step",
 }
 MAY_BE_LOGARITHMIC = {"loss", "grad_norm"}
@@ -126,7 +127,7 @@ FEW, MANY = 50, 400  # steps: fewer are marked one by one; of more, means are dr
 CAPTION = f"Where there are more than {MANY} steps, each is drawn pale, and means of neighbours on top."
 COUNTS = {
     *("step", "epoch", "num_samples", "num_micro_batches", "num_loss_tokens", "num_tokens"),
-    *("data_seconds", "step_seconds", "peak_memory_bytes"),
+    *("data_seconds", "step_seconds", "peak_memory_bytes", "seconds_left", "tflops_per_rank"),
 }
 COUNTS_OF_EVALUATIONS = ("_num_samples", "_num_loss_tokens", "_runtime", "_per_second")
 
@@ -182,7 +183,8 @@ def _draw_steps(axes: Any, name: str, runs: Sequence[WrittenRun]) -> None:
         if len(steps) > MANY:
             axes.plot(steps, values, color=colour, alpha=0.25)
         style = ".-" if len(steps) < FEW else "-"
-        axes.plot(_means(steps), _means(values), style, color=colour, alpha=0.8, label="training")
+        label = run.name if len(runs) > 1 else "training"
+        axes.plot(_means(steps), _means(values), style, color=colour, alpha=0.8, label=label)
 
 
 def _means(values: Sequence[float]) -> list[float]:
@@ -197,7 +199,8 @@ def _draw_evaluations(axes: Any, names: Sequence[str], runs: Sequence[WrittenRun
         for run, colour in zip(runs, COLOURS, strict=False):
             steps, values = numbers(run.evaluations, name)
             if steps:
-                axes.plot(steps, values, marker, color=colour, markeredgecolor="black", label=name)
+                label = f"{run.name}: {name}" if len(runs) > 1 else name
+                axes.plot(steps, values, marker, color=colour, markeredgecolor="black", label=label)
 
 
 def _finish(axes: Any, names: Sequence[str]) -> None:
@@ -213,9 +216,9 @@ def _finish(axes: Any, names: Sequence[str]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(TITLES.get(names[0], names[0]), loc="left")
     axes.set_xlabel("step", loc="right")
-    if len(names) > 1:
-        handles, labels = axes.get_legend_handles_labels()
-        by_label = dict(zip(labels, handles, strict=True))
+    handles, labels = axes.get_legend_handles_labels()
+    by_label = dict(zip(labels, handles, strict=True))
+    if len(names) > 1 or (names[0] == "loss" and len(by_label) > 1):
         axes.legend(by_label.values(), by_label.keys())
 
 
@@ -229,6 +232,8 @@ NUMBERS: tuple[tuple[str, str, Callable[[list[float]], float], str], ...] = (  #
     ("lowest loss", "loss", min, "{:.5g}"),
     ("median tokens per second", "tokens_per_second", statistics.median, "{:,.0f}"),
     ("median samples per second", "samples_per_second", statistics.median, "{:,.1f}"),
+    ("median TFLOP/s of a rank", "tflops_per_rank", statistics.median, "{:.3g}"),
+    ("median MFU", "mfu", statistics.median, "{:.1%}"),
     ("peak memory", "peak_memory_bytes", lambda values: max(values) / 2**30, "{:.2f} GiB"),
 )
 STYLE = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +15,8 @@ from trainer.config.groups import GROUPS
 from trainer.config.rules import COMMAND_RULES
 from trainer.distributed.topology import Topology, current_topology
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class LaunchArguments:
@@ -21,6 +24,9 @@ class LaunchArguments:
 
     nproc_per_node: int | Literal["auto"] = option(
         1, "Processes to train on; more than 1 starts torchrun. auto: one for each GPU.", above=0
+    )
+    profile: int | None = option(
+        None, "Profile so many steps, from the third on: a trace for Perfetto, and the ten dearest operations.", above=0
     )
 
 
@@ -37,15 +43,17 @@ def run(words: Sequence[str]) -> int:
         num_ranks = number_of_ranks(launch.nproc_per_node, use_cpu=args.use_cpu)
         if num_ranks > 1:
             return run_on_ranks(num_ranks, "trainer", ["train", *words])
-    return train(args)
+    return train(args, launch.profile)
 
 
-def train(args: TrainingArguments) -> int:
+def train(args: TrainingArguments, num_profiled: int | None = None) -> int:
     """Train in this process, with progress; return the exit code."""
-    from transformers.utils import logging
+    logger.info("importing torch and transformers")
+    from transformers.trainer_callback import TrainerCallback
+    from transformers.utils.logging import disable_progress_bar
 
     from trainer.cli.memory import foretell_memory
-    from trainer.cli.progress import ProgressDisplay, show_answers, show_summary
+    from trainer.cli.progress import ProfileSteps, ProgressDisplay, show_answers, show_summary
     from trainer.cli.stores import PreparationDisplay
     from trainer.distributed.group import Group, memory_of_rank
     from trainer.model.tokenizer import load_tokenizer
@@ -54,7 +62,7 @@ def train(args: TrainingArguments) -> int:
     from trainer.training.trainer import CoreTrainer
 
     check_names(args)
-    logging.disable_progress_bar()  # ours says what happens
+    disable_progress_bar()  # ours says what happens
     tokenizer = load_tokenizer(args)
     topology = current_topology()
     if topology.is_main:
@@ -64,12 +72,16 @@ def train(args: TrainingArguments) -> int:
             agree(group, lambda: version_facts() | option_facts(args))  # preparing data may take hours
         with PreparationDisplay() as progress:
             train_dataset, eval_dataset = load_datasets(args, tokenizer, group, progress)
+        logger.info("building the model and reading its weights")
+        callbacks: list[TrainerCallback] = [ProgressDisplay()]
+        if num_profiled is not None:
+            callbacks.append(ProfileSteps(num_profiled))
         trainer = CoreTrainer(
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=[ProgressDisplay()],
+            callbacks=callbacks,
         )
         trainer.train()
         if group.is_main:

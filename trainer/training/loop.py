@@ -38,6 +38,7 @@ class Run:
     crash: CrashRecorder
     log: Callable[[dict[str, float]], None]
     finish: Callable[[], None]  # what is to be done after the last step, before the end is told
+    nominal_tflops: float | None = None  # of this rank's GPU, where that is known
     stop_signal: int | None = None  # the signal that ended the run
 
     @property
@@ -133,6 +134,8 @@ def train_batch(run: Run, batch: GlobalBatch, data_seconds: float, stop: StopReq
     state.total_flos += counts.num_operations
     state.num_input_tokens_seen += counts.num_tokens or 0
     seconds = now() - started
+    tflops = counts.num_operations / seconds / run.engine.group.world_size / 1e12
+    num_steps = run.length.num_steps
     report = StepReport(
         step=state.global_step,
         epoch=state.epoch,
@@ -149,6 +152,9 @@ def train_batch(run: Run, batch: GlobalBatch, data_seconds: float, stop: StopReq
         num_tokens=counts.num_tokens,
         packing_efficiency=counts.packing_efficiency,
         tokens_per_second=None if counts.num_tokens is None else counts.num_tokens / seconds,
+        tflops_per_rank=tflops or None,
+        mfu=None if run.nominal_tflops is None else tflops / run.nominal_tflops,
+        seconds_left=None if num_steps is None else (num_steps - state.global_step) * (data_seconds + seconds),
         more=result.more,
         is_skipped=result.problem is not None,
     )

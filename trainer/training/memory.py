@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.config.arguments import TrainingArguments
 from trainer.distributed.group import imagined_mesh
+from trainer.errors import ModelError, named_error
 from trainer.labels import IGNORE_INDEX
 from trainer.model.attention import attention_settings, choose_attention
 from trainer.model.borrowing import Borrowing
@@ -153,7 +154,7 @@ def estimate_memory(
         tokenizer: The vocabulary is made to fit it, as in training.
 
     Raises:
-        ModelError: the model cannot be trained as asked.
+        ModelError: the model cannot be trained as asked, or an operation of it cannot run without values.
     """
     if tokenizer is not None:
         fit_vocabulary(config, tokenizer)
@@ -174,7 +175,13 @@ def estimate_memory(
         stack.enter_context(memory)
         prepared = prepare_model(model, args, mesh, device, is_packed=True, is_dry=True, adapt=adapt)
         prepared = _imitate(prepared, args, memory, on_gpu=on_gpu)
-        return _step(prepared, args, load, micro_batch, memory, notes)
+        try:
+            return _step(prepared, args, load, micro_batch, memory, notes)
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            raise ModelError(
+                f"the memory of {type(model).__name__} cannot be told: an operation of it needs values, or another "
+                f"format (try with bf16): {named_error(error)}"
+            ) from error
 
 
 _NOT_IMITATED = ("use_liger_kernels", "torch_compile")

@@ -67,6 +67,9 @@ class StepReport:
     num_tokens: int | None = None
     packing_efficiency: float | None = None  # share of the token budgets of all ranks that held tokens
     tokens_per_second: float | None = None
+    tflops_per_rank: float | None = None  # an estimate, see BatchCounts.num_operations
+    mfu: float | None = None  # the same as share of the nominal rate of the GPU, where that is known
+    seconds_left: float | None = None  # to the last step, at the pace of this one
     more: dict[str, float] = field(default_factory=dict)  # of what is switched on, such as osft/leak
 
     is_skipped: bool = False  # its loss or gradient was not finite, so that it was not taken
@@ -78,6 +81,31 @@ class StepReport:
         is_skipped = values.pop("is_skipped")
         known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         return known | ({"is_skipped": True} if is_skipped else {})
+
+
+NOMINAL_TFLOPS = {  # of dense products in 16 bits, by part of the GPU's name; the first that fits counts
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "GH200": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+    "A10G": 70.0,
+    "A10": 125.0,
+    "RTX 4090": 165.0,
+    "RTX 3090": 71.0,
+}
+
+
+def nominal_tflops(device: torch.device, compute_dtype: torch.dtype) -> float | None:
+    """Return the rate that the GPU's maker names for products in 16 bits; None where it is not known here."""
+    if device.type != "cuda" or compute_dtype not in (torch.bfloat16, torch.float16):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rate for part, rate in NOMINAL_TFLOPS.items() if part in name), None)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

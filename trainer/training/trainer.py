@@ -57,7 +57,7 @@ from trainer.training.checkpoints import Checkpoints, load_best_weights
 from trainer.training.evaluate import best_metric, check_best_of_several, improves, more_is_better
 from trainer.training.generate import Answer, write_answers
 from trainer.training.loop import Run, train
-from trainer.training.metrics import now
+from trainer.training.metrics import nominal_tflops, now
 from trainer.training.nonfinite import CrashRecorder
 from trainer.training.osft import start
 from trainer.training.out_of_memory import Snapshot, free_cached_memory, is_out_of_memory, next_batch_size
@@ -267,6 +267,7 @@ class CoreTrainer:
             crash=CrashRecorder(self.args, engine, self.state, checkpoints),
             log=self.log,
             finish=self._finish_run,
+            nominal_tflops=nominal_tflops(self.group.device, self.task.prepared.compute_dtype),
         )
 
     def _facts(self, loader: DataLoader[Any], length: RunLength, asked: bool | str | None) -> Facts:
