@@ -21,7 +21,7 @@ from rich.text import Text
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
 COLUMNS = 92
-REPORT_SIZE = (1180, 860)  # pixels of the window
+REPORT_SIZE = (1180, 805)  # pixels of the window
 PREVIEW = ["preview", "examples/quickstart.yaml", "--num-samples", "2"]
 BLACK, RED, GREEN, YELLOW = (0, 0, 0), (220, 90, 90), (130, 200, 120), (210, 180, 90)
 BLUE, MAGENTA, CYAN, WHITE = (110, 150, 230), (190, 120, 200), (90, 190, 190), (225, 225, 225)
