@@ -247,8 +247,7 @@ class SpanFinder:
         is_second = i > 0 and messages[i - 1]["role"] == "assistant"
         before = content_text(messages[i - 1]).strip() if is_second else ""
         said = text[start : max(start, len(text) - len(tail))]
-        written = str(messages[i])  # with its reasoning and calls
-        if before and before in said and before not in written and said.startswith(before):
+        if before and said.startswith(before) and before not in str(messages[i]):  # with its reasoning and calls
             raise _joined(messages, i)
         if len(tail) > len(text) - start:
             tail = text[start:]
@@ -280,13 +279,9 @@ class SpanFinder:
                 "the chat template does not mark what an assistant turn says with its {% generation %} marks",
                 "give a chat_template with marks around all that the assistant writes",
             )
-        end_start = turn.stop - len(end)
-        is_open = False
-        if own[-1][1] < turn.stop:
-            if not turn.text[own[-1][1] : end_start].strip():
-                own[-1] = (own[-1][0], turn.stop)
-            else:
-                is_open = True
+        is_open = bool(turn.text[own[-1][1] : turn.stop - len(end)].strip())
+        if not is_open:
+            own[-1] = (own[-1][0], turn.stop)
         return replace(turn, spans=tuple(own), is_open=is_open, is_header_marked=is_header_marked)
 
     def _start(self, messages: list[Message], i: int, tools: Any, text: str) -> tuple[str | None, int]:
@@ -316,8 +311,13 @@ class SpanFinder:
         if not (common < common_prefix(asked, before) or header and text.rfind(header, 0, own) > common):
             start = self._behind_header(text, start, header)
             another = self.style.try_render([*messages[:i], begun_with(V, messages[i])], tools)
-            if other is None or another is None or self.style.has_words(other[start : common_prefix(other, another)]):
-                raise self._other_header(text[start:own], given)
+            if other is None or another is None:
+                raise self._other_header(header, given)
+            begun = other[start : common_prefix(other, another)]
+            if begun.strip() and begun.strip() == header.strip():
+                start += len(begun)  # the same header, with other spaces before it
+            elif self.style.has_words(begun):
+                raise self._other_header(begun, given)
             return given, start
         begin = self._start_by_header(messages, i, tools, text, header)
         if text[:begin] == asked[:begin]:
