@@ -23,7 +23,7 @@ _NAMES = (
     r"/longcat_s|im:end|hy_eos|hy_place▁?holder▁?no▁?2|hy_Assistant|eos:\w+|step|END|endofmessage|cos|mend|/assistant|end_turn"
 )
 # Tokens that begin the next message: the model stops there if nothing ended its turn before.
-_NEXT = r"user|observation|system|tool_response|start_function_response"
+_NEXT = r"extra_id_1|user|observation|system|tool_response|start_function_response"
 END = re.compile(rf"(?:<[|｜]?(?:{_NAMES}|{_NEXT})[|｜]?>|\[(?:EOT|e~\[|/?s)\]|</s>|\[e~\[|<eos>|\[\|endofturn\|\])")
 NEXT = re.compile(rf"<[|｜]?(?:{_NEXT})[|｜]?>\Z")
 # Words that a template writes behind a turn, as those of models that judge a chat do.
