@@ -59,11 +59,11 @@ def show_memory(args: TrainingArguments, loads: Mapping[int, Load], longest: int
     from trainer.training.memory import largest_budget
 
     for world_size, load in loads.items():
-        budget = largest_budget(
-            lambda tokens, n=world_size, load=load: estimate(load.of_tokens(tokens), n).peak,
-            limit,
-            args.max_tokens_per_rank,
-        )
+
+        def peak(tokens: int, load: Load = load, world_size: int = world_size) -> int:
+            return estimate(load.of_tokens(tokens), world_size).peak
+
+        budget = largest_budget(peak, limit, args.max_tokens_per_rank)
         where = f"{world_size:,} ranks" if world_size > 1 else "1 rank"
         if budget is None or budget < longest:
             short = f"the longest sample has {longest:,} tokens, "

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_iter
 from transformers import PreTrainedTokenizerBase
 
 from trainer.config.arguments import TrainingArguments
+from trainer.data.loader import MicroBatch
 from trainer.distributed.group import imagined_mesh
 from trainer.errors import ModelError, named_error
 from trainer.labels import IGNORE_INDEX
@@ -307,7 +308,7 @@ class LiveBytes(TorchDispatchMode):
         return outputs
 
 
-def micro_batch_of(load: Load) -> dict[str, Any]:
+def micro_batch_of(load: Load) -> MicroBatch:
     """Build a micro-batch of a load, as the loader builds them."""
     lengths, num_tokens = load.lengths, load.num_tokens
     labels = torch.full((1, num_tokens), IGNORE_INDEX)
@@ -336,7 +337,8 @@ def _imitate(prepared: Prepared, args: TrainingArguments, memory: LiveBytes, *, 
     def loss_in_its_phase(*inputs: Any, **options: Any) -> Tensor:
         memory.at_loss, memory.kept_at_loss = memory.current, memory.kept()
         memory.enter(LOSS)
-        total = linear_cross_entropy_sum(*inputs, **options, logits_per_piece=LOGITS_PER_PIECE[kind])
+        options["logits_per_piece"] = LOGITS_PER_PIECE[kind]
+        total = linear_cross_entropy_sum(*inputs, **options)
         memory.enter(FORWARD)
         return total
 
@@ -354,7 +356,7 @@ def _step(
     prepared: Prepared,
     args: TrainingArguments,
     load: Load,
-    micro_batch: dict[str, Any],
+    micro_batch: MicroBatch,
     memory: LiveBytes,
     notes: list[str],
 ) -> MemoryEstimate:
