@@ -68,7 +68,7 @@ ADVICE = [
         "--deepspeed: this option of transformers is not supported; weights are always",
     ),
     (["--warmup-ratio", "0.1"], "--warmup-ratio is a former option of transformers; now warmup_steps, below 1"),
-    (["--load-in-4bit"], "unknown option --load-in-4bit: quantised weights cannot be trained here"),
+    (["--load-in-4bit"], "unknown option --load-in-4bit: quantised weights cannot be trained or adapted"),
     (["--bf16", "True"], "--bf16 takes no value, found 'True': write --bf16, or --no-bf16"),
     (["--no-bf16=1"], "--no-bf16 takes no value, found '1'"),
     (["--batch_size", "x"], "batch_size = 'x': expected a whole number"),
@@ -160,7 +160,7 @@ def test_the_whole_help_lists_every_option_in_the_order_of_use(capsys: pytest.Ca
         main(["train", "--help-all"])
     shown = capsys.readouterr().out
     names = [line.split()[0] for line in shown.splitlines() if line.startswith("  --")]
-    own = ["--nproc-per-node", "--log-level"]
+    own = ["--nproc-per-node", "--profile", "--log-level"]
     assert names == [f"--{f.name.replace('_', '-')}" for g in IN_ORDER_OF_USE for f in dataclasses.fields(g)] + own
     assert "None" not in shown
     assert {*GROUPS} == {*IN_ORDER_OF_USE}

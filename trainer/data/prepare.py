@@ -250,7 +250,7 @@ def _parts_of(
 ) -> list[_Part]:
     """Find the files of a source, and what is to be made of each."""
     args = spec.apply(args)
-    if not is_dataset(spec.path) and all((Path(path) / "metadata.json").is_file() for path in spec.paths):
+    if not is_dataset(spec.path) and all(os.path.isfile(os.path.join(path, "metadata.json")) for path in spec.paths):
         return [
             _Part(str(path), number, first_file + i, True, store=_open_prepared(Path(path), tokenizer, args, limit))
             for i, path in enumerate(spec.paths)
