@@ -150,7 +150,8 @@ def said(harness: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     (folder / "tests/distributed").mkdir(parents=True)
     (folder / "tests/distributed/test_training.py").write_text(CLONE)
     (folder / "alone.py").write_text(ALONE)
-    words = ("-v", "-o", "rank_preload=", "-p", "no:hypothesispytest", "-p", "alone")
+    others = ("-p", "no:hypothesispytest", "-p", "no:trainer_conformance")  # plugins of what is not installed there
+    words = ("-v", "-o", "rank_preload=", *others, "-p", "alone")
     return run_pytest(harness, folder, *words, beside=(folder,))
 
 
