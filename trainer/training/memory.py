@@ -321,8 +321,10 @@ def micro_batch_of(load: Load) -> MicroBatch:
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
         "cu_seq_lens": borders,
         "max_length": max(lengths),
+        "num_samples": len(lengths),
         "num_tokens": num_tokens,
         "num_loss_counted_tokens": num_trained,
+        "batch_num_samples": len(lengths),
         "batch_num_tokens": num_tokens,
         "batch_num_loss_counted_tokens": num_trained,
     }
