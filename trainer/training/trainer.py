@@ -6,6 +6,7 @@ transformers' Trainer.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -254,7 +255,8 @@ class CoreTrainer:
             osft=self.task.osft,
         )
         is_async = self.task.saves_asynchronously if self.args.async_save is None else self.args.async_save
-        checkpoints = Checkpoints(self.args, engine, self.events, batches, self._fingerprints, is_async=is_async)
+        identify = functools.cache(self._fingerprints)  # once a run: nothing that it names changes, and a base is large
+        checkpoints = Checkpoints(self.args, engine, self.events, batches, identify, is_async=is_async)
         checkpoints.has_twins = self.has_checkpoint_twins
         return Run(
             args=self.args,
