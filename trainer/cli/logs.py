@@ -58,7 +58,7 @@ class Display:
 
 @contextmanager
 def display_that_may_fail() -> Iterator[Display]:
-    """Have no write to stdout or stderr raise; give what stands for stdout."""
+    """Replace stdout and stderr by displays whose writes do not raise; yield that of stdout."""
     _open_closed_streams()
     before = sys.stdout, sys.stderr
     shown = Display(sys.stdout, "stdout")

@@ -136,7 +136,7 @@ def split_config(words: Sequence[str]) -> tuple[str | None, list[str]]:
 
 @contextmanager
 def said_once() -> Iterator[None]:
-    """Let one rank of each node tell an error that all of them find by themselves; the others end in silence."""
+    """Report an error that all ranks find by themselves on one rank of each node; the others end in silence."""
     try:
         yield
     except TrainerError as error:

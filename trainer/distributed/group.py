@@ -315,7 +315,7 @@ def choose_device(args: MachineArguments, topology: Topology) -> torch.device:
 
 
 def memory_of_rank(args: MachineArguments, topology: Topology) -> int:
-    """Give the bytes of memory that a rank may fill: those of its GPU, or its share of this machine's."""
+    """Return the bytes of memory that a rank may fill: those of its GPU, or its share of this machine's."""
     device = choose_device(args, topology)
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory

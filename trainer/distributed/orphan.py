@@ -21,7 +21,7 @@ _watching: list[int] = []  # processes that watch: a fork has no threads of its 
 
 
 def end_with_launcher(environment: Mapping[str, str] = os.environ) -> None:
-    """Have this rank end soon after the process of torchrun that started it.
+    """Watch, on a thread, the process of torchrun that started this rank, and end the rank soon after it.
 
     Not PR_SET_PDEATHSIG, which Linux sends when the thread that started this process ends, of a launcher that lives.
     """

@@ -147,7 +147,7 @@ def read_config(args: ModelArguments, folder: Path) -> Any:
 
 
 def _forget_kernels(config: Any, place: Path) -> None:
-    """Have a config choose no implementation: transformers would fetch and run the kernels that a name may stand for.
+    """Clear the implementations that a config names: transformers would fetch and run the kernels that they stand for.
 
     Options choose (`attn_implementation`), never a file that was downloaded. transformers' own files name none.
     """
@@ -316,7 +316,7 @@ def _block_settings(model: nn.Module, args: ModelArguments) -> list[Setting]:
 
 
 def _refuse_saving(part: Any) -> Setting:
-    """Have save_pretrained say, in a run on several ranks, what to call instead: each rank has but its shards."""
+    """Refuse save_pretrained in a run on several ranks, and name what to call: each rank has shards alone."""
 
     def save_pretrained(*args: Any, **options: Any) -> Any:
         if options.get("state_dict") is not None:
@@ -330,7 +330,7 @@ def _refuse_saving(part: Any) -> Setting:
 
 
 def _set_formats(model: nn.Module, compute_dtype: torch.dtype, *, is_packed: bool) -> torch.dtype | None:
-    """Give the parameters of a model that reads packs the formats to train in, in place; return the stored one."""
+    """Cast the parameters of a model that reads packs to the formats to train in; return the stored format."""
     inner = unwrapped(model)
     if not isinstance(inner, PreTrainedModel):
         return None

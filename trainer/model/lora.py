@@ -236,7 +236,7 @@ def check_for_packs(wrapper: Any, *, is_sharded: bool) -> None:
 
 
 def hold(model: nn.Module, stored_dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
-    """Give the parameters of a model with adapters the formats to train in, in place.
+    """Cast the parameters of a model with adapters to the formats to train in, in place.
 
     What is trained is float32, as always. What is not keeps the 16 bits in which it is stored where the run computes in
     that format, and is float32 otherwise, exactly as it was.

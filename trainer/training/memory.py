@@ -424,7 +424,7 @@ def _step(
 def _with_state(
     optimizer: torch.optim.Optimizer, trained: Sequence[nn.Parameter], memory: LiveBytes, notes: list[str]
 ) -> tuple[torch.optim.Optimizer, int]:
-    """Have the optimizer make its state by a first step; return it, and the bytes of its state."""
+    """Take a first step, in which the optimizer makes its state; return it, and the bytes of its state."""
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     before = memory.current
