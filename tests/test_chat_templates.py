@@ -74,6 +74,8 @@ ONE, THREE = f"Reply one{END}", f"Reply three{END}"
             calling('{"a": 17}'),
             [["<tool_call>add a=17</tool_call><|observation|>", "It is 4242<|user|>"]],
         ),
+        ("open_but_behind_results", LONG, [[ONE], [THREE]]),
+        ("open_but_behind_results", calling({"a": 17})[:2], [['<tool_call>add {"a": 17}</tool_call>' + END]]),
         (
             "system_in_last_user",
             [system("Be brief"), *LONG],

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from trainer.config.groups import DataArguments
 
-RULES_VERSION = 4
+RULES_VERSION = 5
 """Raised whenever the same line and options come to give other tokens or counts: what was cached is prepared anew."""
 
 _NUM_DOCUMENTS_AT_ONCE = 512

@@ -177,9 +177,10 @@ class TurnStyle:
         next_header = begin[len(begin) - common_prefix(begin[::-1], within[::-1]) :]
         followed = self._before_openers(within, openers | set(self._tokens.findall(next_header)[:1]), between)
         if not followed:
+            known = eos or self._end_behind_result()
+            if known is not None:
+                return TurnEnd(known.token, tail)
             # It may stop where the next message begins (GLM), if that does not begin as the model's own turns do.
-            if eos is not None:
-                return TurnEnd(eos.token, tail)
             begins_own = set(self._tokens.findall(header + between))
             followed = [
                 token
@@ -195,6 +196,17 @@ class TurnStyle:
         return (
             TurnEnd(eos, "") if eos and (eos in self.format.template or "eos_token" in self.format.template) else None
         )
+
+    def _end_behind_result(self) -> TurnEnd | None:
+        """Find how an answer to a tool's result ends: some templates (DeepSeek's kin) leave only plain answers open."""
+        call: Message = {"role": "assistant", "content": None, "tool_calls": [self.format.example_call(as_text=False)]}
+        result: Message = {"role": "tool", "content": V, "tool_call_id": "call00001", "name": NAME}
+        chat = [{"role": "user", "content": Q}, call, result, {"role": "assistant", "content": W}]
+        text = self.try_render(self.format.adapted(chat, EXAMPLE_TOOLS), EXAMPLE_TOOLS)
+        if text is None or W not in text:
+            return None
+        tail = text.rpartition(W)[2]
+        return next((TurnEnd(token, tail) for token in self._closing(tail, "")), None)
 
     def _within(self, chat: list[Message], calls: bool, tools: Any) -> str | None:
         """Return what the template writes between a turn and the next message's content."""
