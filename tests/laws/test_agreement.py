@@ -82,6 +82,12 @@ def test_every_option_is_compared_or_says_why_not(ranks: Ranks, tmp_path: Path) 
             assert said.endswith("; give all ranks the same options")
 
 
+@pytest.mark.world_size(1, 2)
+def test_replicas_of_which_ranks_cannot_make_equal_ones_are_refused(ranks: Ranks, tmp_path: Path) -> None:
+    said = refused(lambda: trainer_of(tmp_path, replicate=3))
+    assert said.startswith(f"replicate = 3: {ranks.world_size} ranks cannot be divided into so many groups")
+
+
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("is_assigned_later", [False, True])
 def test_ranks_with_other_options_never_train(ranks: Ranks, tmp_path: Path, is_assigned_later: bool) -> None:
@@ -94,6 +100,7 @@ def test_ranks_with_other_options_never_train(ranks: Ranks, tmp_path: Path, is_a
         "max_steps": (1, 2),
         "optim": ("adamw_torch_fused", "sgd"),
         "gradient_checkpointing": (False, True),
+        "replicate": (1, 2),
     }
     trainer = trainer_of(tmp_path) if is_assigned_later else None
     for name, values in others.items():

@@ -70,6 +70,24 @@ def test_a_run_is_the_run_by_hand(ranks, tmp_path: Path, tied: bool) -> None:
     assert relative_difference(weights_of(trainer.model), weights) < LAYOUT_TRAJECTORY_FLOAT64
 
 
+@pytest.mark.world_size(2, 4)
+@pytest.mark.backend("gloo", "nccl")
+def test_replicas_of_shards_train_what_one_process_trains(ranks, tmp_path: Path) -> None:
+    samples = random_token_samples(LENGTHS)
+    losses, weights = ranks.once(lambda: by_hand(tiny_llama().double(), samples))
+    trainer = build_trainer(tmp_path, samples, tiny_llama().double(), num_train_epochs=2, weight_decay=0.1, replicate=2)
+    trainer.train()
+    assert dict(zip(trainer.group.mesh.mesh_dim_names, trainer.group.mesh.shape, strict=True)) == {
+        "replicate": 2,
+        "shard": ranks.world_size // 2,
+    }
+    matrix = trainer.model.model.layers[0].mlp.down_proj.weight
+    assert matrix.to_local().numel() == matrix.numel() // (ranks.world_size // 2)
+    if ranks.is_main:
+        assert [line["loss"] for line in step_lines(tmp_path)] == pytest.approx(losses, rel=LAYOUT_TRAJECTORY_FLOAT64)
+    assert relative_difference(weights_of(trainer.model), weights) < LAYOUT_TRAJECTORY_FLOAT64
+
+
 def by_hand(model: torch.nn.Module, samples: list[Sample]) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The run in plain torch: one sample after another, AdamW, linear decay, clipping at 1."""
     model.train()

@@ -186,9 +186,10 @@ def test_saving_changes_nothing(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "never") == read_metrics(tmp_path / "beside")
 
 
-def train_on(folder: Path, stop_after: int | None) -> dict[str, torch.Tensor]:
+def train_on(folder: Path, stop_after: int | None, replicate: int = 1) -> dict[str, torch.Tensor]:
     """Go on from the newest checkpoint, in float64 without dropout."""
-    trainer = build(folder, stop_after, model=tiny_llama(dtype=torch.float64, num_hidden_layers=1), use_cpu=True)
+    model = tiny_llama(dtype=torch.float64, num_hidden_layers=1)
+    trainer = build(folder, stop_after, model=model, use_cpu=True, replicate=replicate)
     trainer.train(resume_from_checkpoint="auto")
     weights = weights_of(trainer.model)
     trainer.group.close()
@@ -198,8 +199,9 @@ def train_on(folder: Path, stop_after: int | None) -> dict[str, torch.Tensor]:
 def test_other_numbers_of_ranks_take_over(launch, tmp_path: Path) -> None:
     (alone,) = launch(1, train_on, tmp_path / "alone", 16).values
     folder = tmp_path / "handed_on"
-    for number, world_size in enumerate((1, 2, 3, 4, 3, 2, 4, 1), 1):
-        weights, *_ = launch(world_size, train_on, folder, 2 * number).values
+    layouts = ((1, 1), (2, 1), (3, 1), (4, 2), (3, 1), (2, 2), (4, 1), (1, 1))  # ranks, and replicas among them
+    for number, (world_size, replicate) in enumerate(layouts, 1):
+        weights, *_ = launch(world_size, train_on, folder, 2 * number, replicate).values
     for name, expected in alone.items():
         assert torch.allclose(
             weights[name], expected, rtol=LAYOUT_TRAJECTORY_FLOAT64, atol=LAYOUT_TRAJECTORY_FLOAT64

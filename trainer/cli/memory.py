@@ -77,6 +77,7 @@ def show_memory(args: TrainingArguments, loads: Mapping[int, Load], longest: int
 
 def estimator(args: TrainingArguments) -> Callable[[Load, int], MemoryEstimate]:
     """Return what estimates a load on a number of ranks; one estimate serves all numbers from 2 on."""
+    from trainer.distributed.group import count_shards
     from trainer.model.build import read_config as read_model_config
     from trainer.training.memory import estimate_memory
 
@@ -91,7 +92,7 @@ def estimator(args: TrainingArguments) -> Callable[[Load, int], MemoryEstimate]:
 
     def on_ranks(load: Load, world_size: int) -> MemoryEstimate:
         found = estimate(load, world_size > 1)
-        return found if world_size == 1 else found.on_ranks(world_size)
+        return found if world_size == 1 else found.on_ranks(world_size, count_shards(world_size, args.replicate))
 
     return on_ranks
 
@@ -163,7 +164,8 @@ def rough_bytes(args: TrainingArguments, world_size: int) -> int | None:
         shape = ModelShape(config)
     except UsageError:
         return None
-    states = BYTES_PER_WEIGHT * shape.num_weights // world_size + 8 * shape.num_weights * (world_size > 1)
+    states = BYTES_PER_WEIGHT * shape.num_weights * args.replicate // world_size
+    states += 8 * shape.num_weights * (world_size > 1)
     per_token = 4 * shape.num_layers * (12 * shape.hidden + 6 * shape.query_width + 6 * shape.inner)
     return states + args.max_tokens_per_rank * per_token + 8 * shape.hidden * shape.vocabulary
 

@@ -427,6 +427,12 @@ class MachineArguments:
         True, "Leave out the memory used by each stage, which costs time to watch.", at_resume="free"
     )
     use_cpu: bool = option(False, "Stay on the CPU although a GPU is there.", at_resume="free")
+    replicate: int = option(
+        1,
+        "Copies of the sharded model: ranks are divided into so many neighbouring groups, and each holds all weights.",
+        minimum=1,
+        at_resume="free",
+    )
     ddp_timeout: int = option(
         1800, "Seconds a rank waits for the others before the job ends.", above=0, maximum=INT32, at_resume="free"
     )

@@ -211,10 +211,9 @@ def checked_columns(batch: Any, schema: Any, num_rows: int) -> list[NDArray[Any]
     batch.validate()
     if batch.schema != schema or batch.num_rows != num_rows or any(column.null_count for column in batch.columns):
         raise ValueError(f"{batch.num_rows} rows of {batch.schema.names}, not {num_rows} of {schema.names}")
-    return [_numbers(column) for column in batch.columns]
-
-
-def _numbers(column: Any) -> NDArray[Any]:
-    """What lies in the column, where it lies; its own `to_numpy` would import pandas too."""
-    kind = column.type.to_pandas_dtype()
-    return np.frombuffer(column.buffers()[1] or b"", kind, len(column), column.offset * column.type.byte_width)
+    columns = []
+    for column in batch.columns:
+        # Where it lies; its own `to_numpy` would import pandas too.
+        kind, begin = column.type.to_pandas_dtype(), column.offset * column.type.byte_width
+        columns.append(np.frombuffer(column.buffers()[1] or b"", kind, len(column), begin))
+    return columns

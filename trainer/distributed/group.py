@@ -6,6 +6,7 @@ ends only what it started. Knows nothing of models and data.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -24,7 +25,7 @@ from trainer.config.groups import MachineArguments
 from trainer.distributed.failure import announce, is_loss_of_peer, name_failed_rank
 from trainer.distributed.orphan import end_with_launcher
 from trainer.distributed.topology import Topology, current_topology, gpu_index, refuse_lone_slurm_task
-from trainer.errors import PeerError, RankError
+from trainer.errors import PeerError, RankError, UsageError
 
 SECONDS_BETWEEN_BEATS = 0.25
 SECONDS_BEFORE_TELLING = 300.0  # that other ranks are at work for so long; a disk that hangs would wait in silence
@@ -36,26 +37,26 @@ Given = TypeVar("Given")
 class Group:
     """All ranks of a run as seen from one of them."""
 
-    def __init__(self, topology: Topology, device: torch.device, *, owns_process_group: bool = False) -> None:
+    def __init__(
+        self, topology: Topology, device: torch.device, *, replicate: int = 1, owns_process_group: bool = False
+    ) -> None:
         self.topology, self.device = topology, device
-        self._owns_process_group = owns_process_group
-        self.mesh: DeviceMesh | None = None
+        self._owns_process_group, self._replicate = owns_process_group, replicate
         self._num_failures = 0  # equal on all ranks: where one fails, all do
         # Flags, counts and errors travel between CPUs: a wait for them over NCCL ends in its watchdog's abort when a
         # rank is gone, and nobody is told which.
         self._control: dist.ProcessGroup | None = None
-        if topology.world_size > 1:
-            self.mesh = init_device_mesh(device.type, (topology.world_size,), mesh_dim_names=("data",))
-            if "cpu" not in dist.get_backend_config():
-                self._control = dist.new_group(backend="gloo")
+        if topology.world_size > 1 and "cpu" not in dist.get_backend_config():
+            self._control = dist.new_group(backend="gloo")
 
     @classmethod
     def join(cls, args: MachineArguments) -> Group:
         """Join the group that exists, or start the one that the environment describes."""
         topology = current_topology()
         end_with_launcher()
+        count_shards(topology.world_size, args.replicate)
         if dist.is_initialized():
-            return cls(topology, _device_of_backend())
+            return cls(topology, _device_of_backend(), replicate=args.replicate)
         refuse_lone_slurm_task()
         device = choose_device(args, topology)
         if topology.world_size > 1:
@@ -70,7 +71,12 @@ class Group:
                     timeout=timeout,
                     device_id=device if device.type == "cuda" else None,
                 )
-        return cls(topology, device, owns_process_group=topology.world_size > 1)
+        return cls(topology, device, replicate=args.replicate, owns_process_group=topology.world_size > 1)
+
+    @functools.cached_property
+    def mesh(self) -> DeviceMesh | None:
+        """What models are sharded over, None for one process; made by all ranks once they have agreed on options."""
+        return mesh_over_ranks(self.device, self.world_size, self._replicate) if self.world_size > 1 else None
 
     @property
     def rank(self) -> int:
@@ -93,13 +99,13 @@ class Group:
 
     def sum_tensor(self, values: torch.Tensor) -> torch.Tensor:
         """Sum a tensor of the run's device or of the CPU over ranks in place, and return it."""
-        if self.mesh is not None:
+        if self.world_size > 1:
             dist.all_reduce(values, group=self._control if values.device.type == "cpu" else None)
         return values
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Return every rank's tensor, in the order of ranks: same type and number of dimensions (>= 1), any sizes."""
-        if self.mesh is None:
+        if self.world_size == 1:
             return [tensor]
         sizes = torch.stack(self._gather_alike(torch.tensor(tensor.shape)))
         room = tensor.new_zeros(sizes.amax(0).tolist())
@@ -122,7 +128,7 @@ class Group:
     @contextmanager
     def unhurried(self) -> Iterator[None]:
         """Leave the body together with all ranks, however long it takes some of them; it calls no collectives."""
-        with unhurried(None if self.mesh is None else self.any):
+        with unhurried(None if self.world_size == 1 else self.any):
             yield
 
     def try_on_main(self, act: Callable[[], Given], *kinds: type[Exception]) -> tuple[Given | None, Exception | None]:
@@ -172,7 +178,7 @@ class Group:
         except RankError:
             raise
         except Exception as error:
-            if self.mesh is None:
+            if self.world_size == 1:
                 raise
             number, self._num_failures = self._num_failures, self._num_failures + 1
             announce(error, where(), self.rank, number)
@@ -264,6 +270,31 @@ def unhurried(is_any_at_work: Callable[[bool], bool] | None) -> Iterator[None]:
             tells_after *= 2
 
 
+def count_shards(world_size: int, replicate: int) -> int:
+    """Return how many ranks share each copy of the model.
+
+    Raises:
+        UsageError: the ranks cannot be divided into so many copies.
+    """
+    if world_size % replicate:
+        raise UsageError(
+            f"replicate = {replicate}: {world_size} ranks cannot be divided into so many groups of one size; give a "
+            "divisor, such as the number of nodes, or 1 to shard over all ranks"
+        )
+    return world_size // replicate
+
+
+def mesh_over_ranks(device: torch.device, world_size: int, replicate: int = 1) -> DeviceMesh:
+    """All ranks as the mesh that a model is sharded over: one axis, or replicas and the ranks that share each.
+
+    Neighbouring ranks share a replica: with one replica a node, weights are gathered inside nodes alone.
+    """
+    if replicate == 1:
+        return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
+    sizes = (replicate, count_shards(world_size, replicate))
+    return init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard"))
+
+
 @contextmanager
 def imagined_mesh(world_size: int, device: torch.device) -> Iterator[DeviceMesh]:
     """Mesh of ranks of which only the first is there, for tensors without values: nothing is sent.
@@ -274,7 +305,7 @@ def imagined_mesh(world_size: int, device: torch.device) -> Iterator[DeviceMesh]
 
     dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=world_size)
     try:
-        yield init_device_mesh(device.type, (world_size,), mesh_dim_names=("data",))
+        yield mesh_over_ranks(device, world_size)
     finally:
         dist.destroy_process_group()
 

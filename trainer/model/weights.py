@@ -234,16 +234,12 @@ class SeededWeights:
         filled = copy.deepcopy(part)._apply(lambda t: torch.zeros_like(t, device="cpu") if t.is_meta else t)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(int.from_bytes(digest[:7], "big"))
-            _initialise(filled, self._owner(unit))
+            owner = self._model  # the innermost transformers model around the module: its rules draw the weights
+            for name, module in self._model.named_modules():
+                if isinstance(module, PreTrainedModel) and unit.startswith(f"{name}."):
+                    owner = module
+            _initialise(filled, owner)
         return {f"{unit}.{name}".lstrip("."): tensor for name, tensor in filled.state_dict().items()}
-
-    def _owner(self, unit: str) -> PreTrainedModel:
-        """The innermost transformers model around a module: its rules draw the weights."""
-        owner = self._model
-        for name, module in self._model.named_modules():
-            if isinstance(module, PreTrainedModel) and unit.startswith(f"{name}."):
-                owner = module
-        return owner
 
 
 def _initialise(module: nn.Module, owner: PreTrainedModel) -> None:

@@ -117,9 +117,9 @@ class MemoryEstimate:
         """The phase in which that is."""
         return max(self.peaks, key=lambda phase: self.peaks[phase].total)
 
-    def on_ranks(self, world_size: int) -> MemoryEstimate:
-        """The same for another number of ranks, at least 2: gathered weights and activations stay, shards shrink."""
-        share = _shard_size(self.shapes, world_size) / _shard_size(self.shapes, self.world_size)
+    def on_ranks(self, world_size: int, num_shards: int | None = None) -> MemoryEstimate:
+        """The same on 2 ranks or more, of which `num_shards` (None: all) share a copy: shards shrink alone."""
+        share = _shard_size(self.shapes, num_shards or world_size) / _shard_size(self.shapes, self.world_size)
         peaks = {}
         for phase, peak in self.peaks.items():
             # An optimizer's temporary tensors are as large as shards, too.
