@@ -60,6 +60,7 @@ def shapes() -> dict[str, dict[str, Any]]:
         for turn, word in zip(a, ("alpha", "beta", "gamma"), strict=True)
     ]
     s = {"role": "system", "content": "Be brief"}
+    developer = {"role": "developer", "content": "Be brief"}
 
     def call(arguments: Any, content: Any = "", name: str = "call00001") -> dict[str, Any]:
         function = {"name": "add", "arguments": arguments}
@@ -73,6 +74,9 @@ def shapes() -> dict[str, dict[str, Any]]:
     two["tool_calls"] = [*two["tool_calls"], *call({"a": 3939}, name="call00002")["tool_calls"]]
     result = {"role": "tool", "content": "4242", "tool_call_id": "call00001", "name": "add"}
     result2 = {"role": "tool", "content": "5353", "tool_call_id": "call00002", "name": "add"}
+    second = call({"a": 3939}, name="call00002")
+    lines = "Reply one\n\n```python\nx = 1\n```\n- Reply three"
+    pieces = [{"type": "text", "text": "Reply one"}, {"type": "text", "text": "Reply three"}]
     parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in (u[0], a[0], u[1], a[1])]
     named = {
         "one turn": [u[0], a[0]],
@@ -93,6 +97,15 @@ def shapes() -> dict[str, dict[str, Any]]:
         "think": [u[0], t[0]],
         "think, two turns": [u[0], t[0], u[1], t[1]],
         "think, last only": [u[0], a[0], u[1], t[1]],
+        "think, middle only": [u[0], a[0], u[1], t[1], u[2], a[2]],
+        "reasoning, three turns": [u[0], r[0], u[1], r[1], u[2], r[2]],
+        "reasoning, then none": [u[0], r[0], u[1], a[1], u[2], r[2]],
+        "developer": [developer, u[0], a[0]],
+        "system in the middle": [u[0], a[0], s, u[1], a[1]],
+        "users in a row": [u[0], u[1], a[0]],
+        "three in a row": [u[0], *a],
+        "many lines": [u[0], {**a[0], "content": lines}],
+        "several parts": [u[0], {**a[0], "content": pieces}],
     }
     with_tools = {
         "tools unused": [u[0], a[0]],
@@ -104,6 +117,24 @@ def shapes() -> dict[str, dict[str, Any]]:
         "call beside text": [u[0], call({"a": 1717}, "Reply six"), result, a[0]],
         "two calls": [u[0], two, result, result2, a[0]],
         "call, answer, another turn": [u[0], call({"a": 1717}), result, a[0], u[1], a[1]],
+        "call in the second turn": [u[0], a[0], u[1], call({"a": 1717}), result, a[1]],
+        "calls one after another": [u[0], call({"a": 1717}), result, second, result2, a[0]],
+        "reasoned calls one after another": [
+            u[0],
+            *({**call({"a": 1717}), "reasoning_content": "Because alpha."}, result),
+            *({**second, "reasoning_content": "Because beta."}, result2),
+            r[2],
+        ],
+        "calls beside text, another turn": [
+            s,
+            u[0],
+            *(call({"a": 1717}, "Reply six"), result),
+            *(call({"a": 3939}, "Reply seven", "call00002"), result2),
+            *(a[0], u[1], a[1]),
+        ],
+        "call without a result": [u[0], call({"a": 1717}), u[1], a[0]],
+        "tools unused, reasoning": [u[0], r[0], u[1], r[1]],
+        "tools unused, assistant first": [a[0], u[0], a[1]],
         "reasoned call": [u[0], {**call({"a": 1717}), "reasoning_content": "Because delta."}, result, a[0]],
     }
     chats: dict[str, dict[str, Any]] = {name: {"messages": messages} for name, messages in named.items()}
@@ -115,7 +146,7 @@ def words_of(turn: dict[str, Any]) -> list[str]:
     """What must be in the text of a turn."""
     content = turn.get("content") or ""
     if isinstance(content, list):
-        content = "".join(part["text"] for part in content)
+        content = "\n".join(part["text"] for part in content)
     words = [line.strip() for line in re.split(r"</?think>|\n", content) if line.strip()]
     words += [turn[name] for name in ("reasoning_content",) if turn.get(name)]
     return words + re.findall("1717|3939", json.dumps(turn.get("tool_calls", "")))

@@ -20,9 +20,10 @@ from trainer.data.chat import ChatFormat, TemplateError
 from trainer.data.encode import Encoder
 from trainer.data.jsonl import Document, FileKind
 from trainer.data.limits import limited_work
-from trainer.data.spans import SpanFinder, generation_prompt
+from trainer.data.spans import SpanFinder
 from trainer.data.tokenize import DocumentTokenizer, Recipe
 from trainer.errors import DataError, UsageError
+from trainer.training.generate import generation_prompt
 
 CONTENTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 TALK = chat("first?", "one.", "second?", "two.")["messages"]

@@ -14,9 +14,10 @@ from trainer.config.groups import DataArguments
 from trainer.data import chat as chat_module
 from trainer.data.chat import ChatFormat, TemplateError
 from trainer.data.jsonl import Document, FileKind
-from trainer.data.spans import SpanFinder, generation_prompt
+from trainer.data.spans import SpanFinder
 from trainer.data.tokenize import DocumentTokenizer, Recipe
 from trainer.errors import DataError, UsageError
+from trainer.training.generate import generation_prompt
 
 FOLDER = Path(__file__).parent / "fixtures" / "chat_templates"
 SHORT = [user("Ask zero"), assistant("Reply one")]
@@ -205,6 +206,37 @@ def test_a_header_never_ends_inside_a_control_token() -> None:
     (sample,) = SpanFinder(ChatFormat.from_tokenizer(tokenizer)).samples(calling({"a": 17}))
     start, _ = sample.spans[0]
     assert sample.text.startswith("<|tool_call>", start)
+
+
+def test_a_call_that_is_written_before_the_header_is_refused() -> None:
+    """As a kin of DeepSeek R1's: the header stands behind a chat's second call, before its empty content."""
+    finder = finder_for(
+        "{% set ns = namespace(called=false) %}{% for m in messages %}{% if m.role == 'assistant' %}"
+        "{% for c in m.tool_calls or [] %}{% if not ns.called %}<|assistant|>{% endif %}<|call|>"
+        "{{ c.function.arguments | tojson }}{% set ns.called = true %}{% endfor %}"
+        "<|assistant|>{{ m.content }}<|im_end|>{% else %}<|{{ m.role }}|>{{ m.content }}{% endif %}{% endfor %}"
+        "{% if messages[-1].role == 'tool' %}<|results_end|>{% elif add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    first, second = calling({"a": 17}), calling({"a": 39})
+    (sample,) = finder.samples(first[:2])
+    assert [sample.text[start:stop] for start, stop in sample.spans] == ['<|call|>{"a": 17}<|assistant|><|im_end|>']
+    with pytest.raises(TemplateError, match="writes '39' of an assistant turn before the place from which the model"):
+        finder.samples([*first[:3], *second[1:3]])
+
+
+def test_a_turn_that_the_template_never_asks_for_may_stay_untrained() -> None:
+    """As Qwen 3.5: a chat without a user is an error, so that a greeting is never generated."""
+    finder = finder_for(
+        "{% if messages | selectattr('role', 'equalto', 'user') | list | length == 0 %}{{ raise_exception('No user') }}"
+        "{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    chat = [assistant("Hello there"), user("Ask two"), assistant("Reply three")]
+    with pytest.raises(TemplateError, match=r"No user \(of the chat up to message 1\)") as caught:
+        finder.samples(chat)
+    assert caught.value.remedy == "mark message 1 with 'train': false: the model is never asked for it"
+    (sample,) = finder.samples([{**chat[0], "train": False}, *chat[1:]])
+    assert [sample.text[start:stop] for start, stop in sample.spans] == [THREE]
 
 
 def finder_for(template: str) -> SpanFinder:

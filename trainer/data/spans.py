@@ -30,10 +30,9 @@ from trainer.data.messages import (
     with_text,
 )
 from trainer.data.turn_style import TurnStyle, common_prefix, is_reasoning, without_opened_reasoning
-from trainer.errors import DataError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 _CLOSED_REASONING = re.compile(r"</(?:\w+:)?(?:think|thinking|thought|reasoning)>")
 _MAX_PATTERNS = 4096
@@ -240,8 +239,11 @@ class SpanFinder:
 
     def _turn(self, messages: list[Message], i: int, tools: Any, whole: str) -> _Turn:
         """Find one turn in the chat that ends with it."""
-        upto = messages[: i + 1]
-        text, marks = self.format.render(upto, tools)
+        try:
+            text, marks = self.format.render(messages[: i + 1], tools)
+        except TemplateError as error:  # it writes the whole chat
+            remedy = f"mark message {i + 1} with 'train': false: the model is never asked for it"
+            raise TemplateError(f"{error} (of the chat up to message {i + 1})", remedy) from error
         tail = self._tail(messages, i, tools, text)
         prefix, start = self._start(messages, i, tools, text)
         is_second = i > 0 and messages[i - 1]["role"] == "assistant"
@@ -251,7 +253,8 @@ class SpanFinder:
             raise _joined(messages, i)
         if len(tail) > len(text) - start:
             tail = text[start:]
-        end = self.style.end(bool(called_functions(messages[i])), bool(tools))
+        has_calls = bool(called_functions(messages[i]))
+        end = self.style.end(has_calls, bool(tools))
         at = text.find(end.token, len(text) - len(tail))
         is_closed = at < 0
         if is_closed:
@@ -259,6 +262,8 @@ class SpanFinder:
             at = len(text)
             text += end.token
         stop = at + len(end.token)
+        if has_calls or content_text(messages[i]).strip() not in text[start:stop]:
+            self._check_words(messages, i, tools, text, (start, stop))
         if prefix is not None:
             # What the model is given at inference, in place of a history that the template writes otherwise here.
             text, stop = prefix + text[start:], stop - start + len(prefix)
@@ -268,6 +273,25 @@ class SpanFinder:
         if self.format.has_marks:
             return self._by_marks(turn, marks, end.token, content_text(messages[i]))
         return turn
+
+    def _check_words(self, messages: list[Message], i: int, tools: Any, text: str, span: Span) -> None:
+        """Refuse a turn of which the template writes a part before the place from which the model goes on."""
+        said = [content_text(messages[i]).strip()]
+        for function in called_functions(with_arguments(messages[i], as_text=False)):
+            said += leaf_texts(function.get("arguments"))
+        trained = text[slice(*span)]
+        lost = [word for word in said if word not in trained]
+        if not lost:
+            return
+        before = self.style.try_render(messages[:i], tools) or ""
+        own = text[common_prefix(before, text) : span[0]]
+        lost = [word for word in lost if word in own]
+        if lost:
+            raise TemplateError(
+                f"the chat template writes {lost[0][:40]!r} of an assistant turn before the place from which the model "
+                "goes on",
+                "mark that turn with 'train': false, or give another chat_template",
+            )
 
     def _by_marks(self, turn: _Turn, marks: Sequence[Span], end: str, content: str) -> _Turn:
         """Take the spans from the template's generation marks; the end token that follows them is trained too."""
@@ -447,28 +471,6 @@ class SpanFinder:
         return text[last:]
 
 
-def generation_prompt(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    tools: Any = None,
-    chat_template: str | None = None,
-    chat_template_kwargs: dict[str, Any] | None = None,
-) -> tuple[list[int], str]:
-    """Return the token ids from which the last assistant turn is to be generated, and that turn's text."""
-    turns = [i for i, role in enumerate(roles_of(messages)) if role == "assistant"]
-    if not turns:
-        raise DataError("found no assistant turn", "generation needs one as its reference", field="messages")
-    reference = content_text(messages[turns[-1]])
-    if not reference.strip():
-        raise DataError("the last assistant turn has no text", "answers are compared as texts", field="messages")
-    finder = SpanFinder(ChatFormat.from_tokenizer(tokenizer, chat_template, chat_template_kwargs))
-    try:
-        text = finder.prompt(messages[: turns[-1]], tools)
-    except TemplateError as error:
-        raise DataError(str(error), error.remedy, field="messages") from error
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"]), reference
-
-
 def _joined(messages: Sequence[Message], i: int) -> TemplateError:
     if messages[i - 1]["role"] == "assistant":
         remedy = "join the two in the document, or mark the second with 'train': false"
@@ -478,10 +480,7 @@ def _joined(messages: Sequence[Message], i: int) -> TemplateError:
 
 
 def _filled(parts: Sequence[str], contents: Sequence[str]) -> str:
-    pieces = [parts[0]]
-    for content, part in zip(contents, parts[1:], strict=True):
-        pieces += (content, part)
-    return "".join(pieces)
+    return parts[0] + "".join(content + part for content, part in zip(contents, parts[1:], strict=True))
 
 
 def _cut(text: str, words: Sequence[str]) -> tuple[str, ...] | None:

@@ -13,9 +13,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.atomic import hidden_path, write_file
-from trainer.data.chat import ChatFormat
+from trainer.data.chat import ChatFormat, TemplateError
 from trainer.data.jsonl import Document, read_documents
-from trainer.data.spans import generation_prompt
+from trainer.data.messages import Message, content_text, roles_of
+from trainer.data.spans import SpanFinder
 from trainer.data.store import TokenStore
 from trainer.data.turn_style import TurnStyle
 from trainer.distributed.group import Group
@@ -239,3 +240,25 @@ def question_of(
     except DataError as error:
         raise document.refusal(error.found, error.allowed, error.field) from error
     return Question(str(asked[-1] or "") if asked else "", prompt_ids, reference)
+
+
+def generation_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: Any = None,
+    chat_template: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> tuple[list[int], str]:
+    """Return the token ids from which the last assistant turn is to be generated, and that turn's text."""
+    turns = [i for i, role in enumerate(roles_of(messages)) if role == "assistant"]
+    if not turns:
+        raise DataError("found no assistant turn", "generation needs one as its reference", field="messages")
+    reference = content_text(messages[turns[-1]])
+    if not reference.strip():
+        raise DataError("the last assistant turn has no text", "answers are compared as texts", field="messages")
+    finder = SpanFinder(ChatFormat.from_tokenizer(tokenizer, chat_template, chat_template_kwargs))
+    try:
+        text = finder.prompt(messages[: turns[-1]], tools)
+    except TemplateError as error:
+        raise DataError(str(error), error.remedy, field="messages") from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]), reference
