@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DONE = ROOT / "build" / "kills.jsonl"
-NUM_RUNS, NUM_DEFAULT = 98, 8  # of tests/system/test_faults.py
+NUM_RUNS, NUM_DEFAULT = 98, 4  # of tests/system/test_faults.py
 USUAL = "a_run_ends_bit_for_bit_as_if_it_had_not"
 BATCH = 10
 ANYWHERE = "(killed_anywhere and not many_times) or test_torchrun"

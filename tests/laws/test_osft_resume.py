@@ -12,14 +12,14 @@ from tests.fixtures.models import build_pack, tiny_llama
 from tests.fixtures.oracles import relative_difference
 from tests.fixtures.runs import read_metrics, step_lines, weights_of
 from tests.fixtures.tolerances import OSFT_LOGITS_FP32, OSFT_TRAJECTORY_FLOAT64
-from tests.laws.test_resume import at, build, check_going_on, copy_run, hashes, is_tiny, record
+from tests.laws.test_resume import EPOCH, at, build, check_going_on, copy_run, hashes, is_tiny, record
 from trainer.cli.main import main
 from trainer.errors import NonFiniteError, UsageError
 from trainer.hf.trainer import Trainer
 from trainer.optim.registry import OPTIMIZERS
 
 NUM_STEPS = 4
-SPLIT = {"osft": True, "osft_unfreeze_rank_ratio": 0.5, "num_train_epochs": NUM_STEPS / 12, "eval_strategy": "no"}
+SPLIT = {"osft": True, "osft_unfreeze_rank_ratio": 0.5, "num_train_epochs": NUM_STEPS / EPOCH, "eval_strategy": "no"}
 
 
 def build_split(folder: Path, stop_after: int | None = None, **options: Any) -> Trainer:
@@ -101,7 +101,7 @@ def test_other_numbers_of_ranks_take_over_a_split_model(launch, tmp_path: Path) 
 
 
 def test_a_checkpoint_of_a_split_model_is_exported_as_what_it_computes(tmp_path: Path) -> None:
-    trainer = build_split(tmp_path / "run", osft_adaptive_samples=4, num_train_epochs=2 / 12)
+    trainer = build_split(tmp_path / "run", osft_adaptive_samples=4, num_train_epochs=2 / EPOCH)
     trainer.train()
     assert main(["export", str(at(tmp_path / "run", 2)), str(tmp_path / "export")]) == 0
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)

@@ -23,7 +23,7 @@ from trainer.errors import CheckpointError, NonFiniteError, RankError
 from trainer.model.fsdp import any_rank
 
 KILLS_PER_RUN = 5
-RUNS, SLOW_RUNS = 8, 90  # with those under torchrun 50 kills by default, 500 in all with RUN_SLOW=1
+RUNS, SLOW_RUNS = 4, 94  # with those under torchrun 30 kills by default, 500 in all with RUN_SLOW=1
 SECONDS_TO_END = 30
 # Rank 0 notices in the next collective that it has to share: to save after step 6, which is on the way to step 7.
 WHERE_NOTICED = re.compile("step [67]: rank 1 died or hangs")
