@@ -27,7 +27,7 @@ from trainer.training.packed_task import pack_loss
 def measured_bytes(args, config, load, mesh=None):
     """Return (peak of a later step, bytes kept by its forward pass) of real tensors, as the profiler counts them."""
     micro_batch = micro_batch_of(load)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         model = model_of(config)
         if args.lora_rank is not None:
             model = add_lora(model, args, seed=0)

@@ -108,8 +108,9 @@ def test_formats_give_the_same_store(tmp_path_factory: pytest.TempPathFactory, r
 
 
 def test_tool_calls_survive_every_format(tmp_path: Path) -> None:
-    call = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Rome"}}}
-    other = {"type": "function", "function": {"name": "time", "arguments": {"zone": "CET"}}}
+    # Their names ascend: older pyarrow (21) writes them in this order.
+    call = {"function": {"arguments": {"place": "Rome"}, "name": "weather"}, "type": "function"}
+    other = {"function": {"arguments": {"zone": "CET"}, "name": "time"}, "type": "function"}
     rows = [
         {"messages": [user("a"), assistant("", tool_calls=[call]), {"role": "tool", "content": "b"}, assistant("c")]},
         {"messages": [user("a"), assistant("", tool_calls=[other]), {"role": "tool", "content": "b"}, assistant("d")]},

@@ -95,9 +95,9 @@ def test_a_run_is_pushed_when_it_is_exported(tmp_path: Path, hub: Hub) -> None:
     trainer = get_regression_trainer(
         output_dir=tmp_path, export_final=True, max_steps=2, eval_strategy="steps", eval_steps=1, **options
     )
-    assert [(made["organization"], made["name"], made["visibility"]) for made in hub.created] == [
-        ("team", "line", "private")
-    ]
+    (made,) = hub.created
+    assert (made["organization"], made["name"]) == ("team", "line")
+    assert made.get("visibility") == "private" or made.get("private")  # as huggingface_hub said it until 2
     assert trainer.hub_model_id == "team/line"
     trainer.train()
     ((place, message, files),) = hub.commits

@@ -113,7 +113,7 @@ class ProfileSteps(TrainerCallback):
     def on_step_begin(self, args: TrainingArguments, state: RunState, control: TrainerControl, **_: Any) -> None:
         """Start before the first of them."""
         if state.is_world_process_zero and state.global_step == self._first:
-            self._profiler = torch.profiler.profile(profile_memory=True)
+            self._profiler = torch.profiler.profile(profile_memory=True, acc_events=True)
             self._profiler.start()
 
     def on_step_end(self, args: TrainingArguments, state: RunState, control: TrainerControl, **_: Any) -> None:

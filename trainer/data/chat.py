@@ -116,13 +116,15 @@ class ChatFormat:
     @cached_property
     def literals(self) -> tuple[str, ...]:
         """Return the texts in the template's code that it may look for in contents; short words of letters are not."""
+        from jinja2 import nodes
         from transformers.utils import chat_template_utils
 
         try:
-            texts = chat_template_utils._get_template_literal_text(self.template).split("\0")
+            code = chat_template_utils._compile_jinja_template(self.template).environment.parse(self.template)
         except Exception:  # noqa: BLE001  malformed templates are refused when they are rendered
             return ()
-        marks = {text.strip() for text in texts}
+        marks = {node.data.strip() for node in code.find_all(nodes.TemplateData)}
+        marks |= {node.value.strip() for node in code.find_all(nodes.Const) if isinstance(node.value, str)}
         return tuple(sorted(mark for mark in marks if len(mark) > 2 and not mark.isalnum()))
 
     @cached_property

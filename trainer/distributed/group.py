@@ -76,7 +76,10 @@ class Group:
     @functools.cached_property
     def mesh(self) -> DeviceMesh | None:
         """What models are sharded over, None for one process; made by all ranks once they have agreed on options."""
-        return mesh_over_ranks(self.device, self.world_size, self._replicate) if self.world_size > 1 else None
+        if self.world_size == 1:
+            return None
+        with threads_that_give_way():
+            return mesh_over_ranks(self.device, self.world_size, self._replicate)
 
     @property
     def rank(self) -> int:

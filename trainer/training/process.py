@@ -103,7 +103,7 @@ def installed_versions() -> dict[str, str]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return versions
+    return versions | {"torch": torch.__version__}  # with its build, +cu130 or +cpu
 
 
 def processor_name() -> str:
