@@ -12,7 +12,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.fixtures.models import tiny_llama
+from tests.fixtures.models import build_seq2seq_model, tiny_llama
 from tests.fixtures.oracles import relative_difference
 from tests.fixtures.runs import Calls, step_lines, weights_of
 from tests.fixtures.tolerances import (
@@ -85,6 +85,27 @@ class TestNumbers:
             found.append(weights_of(trainer.model))
         assert len(found) >= 2
         assert all(relative_difference(one, found[0]) < LAYOUT_TRAJECTORY_FLOAT64 for one in found[1:])
+
+    def test_a_micro_batch_without_labels_counts_for_nothing(self, tmp_path: Path) -> None:
+        """Of a model that takes a mean over labels, which is 0 / 0 there: 4 rows at once, and one by one."""
+        rows, found = labelled_rows(8), []
+        for row in rows[1::3]:
+            row["labels"] = [-100] * len(row["labels"])
+        for per_device, accumulation in [(4, 1), (1, 4)]:
+            args = TrainingArguments(
+                str(tmp_path / str(per_device)),
+                per_device_train_batch_size=per_device,
+                gradient_accumulation_steps=accumulation,
+                train_sampling_strategy="sequential",
+                max_steps=2,
+                export_final=False,
+                disable_tqdm=True,
+            )
+            model = build_seq2seq_model("t5").double()
+            trainer = Trainer(model, args, train_dataset=rows)
+            trainer.train()
+            found.append(weights_of(trainer.model))
+        assert relative_difference(*found) < LAYOUT_TRAJECTORY_FLOAT64
 
     def test_a_mean_loss_weighs_each_micro_batch_by_its_samples(self, tmp_path: Path) -> None:
         """7 samples as 7 and as 4 + 3: equal, where an equal weight for both micro-batches would not be."""
