@@ -83,6 +83,24 @@ def test_the_tables_name_only_fields_of_transformers() -> None:
     assert not set(FORMER_NAMES) & {*OURS, *THEIRS}
 
 
+IDIOMS = re.findall(
+    r"^\|.*\| (?:works|differs|refused)\b.*\| `(\S+)` \|$", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE
+)
+
+
+@of_each(sorted(set(IDIOMS)))
+def test_an_idiom_is_held_by_the_test_that_it_names(place: str) -> None:
+    file, _, name = place.partition("::")
+    assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"there is no test {place}"
+
+
+def test_every_idiom_names_a_test() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    section = text.partition("## Idioms")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|") and not line.startswith(("| **", "|---"))]
+    assert len(IDIOMS) == len(lines) - 1  # its header
+
+
 @OF_DOCUMENTED
 @of_each(sorted(set(THEIRS) & set(OURS)))
 def test_another_default_is_a_difference(name: str) -> None:
