@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 
+from tests.fixtures.ranks.launch import Launch
 from tests.fixtures.runs import as_words, chat_job, read_metrics
 from trainer.cli.main import main
 
@@ -53,6 +55,23 @@ def test_generate_answers_a_file(run: Path, capsys: pytest.CaptureFixture[str]) 
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(lines) == 12
     assert all({"question", "reference", "answer"} == line.keys() for line in lines)
+
+
+def said_by_generate(*words: str) -> tuple[int, str]:
+    said = io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said):
+        code = main(["generate", *words, "--max-new-tokens", "4", "--use-cpu"])
+    return code, said.getvalue()
+
+
+def test_ranks_share_the_chats_of_a_file_and_one_prints(run: Path, launch: Launch) -> None:
+    words = (str(run), "--data-path", str(run.parent / "chats.jsonl"))
+    (alone,) = launch(1, said_by_generate, *words, group=False).values
+    first, second = launch(2, said_by_generate, *words, group=False).values
+    assert (first, second) == (alone, (0, ""))
+    for code, said in launch(2, said_by_generate, str(run), "--prompt", "a", group=False).values:
+        assert code == 2
+        assert "one chat is answered by one process, and there are 2: start it without torchrun" in said
 
 
 def test_generate_chats_in_the_terminal(

@@ -65,6 +65,11 @@ def run(words: Sequence[str]) -> int:
         group.naming_faults(lambda: "generation"),
         ExitStack() as stack,
     ):
+        if group.world_size > 1 and options.data_path is None:
+            raise UsageError(
+                f"one chat is answered by one process, and there are {group.world_size}: start it without torchrun, "
+                "or give --data-path, whose chats ranks share"
+            )
         models = []
         for place in options.models:
             code = options.trust_remote_code
