@@ -211,6 +211,7 @@ def test_a_typo_in_a_file_gets_the_nearest(tmp_path: Path, capsys: pytest.Captur
         (["prepare"], "data_path is missing"),
         (["preview"], "data_path is missing"),
         (["plan", "--data-path", "README.md", "--world-size", "0"], "world_size"),
+        (["plan", "--data-path", "README.md", "--world-size", "4", "6", "--replicate", "4"], "replicate = 4: 6 ranks"),
         (["export", "nowhere", "there"], "nowhere"),
         (["export", "nowhere"], "TARGET is missing: `trainer export --help`"),
         (["verify", "--fast"], "unknown option --fast"),

@@ -124,6 +124,8 @@ def test_other_numbers_of_ranks_change_shards_alone() -> None:
     assert (many.activations, many.loss) == (two.activations, two.loss)
     assert many.weights < two.weights / 10
     assert two.peak / 10 < many.peak < two.peak
+    replicas = two.on_ranks(1024, 2)
+    assert (replicas.weights, replicas.optimizer_state, replicas.peak) == (two.weights, two.optimizer_state, two.peak)
     assert two.gradients == two.weights
     assert two.optimizer_state == pytest.approx(2 * two.weights, rel=MEMORY_STEP_COUNTERS)
 

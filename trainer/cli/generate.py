@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.cli.parse import parse_alone, positional
 from trainer.config.fields import option
+from trainer.distributed.topology import Topology
 from trainer.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -49,6 +50,12 @@ def run(words: Sequence[str]) -> int:
         raise UsageError("--prompt and --data-path exclude each other: give one")
     if options.data_path is not None and not Path(options.data_path).is_file():
         raise UsageError(f"data_path = {options.data_path!r} is no file")
+    num_processes = Topology.from_environment().world_size
+    if num_processes > 1 and options.data_path is None:
+        raise UsageError(
+            f"one chat is answered by one process, and there are {num_processes}: start it without torchrun, or give "
+            "--data-path, whose chats ranks share"
+        )
 
     from transformers import set_seed
     from transformers.utils import logging
@@ -65,11 +72,6 @@ def run(words: Sequence[str]) -> int:
         group.naming_faults(lambda: "generation"),
         ExitStack() as stack,
     ):
-        if group.world_size > 1 and options.data_path is None:
-            raise UsageError(
-                f"one chat is answered by one process, and there are {group.world_size}: start it without torchrun, "
-                "or give --data-path, whose chats ranks share"
-            )
         models = []
         for place in options.models:
             code = options.trust_remote_code

@@ -14,6 +14,7 @@ from rich.table import Table
 from trainer.cli.stores import load_tokenizer_if_named, read_config
 from trainer.config.arguments import TrainingArguments
 from trainer.data.planner import ModelShape
+from trainer.distributed.topology import count_shards
 from trainer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -77,7 +78,6 @@ def show_memory(args: TrainingArguments, loads: Mapping[int, Load], longest: int
 
 def estimator(args: TrainingArguments) -> Callable[[Load, int], MemoryEstimate]:
     """Return what estimates a load on a number of ranks; one estimate serves all numbers from 2 on."""
-    from trainer.distributed.group import count_shards
     from trainer.model.build import read_config as read_model_config
     from trainer.training.memory import estimate_memory
 

@@ -25,6 +25,7 @@ from trainer.data.mixture import temperature_weights
 from trainer.data.packing import TOKENS
 from trainer.data.planner import CostModel, cost_model_from_config
 from trainer.data.store import TokenStore
+from trainer.distributed.topology import count_shards
 from trainer.errors import UsageError
 
 
@@ -50,6 +51,8 @@ def run(words: Sequence[str]) -> int:
     check_before_start(args, needs_model=False)
     if min(wanted.world_size, default=0) < 1:
         raise UsageError(f"world_size = {wanted.world_size}: give numbers of ranks, at least 1")
+    for world_size in wanted.world_size:
+        count_shards(world_size, args.replicate)
     limit = None
     if wanted.memory_limit is not None:
         if not wanted.memory:

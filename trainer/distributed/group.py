@@ -24,8 +24,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from trainer.config.groups import MachineArguments
 from trainer.distributed.failure import announce, is_loss_of_peer, name_failed_rank
 from trainer.distributed.orphan import end_with_launcher
-from trainer.distributed.topology import Topology, current_topology, gpu_index, refuse_lone_slurm_task
-from trainer.errors import PeerError, RankError, UsageError
+from trainer.distributed.topology import Topology, count_shards, current_topology, gpu_index, refuse_lone_slurm_task
+from trainer.errors import PeerError, RankError
 
 SECONDS_BETWEEN_BEATS = 0.25
 SECONDS_BEFORE_TELLING = 300.0  # that other ranks are at work for so long; a disk that hangs would wait in silence
@@ -54,7 +54,7 @@ class Group:
         """Join the group that exists, or start the one that the environment describes."""
         topology = current_topology()
         end_with_launcher()
-        count_shards(topology.world_size, args.replicate)
+        count_shards(topology.world_size, args.replicate)  # the mesh comes after hours of preparing, perhaps
         if dist.is_initialized():
             return cls(topology, _device_of_backend(), replicate=args.replicate)
         refuse_lone_slurm_task()
@@ -75,7 +75,10 @@ class Group:
 
     @functools.cached_property
     def mesh(self) -> DeviceMesh | None:
-        """What models are sharded over, None for one process; made by all ranks once they have agreed on options."""
+        """What models are sharded over, None for one process; all ranks call.
+
+        It is made at first use, once ranks have agreed on `replicate`: others would wait for each other.
+        """
         if self.world_size == 1:
             return None
         with threads_that_give_way():
@@ -273,22 +276,8 @@ def unhurried(is_any_at_work: Callable[[bool], bool] | None) -> Iterator[None]:
             tells_after *= 2
 
 
-def count_shards(world_size: int, replicate: int) -> int:
-    """Return how many ranks share each copy of the model.
-
-    Raises:
-        UsageError: the ranks cannot be divided into so many copies.
-    """
-    if world_size % replicate:
-        raise UsageError(
-            f"replicate = {replicate}: {world_size} ranks cannot be divided into so many groups of one size; give a "
-            "divisor, such as the number of nodes, or 1 to shard over all ranks"
-        )
-    return world_size // replicate
-
-
 def mesh_over_ranks(device: torch.device, world_size: int, replicate: int = 1) -> DeviceMesh:
-    """All ranks as the mesh that a model is sharded over: one axis, or replicas and the ranks that share each.
+    """Build the mesh that a model is sharded over: one axis of all ranks, or replicas and the ranks that share each.
 
     Neighbouring ranks share a replica: with one replica a node, weights are gathered inside nodes alone.
     """

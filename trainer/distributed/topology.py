@@ -90,6 +90,20 @@ def current_topology(environment: Mapping[str, str] = os.environ) -> Topology:
     return Topology(rank, world_size, local_rank, local_world_size, restart)
 
 
+def count_shards(world_size: int, replicate: int) -> int:
+    """Return how many ranks share each copy of the model.
+
+    Raises:
+        UsageError: the ranks cannot be divided into so many copies.
+    """
+    if world_size % replicate:
+        raise UsageError(
+            f"replicate = {replicate}: {world_size} ranks cannot be divided into so many groups of one size; give a "
+            "divisor, such as the number of nodes, or 1 to shard over all ranks"
+        )
+    return world_size // replicate
+
+
 def refuse_lone_slurm_task(environment: Mapping[str, str] = os.environ) -> None:
     """Raise UsageError in a SLURM job of several tasks whose processes were given no ranks.
 
