@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.data.chat import KEY, NAME, ChatFormat, Span, TemplateError, V, W
 from trainer.data.messages import (
@@ -30,9 +30,6 @@ from trainer.data.messages import (
     with_text,
 )
 from trainer.data.turn_style import TurnStyle, common_prefix, is_reasoning, without_opened_reasoning
-
-if TYPE_CHECKING:
-    pass
 
 _CLOSED_REASONING = re.compile(r"</(?:\w+:)?(?:think|thinking|thought|reasoning)>")
 _MAX_PATTERNS = 4096
@@ -241,7 +238,7 @@ class SpanFinder:
         """Find one turn in the chat that ends with it."""
         try:
             text, marks = self.format.render(messages[: i + 1], tools)
-        except TemplateError as error:  # it writes the whole chat
+        except TemplateError as error:  # the whole chat was rendered before: only this beginning of it is refused
             remedy = f"mark message {i + 1} with 'train': false: the model is never asked for it"
             raise TemplateError(f"{error} (of the chat up to message {i + 1})", remedy) from error
         tail = self._tail(messages, i, tools, text)
@@ -263,7 +260,7 @@ class SpanFinder:
             text += end.token
         stop = at + len(end.token)
         if has_calls or content_text(messages[i]).strip() not in text[start:stop]:
-            self._check_words(messages, i, tools, text, (start, stop))
+            self._check_start(messages, i, tools, text, (start, stop))
         if prefix is not None:
             # What the model is given at inference, in place of a history that the template writes otherwise here.
             text, stop = prefix + text[start:], stop - start + len(prefix)
@@ -274,7 +271,7 @@ class SpanFinder:
             return self._by_marks(turn, marks, end.token, content_text(messages[i]))
         return turn
 
-    def _check_words(self, messages: list[Message], i: int, tools: Any, text: str, span: Span) -> None:
+    def _check_start(self, messages: list[Message], i: int, tools: Any, text: str, span: Span) -> None:
         """Refuse a turn of which the template writes a part before the place from which the model goes on."""
         said = [content_text(messages[i]).strip()]
         for function in called_functions(with_arguments(messages[i], as_text=False)):

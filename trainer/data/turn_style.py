@@ -37,6 +37,10 @@ _BETWEEN = re.compile(r"</[^>]*>|[\s}\"'\])]")
 _NAMES_NEXT = re.compile("user|human|observation|tool|function|ipython|environment", re.IGNORECASE)
 
 
+_RESULT: Message = {"role": "tool", "content": V, "tool_call_id": "call00001", "name": NAME}
+"""What a tool answers to the example of a call."""
+
+
 @dataclass(frozen=True)
 class TurnEnd:
     """How the last turn of a chat ends."""
@@ -200,8 +204,7 @@ class TurnStyle:
     def _end_behind_result(self) -> TurnEnd | None:
         """Find how an answer to a tool's result ends: some templates (DeepSeek's kin) leave only plain answers open."""
         call: Message = {"role": "assistant", "content": None, "tool_calls": [self.format.example_call(as_text=False)]}
-        result: Message = {"role": "tool", "content": V, "tool_call_id": "call00001", "name": NAME}
-        chat = [{"role": "user", "content": Q}, call, result, {"role": "assistant", "content": W}]
+        chat = [{"role": "user", "content": Q}, call, _RESULT, {"role": "assistant", "content": W}]
         text = self.try_render(self.format.adapted(chat, EXAMPLE_TOOLS), EXAMPLE_TOOLS)
         if text is None or W not in text:
             return None
@@ -212,7 +215,7 @@ class TurnStyle:
         """Return what the template writes between a turn and the next message's content."""
         nexts: list[Message] = [{"role": "user", "content": V}]
         if calls:
-            nexts.insert(0, {"role": "tool", "content": V, "tool_call_id": "call00001", "name": NAME})
+            nexts.insert(0, _RESULT)
         for message in nexts:
             for more in ([], [{"role": "assistant", "content": Q}]):
                 text = self.try_render(self.format.adapted([*chat, message, *more], tools), tools)

@@ -285,9 +285,9 @@ class ModelTask:
             loss: what `compute_loss` returned for it.
             is_divided: whether it is a sum that was divided by the labels of the global batch.
         """
-        if not is_divided and self.share.labels == 0:
-            return loss.nan_to_num(nan=0.0) * 0.0  # the mean over no labels is 0 / 0
         if not is_divided:
+            if self.share.labels == 0:
+                loss = loss.nan_to_num(nan=0.0)  # the mean over no labels is 0 / 0
             return loss * self.share.labels
         if not self.share.has_samples:
             return loss * 0.0
