@@ -28,7 +28,6 @@ OPTIONS = {
     "use_cpu": True,
     "learning_rate": 1e-2,
     "weight_decay": 0.1,
-    "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 8,
     "train_sampling_strategy": "sequential",
     "report_to": "none",
@@ -40,11 +39,12 @@ Library = types.ModuleType
 
 
 def arguments(library: Library, folder: Path, **options: Any) -> Any:
-    options["per_device_train_batch_size"] = 4 // int(os.environ.get("WORLD_SIZE", "1"))
+    # 4 samples a micro-batch, over all ranks.
+    sizes = {"per_device_train_batch_size": 4 // int(os.environ.get("WORLD_SIZE", "1"))}
     kind = library.Seq2SeqTrainingArguments if "predict_with_generate" in options else library.TrainingArguments
     if library is ours:
         options["export_final"] = False
-    return kind(str(folder / library.__name__), **{**OPTIONS, **options})
+    return kind(str(folder / library.__name__), **{**OPTIONS, **sizes, **options})
 
 
 def bert(kind: str, **options: Any) -> Any:
