@@ -1,4 +1,4 @@
-"""save_pretrained while a run goes on: right on one rank, a clear error on several, and no export is spoilt by it."""
+"""save_pretrained during a run and after it: right on one rank, a clear error on several; no export is spoilt by it."""
 
 from pathlib import Path
 from typing import Any
@@ -45,14 +45,18 @@ def test_a_callback_saves_while_training(ranks: Any, is_packed: bool) -> None:
     if ranks.world_size == 1:
         exports.append(callback.folder / "2")
         assert callback.errors == []
+        assert "save_pretrained" not in vars(model)
+        model.save_pretrained(ranks.tmp_path / "after")
+        exports.append(ranks.tmp_path / "after")
     else:
         assert len(callback.errors) == 2
         assert "have all ranks call trainer.save_model(folder)" in callback.errors[0]
+        with pytest.raises(ModelError, match="have all ranks call trainer.save_model"):
+            model.save_pretrained(ranks.tmp_path / "after")  # it stays sharded
     trained = weights_of(model)
     for folder in exports:
         loaded = weights_of(AutoModelForCausalLM.from_pretrained(folder))
         assert all(torch.equal(loaded[name], trained[name]) for name in trained)
-    assert "save_pretrained" not in vars(model)
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["DataParallel", "torch.compile"])

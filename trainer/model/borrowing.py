@@ -1,7 +1,8 @@
 """What a trainer changes of a user's model while it runs it, and takes back after that: attributes, embedding noise.
 
 This is the one place that assigns to attributes of a model. Invariant: after the outermost `held`, each attribute is
-what it was, or absent again; outside of `embedding_noise`, and in evaluation mode, nothing is added.
+what it was, or absent again; outside of `embedding_noise`, and in evaluation mode, nothing is added. What stays (see
+`Setting.stay`) belongs to sharding, which is not taken back either.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ class Setting:
     owner: Any
     name: str
     value: Any
+
+    def stay(self) -> None:
+        """Set it for good."""
+        setattr(self.owner, self.name, self.value)
 
 
 def settings_made_by(change: Callable[[], object], model: nn.Module) -> list[Setting]:

@@ -275,8 +275,10 @@ def prepare_model(
     freeze(model, args.freeze_patterns)
     settings += _block_settings(model, args)
     if mesh is not None:
-        settings += [_refuse_saving(part) for part in (model, wrapper) if hasattr(part, "save_pretrained")]
         shard_for_training(model, mesh, compute_dtype, unread=unread_parameters(model), casts_inputs=is_packed)
+        for part in (model, wrapper):
+            if hasattr(part, "save_pretrained"):
+                _refuse_saving(part).stay()
     model.train()
     if is_dry:
         _allocate(model, device)
@@ -316,7 +318,7 @@ def _block_settings(model: nn.Module, args: ModelArguments) -> list[Setting]:
 
 
 def _refuse_saving(part: Any) -> Setting:
-    """Refuse save_pretrained in a run on several ranks, and name what to call: each rank has shards alone."""
+    """Refuse save_pretrained of a sharded model, and name what to call: each rank has shards alone."""
 
     def save_pretrained(*args: Any, **options: Any) -> Any:
         if options.get("state_dict") is not None:
