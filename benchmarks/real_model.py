@@ -323,7 +323,7 @@ def resume(options: argparse.Namespace, folder: Path) -> None:
 
 
 def digest(run: Path) -> str:
-    (weights,) = sorted(run.glob("export*/**/model.safetensors")) or sorted(run.glob("**/final*/**/model.safetensors"))
+    (weights,) = run.glob("hf_format/*/model.safetensors")
     return hashlib.sha256(weights.read_bytes()).hexdigest()
 
 

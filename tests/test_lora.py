@@ -12,17 +12,22 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.fixtures.models import build_model, random_samples, tiny_llama
+from tests.fixtures.liger import stand_in_for_liger
+from tests.fixtures.models import build_model, build_pack, prepared_for_packs, random_samples, tiny_llama
 from tests.fixtures.oracles import linear_schedule, mean_loss, relative_difference
-from tests.fixtures.runs import build_trainer, chat_job, random_token_samples, step_lines, weights_of
-from tests.fixtures.tolerances import LAYOUT_TRAJECTORY_FLOAT64, LOSS_BF16
+from tests.fixtures.runs import build_trainer, chat_job, gradients_of, random_token_samples, step_lines, weights_of
+from tests.fixtures.tolerances import LAYOUT_TRAJECTORY_FLOAT64, LOSS_BF16, LOSS_GRADIENT_FP32
 from tests.laws.test_isolation import LENGTHS, lone_logits, packed_logits
 from trainer.cli.main import main
 from trainer.config.arguments import TrainingArguments
 from trainer.data.order import epoch_order
 from trainer.errors import CheckpointError, MissingPackageError, ModelError, UsageError
 from trainer.hf.trainer import Trainer
+from trainer.model.borrowing import Borrowing
+from trainer.model.fsdp import compile_blocks
+from trainer.model.liger import fused_settings
 from trainer.model.lora import add_lora, base_fingerprint, lora_layers
+from trainer.model.loss import token_loss_sum
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
@@ -115,6 +120,28 @@ def test_packed_samples_do_not_see_each_other(tmp_path: Path) -> None:
     for sample, logits in zip(samples, packed_logits(prepared, samples), strict=True):
         assert torch.equal(logits, lone_logits(prepared, sample))
     assert not torch.equal(logits_of(trainer.model), logits_of(tiny_llama()))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch's own tracing
+def test_compiled_blocks_and_fused_kernels_give_adapters_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_for_liger(monkeypatch)
+    args, found = TrainingArguments(lora_rank=4, lora_dropout=0.5), {}
+    for kernel in ("none", "compiled", "kernels"):
+        torch._dynamo.reset()
+        prepared = prepared_for_packs(add_lora(tiny_llama(num_hidden_layers=1), args, seed=42))
+        for layer in lora_layers(prepared.model).values():
+            layer.lora_B["default"].weight.data.normal_(generator=torch.Generator().manual_seed(0))
+        if kernel == "compiled":
+            compile_blocks(prepared.model, backend="eager")  # as it is traced: inductor's C++ takes a minute
+        settings = fused_settings(prepared.model, torch.device("cpu")) if kernel == "kernels" else []
+        with Borrowing(settings).held(), prepared.in_use():
+            torch.manual_seed(0)
+            token_loss_sum(prepared, build_pack([7, 4, 9])).backward()
+        assert bool(settings) == (kernel == "kernels")
+        found[kernel] = gradients_of(prepared.model)
+        assert {name for name in found[kernel] if "lora_A" in name}
+    assert all(torch.equal(value, found["compiled"][name]) for name, value in found["none"].items())
+    assert relative_difference(found["kernels"], found["none"]) < LOSS_GRADIENT_FP32
 
 
 @pytest.mark.world_size(1, 2)
