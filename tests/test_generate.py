@@ -40,10 +40,37 @@ def greedily(model: Any, tokenizer: Any, question: Question) -> str:
     return str(tokenizer.decode(ids[len(question.prompt_ids) :], skip_special_tokens=True))
 
 
-def trainer_over(folder: Path, store: TokenStore, **options: Any) -> Trainer:
+def trainer_over(folder: Path, store: TokenStore, eval_dataset: Any = None, **options: Any) -> Trainer:
     args = build_arguments(folder / "run", max_tokens_per_rank=512, generation_max_new_tokens=NUM_NEW, **options)
     model = tiny_llama(vocab_size=VOCABULARY_SIZE, max_position_embeddings=512)
-    return Trainer(model, args, train_dataset=store, eval_dataset=store, processing_class=build_tokenizer())
+    given = store if eval_dataset is None else eval_dataset
+    return Trainer(model, args, train_dataset=store, eval_dataset=given, processing_class=build_tokenizer())
+
+
+@pytest.mark.world_size(1, 2)
+def test_each_of_several_held_out_sets_is_measured_as_if_alone(ranks, tmp_path: Path) -> None:
+    stores = {}
+    for name, num_documents in (("a", 3), ("b", 5)):
+        folder = tmp_path / name
+        folder.mkdir()
+        stores[name] = held_out(folder, num_documents)
+    options = {"eval_exact_match": True, "eval_at_end": True, "metric_for_best_model": "b_loss"}
+    trainer = trainer_over(ranks.tmp_path, stores["a"], stores, **options)
+    expected, answers = {}, []
+    for name, store in stores.items():
+        expected |= trainer.evaluate(store, metric_key_prefix=f"eval_{name}")
+        answers += trainer.answers[0]
+    found = trainer.evaluate()
+    assert found.keys() == expected.keys() > {"eval_a_loss", "eval_b_exact_match"}
+    assert all(
+        found[name] == value for name, value in expected.items() if "per_second" not in name and "run" not in name
+    )
+    assert trainer.answers[0] == answers
+    assert len(answers) == 8
+    trainer.train()
+    assert trainer.state.best_metric == trainer.state.log_history[-2]["eval_b_loss"]
+    with pytest.raises(UsageError, match="'loss': eval_dataset is a dict"):
+        trainer_over(ranks.tmp_path, stores["a"], stores, eval_at_end=True, export_best=True)
 
 
 @pytest.mark.world_size(1, 2, 3)

@@ -235,6 +235,8 @@ def data_fingerprint(dataset: Any) -> str | None:
     """Return what identifies a data set: content of token data, else its own fingerprint, else its length."""
     if dataset is None:
         return None
+    if isinstance(dataset, dict):
+        return "; ".join(f"{name}: {data_fingerprint(each)}" for name, each in dataset.items())
     if isinstance(dataset, TokenStore):
         digest = hashlib.sha256(np.ascontiguousarray(dataset.lengths).tobytes())
         digest.update(np.ascontiguousarray(dataset.num_loss_tokens).tobytes())

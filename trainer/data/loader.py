@@ -278,7 +278,9 @@ TokenData = TokenStore | JsonlDataset
 
 
 def is_token_data(dataset: Any) -> bool:
-    """Return whether a data set is one of ours, whose samples are packed."""
+    """Return whether a data set is one of ours, whose samples are packed; of a dict of several, whether one is."""
+    if isinstance(dataset, Mapping):
+        return any(isinstance(each, TokenData) for each in dataset.values())
     return isinstance(dataset, TokenData)
 
 

@@ -6,7 +6,7 @@ Loss functions return sums; the one division by the loss tokens of the global ba
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -105,14 +105,14 @@ class PackedTask:
         self.model: PreTrainedModel = self.prepared.outer
         self.osft = self.prepared.osft
         check_fit(self.model, self.train_dataset, "train_dataset")
-        if self.eval_dataset is not None:
-            check_fit(self.model, self.eval_dataset, "eval_dataset")
+        for name, store in self._held_out().items():
+            check_fit(self.model, store, name)
         self.train_batch_size = args.batch_size
         self._source_names = measured_sources(self.prepared, self.train_dataset)
         self.more_metrics = [f"loss/{name}" for name in self._source_names]
         self.answers: dict[int, list[Answer]] = {}
         self._operations_per_token = operations_per_input(self.model)
-        self._questions_of: tuple[TokenStore, list[Question]] | None = None  # questions of a data set, read once
+        self._questions_of: list[tuple[TokenStore, list[Question]]] = []  # of each data set, read once
 
     def _load(self, train_dataset: Any, eval_dataset: Any) -> None:
         """Take the data sets that are given, and build the others from the options."""
@@ -122,11 +122,21 @@ class PackedTask:
             train_dataset, held_out = load_datasets(self.args, self.processing_class, self.group)
             eval_dataset = held_out if eval_dataset is None else eval_dataset
         self.train_dataset = token_store(train_dataset)
-        self.eval_dataset = None if eval_dataset is None else token_store(eval_dataset)
+        self.eval_dataset: TokenStore | dict[str, TokenStore] | None = None
+        if isinstance(eval_dataset, Mapping):
+            self.eval_dataset = {name: token_store(each) for name, each in eval_dataset.items()}
+        elif eval_dataset is not None:
+            self.eval_dataset = token_store(eval_dataset)
         check_samples(self.train_dataset, "train_dataset")
         check_evaluations(self.args, self.eval_dataset)
-        if self.args.does_evaluate:
+        if self.args.does_evaluate and not isinstance(self.eval_dataset, dict):
             check_metric(self.args, measured_names(self.scorers))
+
+    def _held_out(self) -> dict[str, TokenStore]:
+        """The held-out data sets, by the name that errors give them."""
+        if isinstance(self.eval_dataset, dict):
+            return {f"eval_dataset[{name!r}]": store for name, store in self.eval_dataset.items()}
+        return {} if self.eval_dataset is None else {"eval_dataset": self.eval_dataset}
 
     def train_loader(self, dataset: TokenData) -> DataLoader[list[MicroBatch]]:
         """Build the loader of this rank's share of every global batch; its sampler is an EpochSampler."""
@@ -166,8 +176,9 @@ class PackedTask:
 
     def length(self, batches: PackedBatches) -> RunLength:
         """Plan the number of steps; whatever is wrong with held-out chats shows here, before the first step."""
-        if self.args.does_evaluate and self.eval_dataset is not None:
-            self._questions(self.eval_dataset)
+        if self.args.does_evaluate:
+            for store in self._held_out().values():
+                self._questions(store)
         return run_length(self.train_dataset.num_loss_tokens, self.args.batch_size, self.args.order_seed, self.args)
 
     def counts(self, batch: list[MicroBatch]) -> BatchCounts:
@@ -224,8 +235,8 @@ class PackedTask:
         ]
         if roles := roles_line(store):
             lines.append(f"roles: {roles}")
-        if self.eval_dataset is not None:
-            lines.append(f"held-out data: {len(self.eval_dataset):,} samples")
+        for name, store in self._held_out().items():
+            lines.append(f"{name.replace('eval_dataset', 'held-out data')}: {len(store):,} samples")
         lines.append(
             f"batches: {self.args.batch_size:,} samples a step, packed into at most {self.args.max_tokens_per_rank:,} "
             "tokens a rank"
@@ -241,13 +252,15 @@ class PackedTask:
             raise UsageError(
                 "eval_exact_match, score_answers and num_generation_samples need a tokenizer: give processing_class"
             )
-        if self._questions_of is None or self._questions_of[0] is not store:
-            questions = questions_of(
-                store, self.processing_class, count, self.args.chat_template, self.args.chat_template_kwargs
-            )
-            check_room(self.model, questions, self.args.generation_max_new_tokens)
-            self._questions_of = store, questions
-        return self._questions_of[1]
+        for known, questions in self._questions_of:
+            if known is store:
+                return questions
+        questions = questions_of(
+            store, self.processing_class, count, self.args.chat_template, self.args.chat_template_kwargs
+        )
+        check_room(self.model, questions, self.args.generation_max_new_tokens)
+        self._questions_of.append((store, questions))
+        return questions
 
     def _answer(self, store: TokenStore, step: int) -> dict[str, float]:
         """Answer held-out chats where asked for; return their scores if all of them were answered."""

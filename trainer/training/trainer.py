@@ -83,7 +83,7 @@ class CoreTrainer:
     Args:
         model: a transformers causal LM.
         args: every option.
-        train_dataset, eval_dataset: token data: a TokenStore or a JsonlDataset.
+        train_dataset, eval_dataset: token data: a TokenStore or a JsonlDataset; held-out data may be a dict of several.
         processing_class: the tokenizer.
         callbacks: transformers callbacks, called after the trainer's own.
         optimizers: optimizer and learning-rate schedule to use instead of those that the options name.
@@ -367,14 +367,20 @@ class CoreTrainer:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, Mapping):
             metrics: dict[str, float] = {}
+            answers: list[Answer] = []
             for name, part in dataset.items():
                 chosen = name if eval_dataset is None else part
                 metrics |= self.evaluate(
                     chosen, ignore_keys=ignore_keys, metric_key_prefix=f"{metric_key_prefix}_{name}"
                 )
+                answers += self.answers.pop(self.state.global_step, [])
+            if answers:
+                self.answers[self.state.global_step] = answers
             return metrics
         started = now()
         loader = self.get_eval_dataloader(eval_dataset)
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
         with averaged_weights(self.optimizer):
             metrics, num_samples = self.task.evaluate(
                 dataset, loader, self.state.global_step, metric_key_prefix, ignore_keys
