@@ -93,6 +93,7 @@ class Job:
     load: workload.Load
     recomputes: bool  # whether activations are recomputed, where memory does not hold them
     folder: Path
+    lora_rank: int | None = None  # of adapters of all linear layers of the blocks; None trains everything
     watch: Stopwatch = field(init=False)
 
     def __post_init__(self) -> None:
@@ -108,6 +109,24 @@ class Job:
 
     def build_model(self) -> Any:
         return workload.build_model(self.model_name, DEVICE)
+
+    def peft_config(self) -> Any:
+        """How PEFT adapts the model: as our own options do."""
+        if self.lora_rank is None:
+            return None
+        from peft import LoraConfig
+
+        rank = self.lora_rank
+        return LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+
+    def build_adapted_model(self) -> Any:
+        """The model with PEFT's adapters, where there are any, for trainers that are given it so."""
+        config = self.peft_config()
+        if config is None:
+            return self.build_model()
+        from peft import get_peft_model
+
+        return get_peft_model(self.build_model(), config)
 
     def samples(self) -> list[dict[str, Any]]:
         return workload.samples(self.vocab_size, self.load.num_samples)
@@ -130,6 +149,7 @@ def ours(job: Job, **options: Any) -> None:
         bf16=job.is_bfloat16,
         export_final=False,
         disable_tqdm=True,
+        lora_rank=job.lora_rank,
         **options,
     )
     data = TokenStore.from_samples((sample["input_ids"], sample["labels"]) for sample in job.samples())
@@ -174,7 +194,7 @@ def transformers_padded(job: Job, order: str = "random", **options: Any) -> None
     from transformers import Trainer, TrainingArguments
 
     args = TrainingArguments(**transformers_options(job), train_sampling_strategy=order, **options)
-    model, collate = job.build_model(), job.watch.counting(pad)
+    model, collate = job.build_adapted_model(), job.watch.counting(pad)
     Trainer(model, args, data_collator=collate, train_dataset=tokens_only(job), callbacks=[job.watch]).train()
 
 
@@ -195,7 +215,14 @@ def trl_packing(job: Job) -> None:
     packing = {"packing": True, "packing_strategy": "bfd", "max_length": workload.MAX_LENGTH}
     args = SFTConfig(**transformers_options(job) | accumulation | packing)
     data = Dataset.from_list(tokens_only(job))
-    trainer = SFTTrainer(job.build_model(), args, train_dataset=data, processing_class=tokenizer, callbacks=[job.watch])
+    trainer = SFTTrainer(
+        job.build_model(),
+        args,
+        train_dataset=data,
+        processing_class=tokenizer,
+        callbacks=[job.watch],
+        peft_config=job.peft_config(),
+    )
     trainer.data_collator = job.watch.counting(trainer.data_collator)
     trainer.train()
 
@@ -206,7 +233,7 @@ def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
 
 def plain_loop(job: Job) -> None:
     """What one writes by hand: padded batches, transformers' own loss, AdamW."""
-    model, load = job.build_model(), job.load
+    model, load = job.build_adapted_model(), job.load
     if job.recomputes:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)
@@ -227,6 +254,8 @@ def plain_loop(job: Job) -> None:
 
 def mini_trainer(job: Job) -> None:
     """Its loader, collator, loss patch and step; its loop itself needs CUDA."""
+    if job.lora_rank is not None:
+        raise SystemExit("mini_trainer has no LoRA")
     from mini_trainer.none_reduction_losses import hf_fixed_cross_entropy_none_reduction
     from mini_trainer.sampler import get_data_loader
     from mini_trainer.train import take_gradient_step
@@ -300,7 +329,9 @@ def measure(job: Job, train: Callable[[Job], None]) -> dict[str, float]:
     torch.manual_seed(0)
     train(job)
     seconds, num_tokens = job.watch.measured
-    useful = workload.flops_per_token(job.model_name) * num_tokens / seconds
+    # Adapters need the gradients of what a layer reads, not those of its weights: two products of three.
+    share = 1.0 if job.lora_rank is None else 2 / 3
+    useful = share * workload.flops_per_token(job.model_name) * num_tokens / seconds
     return {
         "tokens_per_second": num_tokens / seconds,
         "tflops_per_second": useful / 1e12,
@@ -320,11 +351,12 @@ def main() -> None:
     parser.add_argument("--load", choices=workload.LOADS, default="cpu")
     parser.add_argument("--num-samples", type=int, help="by default those of the load")
     parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--lora-rank", type=int)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         load = workload.LOADS[options.load]
         load = replace(load, num_samples=options.num_samples or load.num_samples)
-        job = Job(options.model, options.dtype, load, options.recompute, Path(folder))
+        job = Job(options.model, options.dtype, load, options.recompute, Path(folder), options.lora_rank)
         measured = measure(job, (CONTENDERS | GPU_CONTENDERS)[options.name])
     print(json.dumps({name: round(value, 2) for name, value in measured.items()}))
 
