@@ -1,6 +1,7 @@
-"""One way from chat JSONL to samples with trained tokens marked: tokens a second, on all cores.
+"""One way from chats in a file to samples with trained tokens marked: tokens a second, on all cores.
 
-`python benchmarks/preparation_contenders.py NAME FOLDER` prints one JSON object; `write_chats` has filled the folder.
+`python benchmarks/preparation_contenders.py NAME FOLDER chats.jsonl` (or `chats.parquet`) prints one JSON object;
+`write_chats` has filled the folder.
 The limit is the tokenizer's own batch encoding of texts that are in memory and rendered already: as `tokenizer(texts)`
 runs it, and without each token's place in the text.
 """
@@ -28,24 +29,29 @@ TEMPLATE = (
 )
 NUM_WORDS, VOCABULARY, WORDS_PER_MESSAGE = 5000, 8192, 60
 TEXTS_AT_ONCE = 1000
-CHATS = "chats.jsonl"
+JSONL, PARQUET = "chats.jsonl", "chats.parquet"  # the same chats
 
 Prepare = Callable[[], int]  # gives the number of tokens
 
 
 def write_chats(folder: Path, num_samples: int) -> None:
     """Write chats of made-up words, as frequent as those of a language, and a byte-level BPE tokenizer of them."""
+    import pyarrow
+    from pyarrow import parquet
+
     rng = np.random.default_rng(0)
     syllables = [a + b for a in "bcdfglmnprstv" for b in ("a", "e", "i", "o", "u", "an", "er", "in")]
     words = ["".join(rng.choice(syllables, rng.integers(1, 5))) for _ in range(NUM_WORDS)]
     frequencies = 1 / np.arange(1, NUM_WORDS + 1)
     lengths = rng.lognormal(np.log(WORDS_PER_MESSAGE), 0.7, (num_samples, 2)).astype(int) + 1
     drawn = iter(rng.choice(words, lengths.sum(), p=frequencies / frequencies.sum()).tolist())
-    with (folder / CHATS).open("w") as file:
-        for user, assistant in lengths.tolist():
-            contents = {"user": _text(drawn, user), "assistant": _text(drawn, assistant)}
-            messages = [{"role": role, "content": content} for role, content in contents.items()]
-            file.write(json.dumps({"messages": messages}) + "\n")
+    chats = []
+    for user, assistant in lengths.tolist():
+        contents = {"user": _text(drawn, user), "assistant": _text(drawn, assistant)}
+        chats.append({"messages": [{"role": role, "content": content} for role, content in contents.items()]})
+    with (folder / JSONL).open("w") as file:
+        file.writelines(json.dumps(chat) + "\n" for chat in chats)
+    parquet.write_table(pyarrow.Table.from_pylist(chats), folder / PARQUET)
     _train_tokenizer(folder)
 
 
@@ -58,7 +64,7 @@ def _train_tokenizer(folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     trained = ByteLevelBPETokenizer()
-    contents = (message["content"] for chat in workload.read_jsonl(folder / CHATS) for message in chat["messages"])
+    contents = (message["content"] for chat in workload.read_jsonl(folder / JSONL) for message in chat["messages"])
     special = [START, END]
     trained.train_from_iterator(contents, vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
     trained.save(str(folder / "bpe.json"))
@@ -74,12 +80,12 @@ def load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder / "tokenizer")
 
 
-def batch_encoding(folder: Path, method: str = "encode_batch") -> Prepare:
+def batch_encoding(folder: Path, _: str, method: str = "encode_batch") -> Prepare:
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # all cores, though tox says otherwise
     tokenizer = load_tokenizer(folder)
     encode = getattr(tokenizer.backend_tokenizer, method)
     texts = [
-        tokenizer.apply_chat_template(chat["messages"], tokenize=False) for chat in workload.read_jsonl(folder / CHATS)
+        tokenizer.apply_chat_template(chat["messages"], tokenize=False) for chat in workload.read_jsonl(folder / JSONL)
     ]
 
     def prepare() -> int:
@@ -89,7 +95,7 @@ def batch_encoding(folder: Path, method: str = "encode_batch") -> Prepare:
     return prepare
 
 
-def ours(folder: Path) -> Prepare:
+def ours(folder: Path, data_name: str) -> Prepare:
     from trainer.config.groups import DataArguments
     from trainer.data.prepare import prepare
 
@@ -98,13 +104,40 @@ def ours(folder: Path) -> Prepare:
     def run() -> int:
         with tempfile.TemporaryDirectory() as cache:
             args = DataArguments(data_cache_dir=cache, dataset_num_proc=os.cpu_count())
-            return int(prepare(folder / CHATS, tokenizer, args).lengths.sum())
+            return int(prepare(folder / data_name, tokenizer, args).lengths.sum())
 
     return run
 
 
-def trl(folder: Path) -> Prepare:
+def read_dataset(path: Path, cache: str) -> Any:
+    """Read as `datasets` does."""
     from datasets import Dataset
+
+    read = Dataset.from_parquet if path.suffix == ".parquet" else Dataset.from_json
+    return read(str(path), cache_dir=cache)
+
+
+def datasets_map(folder: Path, data_name: str) -> Prepare:
+    """What one writes by hand: the tokenizer's own masks, whose template has marks around what is trained."""
+    tokenizer = load_tokenizer(folder)
+
+    def tokenize(chat: Any) -> dict[str, list[int]]:
+        found = tokenizer.apply_chat_template(
+            chat["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, masks = found["input_ids"], found["assistant_masks"]
+        return {"input_ids": ids, "labels": [i if trained else -100 for i, trained in zip(ids, masks, strict=True)]}
+
+    def prepare() -> int:
+        with tempfile.TemporaryDirectory() as cache:
+            data = read_dataset(folder / data_name, cache)
+            data = data.map(tokenize, num_proc=os.cpu_count(), remove_columns=["messages"])
+            return sum(map(len, data["input_ids"]))
+
+    return prepare
+
+
+def trl(folder: Path, data_name: str) -> Prepare:
     from trl import SFTConfig, SFTTrainer
 
     tokenizer, model = load_tokenizer(folder), workload.build_model("tiny")
@@ -121,17 +154,18 @@ def trl(folder: Path) -> Prepare:
                 bf16=False,
                 report_to=[],
             )
-            data = Dataset.from_json(str(folder / CHATS), cache_dir=cache)
+            data = read_dataset(folder / data_name, cache)
             trainer = SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer)
             return sum(map(len, trainer.train_dataset["input_ids"]))
 
     return prepare
 
 
-CONTENDERS: dict[str, Callable[[Path], Prepare]] = {
+CONTENDERS: dict[str, Callable[[Path, str], Prepare]] = {
     "ours": ours,
     "batch-encoding": batch_encoding,
     "batch-encoding-fast": partial(batch_encoding, method="encode_batch_fast"),
+    "datasets-map": datasets_map,
     "trl": trl,
 }
 
@@ -140,8 +174,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=CONTENDERS)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("data_name", choices=[JSONL, PARQUET])
     options = parser.parse_args()
-    prepare = CONTENDERS[options.name](options.folder)
+    prepare = CONTENDERS[options.name](options.folder, options.data_name)
     started = time.perf_counter()
     num_tokens = prepare()
     print(json.dumps({"tokens_per_second": num_tokens / (time.perf_counter() - started), "tokens": num_tokens}))
