@@ -2,7 +2,12 @@
 
 import json
 import re
+import shutil
+import signal
+import subprocess
 import sys
+import time
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -10,12 +15,15 @@ from typing import Any
 import pytest
 
 from tests.fixtures.runs import build_trainer, random_token_samples
+from trainer.cli.figures import MANY, numbers
 from trainer.cli.main import EXIT_FAILED, EXIT_USAGE, main
+from trainer.cli.report import read_runs
 
 SAMPLES = random_token_samples([5 + i % 4 for i in range(16)])
 HELD_OUT = random_token_samples([6, 7], seed=1)
 NUM_STEPS = 4
 VOID = {"meta"}
+SMALLEST_LETTERS = 8  # pixels from top to bottom
 
 
 class Page(HTMLParser):
@@ -27,6 +35,8 @@ class Page(HTMLParser):
         self.drawn: list[str] = []
         self.curves: list[str] = []
         self.loaded: list[str] = []
+        self.titles: list[str] = []  # of panels, and what they say in words
+        self.descriptions: list[str] = []
         self._open: list[str] = []
         self.feed(path.read_text(encoding="utf-8"))
         self.close()
@@ -56,6 +66,10 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data
         elif "text" in self._open:
             self.drawn.append(data.strip())
+        elif self._open[-2:] == ["svg", "title"]:
+            self.titles.append(data)
+        elif self._open[-2:] == ["svg", "desc"]:
+            self.descriptions.append(data)
 
     def cells(self, row: str) -> list[str]:
         (found,) = (cells for name, *cells in self.rows if name == row)
@@ -98,14 +112,17 @@ def test_the_page_holds_the_numbers_of_a_run(tmp_path: Path, capsys: pytest.Capt
     panels = ("loss", "learning rate", "gradient norm", "tokens per second", "waiting for data, share of the step")
     assert {*panels, "training", "eval_loss", "packing_efficiency"} <= set(page.drawn)
     assert page.drawn.count("loss") == 1
+    assert set(panels) <= set(page.titles)
 
 
 def test_several_runs_stand_side_by_side_with_their_differences(tmp_path: Path) -> None:
     first, second = train(tmp_path / "a<b>&$x$"), train(tmp_path / "_c" / "run", learning_rate=0.02)
     page = report(first, second)
     heading = ["", "\u25a0 a<b>&$x$", "\u25a0 _c/run"]
-    assert page.rows.count(heading) == 2
-    assert page.rows[-2:] == [heading, ["learning_rate", "0.01", "0.02"]]
+    assert page.rows.count(heading) == 3
+    options = len(page.rows) - page.rows[::-1].index(heading) - 3
+    assert page.rows[options : options + 2] == [heading, ["learning_rate", "0.01", "0.02"]]
+    assert page.cells("seed") == ["42", "42"]  # of where they ran
     assert page.cells("last loss") == [
         f"{[line['loss'] for line in lines_of(folder) if 'loss' in line][-1]:.5g}" for folder in (first, second)
     ]
@@ -164,8 +181,6 @@ def test_the_legend_names_each_of_several_runs(tmp_path: Path) -> None:
 
 
 def test_long_runs_are_drawn_with_means(tmp_path: Path) -> None:
-    from trainer.cli.report import MANY
-
     line = {"step_seconds": 1.0, "data_seconds": 0.0}
     lines = [json.dumps({**line, "step": step, "loss": 10.0 ** (step % 3)}) for step in range(1, 3 * MANY + 1)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
@@ -175,6 +190,140 @@ def test_long_runs_are_drawn_with_means(tmp_path: Path) -> None:
     pale, means, *_ = (set(re.findall(r"[ML] \S+ (\S+)", curve)) for curve in page.curves)
     assert len(pale) == 3
     assert len(means) == 1  # of three steps each
+
+
+def write_run(folder: Path, lines: list[dict[str, Any]], **files: Any) -> Path:
+    """A run of which these lines of metrics are left, and other files by their stem."""
+    folder.mkdir(exist_ok=True)
+    step = {"step_seconds": 2.0, "data_seconds": 1.0, "num_samples": 4}
+    whole = [line if "eval_loss" in line else {**step, **line} for line in lines]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in whole))
+    for name, content in files.items():
+        text = content if isinstance(content, list) else [content]
+        suffix = ".jsonl" if isinstance(content, list) else ".json"
+        (folder / f"{name}{suffix}").write_text("".join(json.dumps(line) + "\n" for line in text))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("x", "label", "places"),
+    [
+        ("steps", "step", [1, 2, 3]),
+        ("tokens", "tokens", [100, 150, 350]),
+        ("samples", "samples", [4, 8, 12]),
+        ("time", "minutes of training", [3 / 60, 6 / 60, 9 / 60]),
+    ],
+)
+def test_curves_are_drawn_over_what_was_asked_for(tmp_path: Path, x: str, label: str, places: list[float]) -> None:
+    lines = [{"step": i, "loss": 4.0 - i, "num_tokens": n} for i, n in enumerate((100, 50, 200), start=1)]
+    run = write_run(tmp_path, [*lines, {"step": 3, "eval_loss": 0.5}])
+    (read,) = read_runs([run], x)
+    assert numbers(read.steps, "loss") == (places, [3.0, 2.0, 1.0])
+    assert numbers(read.evaluations, "eval_loss") == (places[-1:], [0.5])
+    assert main(["report", str(run), "--x", x]) == 0
+    page = Page(run / "report.html")
+    assert page.drawn.count(label) == len(page.titles)
+    assert page.cells("best eval_loss") == ["0.5 (step 3)"]
+
+
+def test_what_a_run_does_not_count_is_no_axis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(write_run(tmp_path, [{"step": 1, "loss": 1.0}])), "--x", "tokens"]) == EXIT_USAGE
+    assert "hold no num_tokens; draw over steps" in capsys.readouterr().err
+
+
+def test_losses_of_sources_share_a_panel(tmp_path: Path) -> None:
+    lines = [{"step": i, "loss": 2.0, "loss/a": 1.0, "loss/b": 3.0} for i in (1, 2)]
+    lines.append({"step": 2, "eval_loss": 2.0, "eval_loss/a": 1.0})
+    page = report(write_run(tmp_path / "one", lines))
+    assert page.titles[:2] == ["loss", "loss by source"]
+    assert {"loss/a", "loss/b", "eval_loss/a"} <= set(page.drawn)
+    assert not {"loss/a", "loss/b", "eval_loss/a"} & set(page.titles)
+    several = report(tmp_path / "one", write_run(tmp_path / "two", lines))
+    assert {"one: loss/a", "two: loss/b", "two: eval_loss/a"} <= set(several.drawn)
+
+
+def test_each_panel_says_in_words_what_it_shows(tmp_path: Path) -> None:
+    page = report(write_run(tmp_path, [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 1.5}]))
+    assert page.titles == ["loss", "waiting for data, share of the step"]
+    assert page.descriptions[0] == "training, 2 steps from 4 to 1.5"
+
+
+def test_answers_of_the_last_evaluation_stand_beside_those_before(tmp_path: Path) -> None:
+    answers = [
+        {"step": step, "sample": i, "question": f"<q{i}>", "reference": "r", "answer": f"a{step}{i}", "exact": 0.0}
+        for step in (1, 2, 3)
+        for i in range(30)
+    ]
+    page = report(write_run(tmp_path, [{"step": 3, "loss": 1.0}], answers=answers))
+    head = page.rows.index(["sample", "question", "reference", "answer at step 2", "answer at step 3", "exact"])
+    assert page.rows[head + 2] == ["1", "<q1>", "r", "a21", "a31", "0.0"]
+    assert page.rows[head + 20][0] == "19"
+    assert len(page.rows) == head + 21  # the rest is left out, and counted
+
+
+def test_where_runs_ran_is_shown_and_what_differs_is_set_off(tmp_path: Path) -> None:
+    lines = [{"step": 1, "loss": 1.0}]
+    records = ({"packages": {"torch": "2.13.0"}, "seed": 1}, {"packages": {"torch": "2.11.0"}, "seed": 1})
+    folders = [write_run(tmp_path / str(i), lines, environment=record) for i, record in enumerate(records)]
+    page = report(*folders)
+    assert page.cells("packages.torch") == ["2.13.0", "2.11.0"]
+    text = (folders[0] / "report.html").read_text()
+    assert re.findall(r'<tr class="differs"><td>([^<]*)', text) == ["packages.torch"]
+
+
+def test_a_page_is_written_anew_while_the_run_goes_on(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [])
+    command = [sys.executable, "-m", "trainer", "report", str(folder), "--watch"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waits for the first step\n"
+        for number in (1, 2):
+            write_run(folder, [{"step": i, "loss": 1.0} for i in range(1, number + 1)])
+            limit = time.monotonic() + 60
+            page = folder / "report.html"
+            while not (page.is_file() and Page(page).cells("last step") == [str(number)]):
+                assert time.monotonic() < limit
+                time.sleep(0.1)
+        assert '<meta http-equiv="refresh"' in page.read_text()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+        assert process.stdout.read().startswith(f"{page}\n")
+
+
+def test_a_report_loads_no_torch(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, [{"step": 1, "loss": 1.0}])
+    program = "import sys; from trainer.cli.main import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+    command = [sys.executable, "-c", program, "report", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("False\n")
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+@pytest.mark.parametrize("width", [400, 1600])
+def test_a_browser_shows_all_of_it_at_any_width(tmp_path: Path, width: int) -> None:
+    long = "a question that is long, and " * 20
+    answers = [{"step": 1, "sample": 0, "question": long, "reference": "x" * 300, "answer": "b", "exact_match": 1.0}]
+    lines = [{"step": i, "loss": 9.0 / i, "loss/a": 1.0, "loss/b": 2.0, "learning_rate": 1e-3} for i in range(1, 40)]
+    names = ("a_rather_long_name_of_a_run", "another_rather_long_name", "third")
+    runs = [write_run(tmp_path / name, lines, answers=answers, environment={"command": [long]}) for name in names]
+    report(*runs)
+    page = escape((runs[0] / "report.html").read_text())
+    script = (
+        "f.onload=()=>{const d=f.contentDocument,texts=[...d.querySelectorAll('svg text')];"
+        "const heights=texts.map(t=>t.getBoundingClientRect().height);"
+        "document.title=[d.documentElement.scrollWidth,Math.min(...heights)]}"
+    )
+    around = tmp_path / "around.html"
+    frame = f'<iframe id="f" style="width:{width}px;height:900px;border:0" srcdoc="{page}"></iframe>'
+    around.write_text(f"<!DOCTYPE html><title></title>{frame}<script>{script}</script>")
+    options = ["--headless", "--no-sandbox", "--enable-logging=stderr", f"--user-data-dir={tmp_path}/profile"]
+    command = ["chromium", *options, "--virtual-time-budget=5000", "--dump-dom", around.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    found = re.search(r"<title>(\d+),([\d.]+)</title>", done.stdout)
+    assert found is not None
+    assert int(found[1]) <= width
+    assert float(found[2]) >= SMALLEST_LETTERS
+    assert "CONSOLE" not in done.stderr
 
 
 @pytest.mark.parametrize(

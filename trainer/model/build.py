@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -276,9 +277,7 @@ def prepare_model(
     settings += _block_settings(model, args)
     if mesh is not None:
         shard_for_training(model, mesh, compute_dtype, unread=unread_parameters(model), casts_inputs=is_packed)
-        for part in (model, wrapper):
-            if hasattr(part, "save_pretrained"):
-                _refuse_saving(part).stay()
+        _refuse_saving(model, wrapper)
     model.train()
     if is_dry:
         _allocate(model, device)
@@ -317,10 +316,10 @@ def _block_settings(model: nn.Module, args: ModelArguments) -> list[Setting]:
     return settings
 
 
-def _refuse_saving(part: Any) -> Setting:
+def _refuse_saving(*parts: Any) -> None:
     """Refuse save_pretrained of a sharded model, and name what to call: each rank has shards alone."""
 
-    def save_pretrained(*args: Any, **options: Any) -> Any:
+    def save_pretrained(part: Any, *args: Any, **options: Any) -> Any:
         if options.get("state_dict") is not None:
             return type(part).save_pretrained(part, *args, **options)
         raise ModelError(
@@ -328,7 +327,9 @@ def _refuse_saving(part: Any) -> Setting:
             "trainer.save_model(folder), or run `trainer export CHECKPOINT FOLDER`"
         )
 
-    return Setting(part, "save_pretrained", save_pretrained)
+    for part in parts:
+        if hasattr(part, "save_pretrained"):
+            Setting(part, "save_pretrained", partial(save_pretrained, part)).stay()
 
 
 def _set_formats(model: nn.Module, compute_dtype: torch.dtype, *, is_packed: bool) -> torch.dtype | None:

@@ -23,8 +23,8 @@ from trainer.distributed.group import Group
 from trainer.errors import DataError, OutputError, UsageError
 from trainer.model.fsdp import inference
 from trainer.model.prepared import Prepared
+from trainer.training.run_dir import ANSWERS
 
-ANSWERS = "answers.jsonl"
 _BATCH_SIZE = 64  # chats generated at a time on one rank
 
 

@@ -105,7 +105,7 @@ class PackedTask:
         self.model: PreTrainedModel = self.prepared.outer
         self.osft = self.prepared.osft
         check_fit(self.model, self.train_dataset, "train_dataset")
-        for name, store in self._held_out().items():
+        for name, store in self._held_out.items():
             check_fit(self.model, store, name)
         self.train_batch_size = args.batch_size
         self._source_names = measured_sources(self.prepared, self.train_dataset)
@@ -123,20 +123,17 @@ class PackedTask:
             eval_dataset = held_out if eval_dataset is None else eval_dataset
         self.train_dataset = token_store(train_dataset)
         self.eval_dataset: TokenStore | dict[str, TokenStore] | None = None
+        self._held_out: dict[str, TokenStore] = {}  # by the name that errors give it
         if isinstance(eval_dataset, Mapping):
             self.eval_dataset = {name: token_store(each) for name, each in eval_dataset.items()}
+            self._held_out = {f"eval_dataset[{name!r}]": store for name, store in self.eval_dataset.items()}
         elif eval_dataset is not None:
             self.eval_dataset = token_store(eval_dataset)
+            self._held_out = {"eval_dataset": self.eval_dataset}
         check_samples(self.train_dataset, "train_dataset")
         check_evaluations(self.args, self.eval_dataset)
         if self.args.does_evaluate and not isinstance(self.eval_dataset, dict):
             check_metric(self.args, measured_names(self.scorers))
-
-    def _held_out(self) -> dict[str, TokenStore]:
-        """The held-out data sets, by the name that errors give them."""
-        if isinstance(self.eval_dataset, dict):
-            return {f"eval_dataset[{name!r}]": store for name, store in self.eval_dataset.items()}
-        return {} if self.eval_dataset is None else {"eval_dataset": self.eval_dataset}
 
     def train_loader(self, dataset: TokenData) -> DataLoader[list[MicroBatch]]:
         """Build the loader of this rank's share of every global batch; its sampler is an EpochSampler."""
@@ -177,7 +174,7 @@ class PackedTask:
     def length(self, batches: PackedBatches) -> RunLength:
         """Plan the number of steps; whatever is wrong with held-out chats shows here, before the first step."""
         if self.args.does_evaluate:
-            for store in self._held_out().values():
+            for store in self._held_out.values():
                 self._questions(store)
         return run_length(self.train_dataset.num_loss_tokens, self.args.batch_size, self.args.order_seed, self.args)
 
@@ -235,7 +232,7 @@ class PackedTask:
         ]
         if roles := roles_line(store):
             lines.append(f"roles: {roles}")
-        for name, store in self._held_out().items():
+        for name, store in self._held_out.items():
             lines.append(f"{name.replace('eval_dataset', 'held-out data')}: {len(store):,} samples")
         lines.append(
             f"batches: {self.args.batch_size:,} samples a step, packed into at most {self.args.max_tokens_per_rank:,} "

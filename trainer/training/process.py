@@ -24,6 +24,7 @@ from trainer.atomic import write_json
 from trainer.config.arguments import TrainingArguments
 from trainer.errors import OutputError
 from trainer.model.precision import use_tf32
+from trainer.training.run_dir import ENVIRONMENT
 
 # Parameters of glibc's mallopt, from malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -52,7 +53,6 @@ def keep_freed_memory() -> bool:
     return is_kept and bool(mallopt(M_TRIM_THRESHOLD, ANY_SIZE))
 
 
-FILE = "environment.json"
 PACKAGES = (  # that decide what a run computes, and how fast
     *("torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow", "huggingface-hub"),
     *("liger-kernel", "peft", "bitsandbytes", "datasets", "triton", "flash-attn"),
@@ -90,9 +90,9 @@ def write_record(folder: Path, seed: int) -> None:
         OutputError: it cannot be written.
     """
     try:
-        write_json(folder / FILE, environment_record(seed))
+        write_json(folder / ENVIRONMENT, environment_record(seed))
     except OSError as error:
-        raise OutputError(f"{folder / FILE} cannot be written: {error}") from error
+        raise OutputError(f"{folder / ENVIRONMENT} cannot be written: {error}") from error
 
 
 def installed_versions() -> dict[str, str]:

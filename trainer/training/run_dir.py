@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from trainer.distributed.group import Group
 
 METRICS, WEIGHTS, RUN = "metrics.jsonl", "hf_format", "run.json"
+ANSWERS, ENVIRONMENT = "answers.jsonl", "environment.json"
 SECONDS_FOR_OTHERS = 5.0
 BYTES_COMPARED = 2**16  # at the end of metrics.jsonl
 
