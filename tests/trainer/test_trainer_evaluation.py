@@ -12,13 +12,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from tests.fixtures.datasets import DynamicShapesDataset, RegressionDataset, SampleIterableDataset
-from tests.fixtures.models import build_seq2seq_model
+from tests.fixtures.models import build_model, build_seq2seq_model, tiny_llama
 from tests.fixtures.regression import RegressionModel
-from tests.fixtures.runs import read_metrics
+from tests.fixtures.runs import random_token_samples, read_metrics
 from tests.fixtures.sequences import VOCABULARY, pad_sequences, sequence_task
-from tests.fixtures.tolerances import CLOSED_FORM_FP32, LAYOUT_FP32
+from tests.fixtures.tolerances import CLOSED_FORM_FP32, LAYOUT_FP32, SAME_PREDICTIONS
 from tests.trainer.trainer_test_utils import get_regression_trainer
 from trainer.config.arguments import TrainingArguments
+from trainer.data.store import TokenStore
 from trainer.errors import UsageError
 from trainer.hf.trainer import Trainer
 
@@ -387,3 +388,47 @@ def test_a_metric_may_be_an_array(tmp_path: Path) -> None:
 def test_what_metrics_may_see_is_named_in_the_error() -> None:
     with pytest.raises(UsageError, match="'input'.*allowed are inputs and loss"):
         TrainingArguments(include_for_metrics=["input"])
+
+
+TOKEN_SAMPLES = random_token_samples((9, 3, 17, 5, 30, 2, 11, 7, 24))
+
+
+@pytest.mark.world_size(1, 2, 4)
+@pytest.mark.parametrize("budget", [30, 64])
+@pytest.mark.parametrize("has_preprocess", [False, True], ids=["logits", "preprocessed"])
+def test_packed_samples_are_measured_as_rows_are(ranks: Any, tmp_path: Path, budget: int, has_preprocess: bool) -> None:
+    seen: list[Any] = []
+
+    def measure(found: Any) -> dict[str, float]:
+        seen.append((found.predictions, found.label_ids))
+        return {"share": float(np.mean(found.label_ids[:, 1:] != -100))}
+
+    more: dict[str, Any] = {"compute_metrics": measure}
+    if has_preprocess:
+        more["preprocess_logits_for_metrics"] = lambda logits, labels: (logits.argmax(-1), logits.amax(-1))
+    store = TokenStore.from_samples(TOKEN_SAMPLES)
+    args = TrainingArguments(str(tmp_path), use_cpu=True, batch_size=4, max_tokens_per_rank=budget)
+    packed = Trainer(tiny_llama(), args, train_dataset=store, eval_dataset=store, **more).evaluate()
+    rows = [{"input_ids": ids, "labels": labels} for ids, labels in TOKEN_SAMPLES]
+    args = TrainingArguments(str(tmp_path), use_cpu=True, per_device_eval_batch_size=1)
+    by_rows = Trainer(tiny_llama(), args, eval_dataset=rows, **more).evaluate()
+    (found, labels), (expected, expected_labels) = seen
+    assert packed["eval_share"] == by_rows["eval_share"]
+    # Nothing is trained across a border: the first label of a packed sample, which no row counts either, is left out.
+    assert np.array_equal(labels[:, 1:], expected_labels[:, 1:])
+    assert (labels[:, 0] == -100).all()
+    for one, other in zip(
+        found if has_preprocess else [found], expected if has_preprocess else [expected], strict=True
+    ):
+        assert np.abs(one - other).max() < SAME_PREDICTIONS
+
+
+def test_logits_that_no_machine_holds_are_refused_before_the_model_runs(tmp_path: Path) -> None:
+    store = TokenStore.from_samples(TOKEN_SAMPLES[:1] * 100_000)
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    model = build_model("llama", vocab_size=100_000)
+    trainer = Trainer(model, args, train_dataset=store, eval_dataset=store, compute_metrics=dict)
+    with pytest.raises(UsageError, match="GiB: give preprocess_logits_for_metrics"):
+        trainer.evaluate()
+    with pytest.raises(UsageError, match="preprocess_logits_for_metrics have no effect on token data"):
+        Trainer(model, args, train_dataset=store, preprocess_logits_for_metrics=lambda logits, _: logits)

@@ -55,6 +55,7 @@ class MicroBatch(TypedDict):
     batch_num_samples: int
     batch_num_tokens: int
     batch_num_loss_counted_tokens: int
+    sample_ids: NotRequired[torch.Tensor]  # (S,) int64, number of each sample in the data set; of a loader's packs
     source_ids: NotRequired[torch.Tensor]  # (S,) int64, number of each sample's source; of data of several sources
     batch_source_loss_tokens: NotRequired[list[int]]  # loss tokens of each source
 
@@ -80,6 +81,10 @@ class Samples(Protocol):
         """Trained tokens of each sample, after the causal shift."""
 
     @property
+    def ids(self) -> NDArray[np.int64]:
+        """Number of each sample in the data set; of samples that come alone, in their batch."""
+
+    @property
     def sources(self) -> NDArray[np.integer] | None:
         """Number of each sample's source; None of data of one source."""
 
@@ -99,6 +104,7 @@ class LoadedSamples:
 
     def __init__(self, samples: Sequence[Mapping[str, Any]]) -> None:
         self._arrays = [_arrays(sample) for sample in samples]
+        self.ids = np.arange(len(samples))
         self.lengths = np.array([len(input_ids) for input_ids, _ in self._arrays], np.int64)
         self.num_loss_tokens = np.array([(labels[1:] != IGNORE_INDEX).sum() for _, labels in self._arrays], np.int64)
 
@@ -165,6 +171,7 @@ class MaxTokensPerRankCollator:
                 micro_batch = collate_pack(self._dummy, np.array([len(self._dummy[0])]), totals)
                 micro_batch["num_tokens"] = 0
             micro_batch["num_samples"] = len(pack)
+            micro_batch["sample_ids"] = torch.from_numpy(batch.ids[filled])
             if batch.sources is not None:
                 counts = np.bincount(batch.sources, batch.num_loss_tokens, batch.num_sources)
                 micro_batch["source_ids"] = torch.from_numpy(batch.sources[filled].astype(np.int64))
@@ -289,7 +296,7 @@ class StoredSamples(Sequence[dict[str, Any]]):
 
     def __init__(self, dataset: JsonlDataset, indices: NDArray[np.int64]) -> None:
         self._dataset = dataset
-        self._indices = indices
+        self.ids = indices
         self.num_sources = len(dataset.store.source_names)
         self.sources = dataset.store.sources_of(indices) if self.num_sources > 1 else None
         self.lengths = dataset.store.lengths[indices]
@@ -297,16 +304,16 @@ class StoredSamples(Sequence[dict[str, Any]]):
 
     def read(self, indices: Sequence[int]) -> Sample:
         """Tokens and labels of the samples with these numbers among these, end to end."""
-        return self._dataset.store.read(self._indices[indices])
+        return self._dataset.store.read(self.ids[indices])
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.ids)
 
     def __getitem__(self, i: Any) -> Any:
-        return self._dataset[self._indices[i]]
+        return self._dataset[self.ids[i]]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self._dataset[i] for i in self._indices)
+        return (self._dataset[i] for i in self.ids)
 
 
 def _open(path: Path) -> TokenStore:

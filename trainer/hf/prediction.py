@@ -1,27 +1,36 @@
 """Evaluation and prediction over the batches of a custom data set: what `Trainer.evaluation_loop` runs.
 
 Each sample counts once, in the order of the data set, and a loss weighs as many labels as it is the mean of; so neither
-batch size nor padding nor the number of ranks shows in a number (law L8).
+batch size nor padding nor the number of ranks shows in a number (law L8). The packs of token data are taken apart into
+samples for `compute_metrics`, which sees them as if each had been a row.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, denumpify_detensorize
 
+from trainer.data.loader import MicroBatch, to_device
+from trainer.data.store import TokenStore
 from trainer.errors import UsageError
+from trainer.model.attention import packed_forward, packed_inputs
 from trainer.model.fsdp import inference
 from trainer.model.precision import cast_weights
 from trainer.optim.adapters import averaged_weights
 from trainer.training.batches import GlobalModelBatch
-from trainer.training.evaluate import Collected, gather_rows
+from trainer.training.evaluate import PADDING, Collected, gather_rows, join_rows
 from trainer.training.metrics import BatchMetrics
 from trainer.training.model_task import ModelTask
+from trainer.training.packed_task import PackedTask
 
 if TYPE_CHECKING:
     from trainer.hf.trainer import Trainer
@@ -107,6 +116,61 @@ def measure(trainer: Trainer, rows: Mapping[str, Any], **more: bool) -> dict[str
     if trainer.compute_metrics is None or rows["predictions"] is None or rows["label_ids"] is None:
         return {}
     return trainer.compute_metrics(EvalPrediction(**{name: rows[name] for name in ROWS}), **more) or {}
+
+
+def measure_packs(
+    trainer: Trainer, task: PackedTask, store: TokenStore, loader: DataLoader[list[MicroBatch]]
+) -> dict[str, float]:
+    """Run the model over the packs of a loader, and return what compute_metrics makes of its samples.
+
+    It gets predictions (N,T,V) and labels (N,T) of N samples in the order of the data set, not shifted; rows that are
+    shorter than T end in -100. preprocess_logits_for_metrics is called for one sample at a time, (1,T,V) and (1,T).
+
+    Raises:
+        UsageError: all logits together would not fit into this machine's memory.
+    """
+    assert trainer.compute_metrics is not None
+    prepared, group = task.prepared, trainer.group
+    preprocess = trainer.preprocess_logits_for_metrics
+    if preprocess is None:
+        _check_room(store, prepared.model)
+    collected = Collected()
+    ids: list[int] = []
+    with prepared.in_use(), inference(prepared.model):
+        for batch in loader:
+            rows: list[Any] = []
+            placeholders: list[Any] = []  # tell the shape of rows on a rank that has none of its own
+            own_ids = []
+            for micro_batch in batch:
+                micro_batch = to_device(micro_batch, group.device)
+                with prepared.compute_context(), packed_forward():
+                    logits = prepared.model(**packed_inputs(prepared.model, micro_batch)).logits
+                own_ids.append(micro_batch["sample_ids"])
+                kept = rows if len(own_ids[-1]) else placeholders
+                for start, stop in pairwise(micro_batch["cu_seq_lens"].tolist()):
+                    one, labels = logits[:, start:stop], micro_batch["labels"][:, start:stop]
+                    kept.append((one if preprocess is None else preprocess(one, labels), labels))
+            own = torch.cat(own_ids)
+            joined = tree_map(lambda *parts: join_rows(parts, PADDING), *(rows or placeholders))
+            collected.add(gather_rows(joined, group, has_rows=len(own) > 0))
+            collected.move_to_host()
+            ids += torch.cat(group.gather(own)).tolist()
+    predictions, labels = tree_map(lambda rows: rows[np.argsort(ids)], collected.arrays())
+    found = trainer.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels)) or {}
+    return denumpify_detensorize(found)
+
+
+def _check_room(store: TokenStore, model: Any) -> None:
+    """Refuse logits of all samples that together are larger than the memory of this machine."""
+    lengths = store.lengths
+    vocab_size = model.config.get_text_config().vocab_size
+    needed = len(lengths) * int(lengths.max()) * vocab_size * 4
+    if needed > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+        raise UsageError(
+            f"compute_metrics would get logits of {len(lengths):,} samples, {needed / 2**30:,.0f} GiB, and this "
+            f"machine has {memory / 2**30:,.0f} GiB: give preprocess_logits_for_metrics, such as "
+            "lambda logits, labels: logits.argmax(-1)"
+        )
 
 
 def main_input(trainer: Trainer, inputs: Any) -> Tensor:

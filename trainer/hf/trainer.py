@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -34,7 +35,7 @@ from trainer.data.loader import is_token_data, to_device
 from trainer.errors import UsageError
 from trainer.hf import hub
 from trainer.hf.accelerator import AcceleratorShim
-from trainer.hf.prediction import alone, predictions_of, run_evaluation_loop
+from trainer.hf.prediction import alone, measure_packs, predictions_of, run_evaluation_loop
 from trainer.hf.search import Objective, Search
 from trainer.hf.unsupported import UNSUPPORTED, check_overrides
 from trainer.model.freezing import operations_per_input
@@ -66,7 +67,7 @@ class Trainer(CoreTrainer):
         model: a transformers causal LM, any module, or None.
         args: every option.
         data_collator: from a list of samples to the model's inputs; by default it stacks, and pads where there is a
-            tokenizer. For custom data sets only, as all that follows except callbacks and optimizers.
+            tokenizer. For custom data sets only.
         train_dataset: token data, or anything with samples: map-style, a stream, a datasets.Dataset.
         eval_dataset: the same for evaluation.
         processing_class: the tokenizer, or what else turns raw data into inputs.
@@ -136,7 +137,7 @@ class Trainer(CoreTrainer):
             self.init_hf_repo()
         self._memory.stop_and_update_metrics()
 
-    def build_task(self, model: nn.Module | None, train_dataset: Any, eval_dataset: Any) -> Task:
+    def build_task(self, model: nn.Module | None, train_dataset: Any, eval_dataset: Any, measure: Any = None) -> Task:
         """Token data is given, named by an option, or all that is left to be built from; anything else is custom."""
         has_path = self.args.data_path is not None or bool(self.args.data_mixture)
         is_to_build = (model is None and self.model_init is None) or has_path
@@ -147,15 +148,15 @@ class Trainer(CoreTrainer):
                 "data_collator": self._given_collator,
                 "model_init": self.model_init,
                 "compute_loss_func": self.compute_loss_func,
-                "compute_metrics": self.compute_metrics,
-                "preprocess_logits_for_metrics": self.preprocess_logits_for_metrics,
+                "preprocess_logits_for_metrics": None if self.compute_metrics else self.preprocess_logits_for_metrics,
             }
             names = [name for name, value in given.items() if value is not None]
             if names:
                 raise UsageError(
                     f"{', '.join(names)} have no effect on token data: leave them out, or give another data set"
                 )
-            return super().build_task(model, train_dataset, eval_dataset)
+            measure = partial(measure_packs, self) if self.compute_metrics is not None else None
+            return super().build_task(model, train_dataset, eval_dataset, measure)
         if self.score_answers is not None:
             raise UsageError("score_answers scores chats that are token data: give compute_metrics")
         if (model is None) == (self.model_init is None):

@@ -6,7 +6,7 @@ Loss functions return sums; the one division by the loss tokens of the global ba
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -69,10 +69,13 @@ class PackedBatches:
         """Do nothing: `epoch` moves."""
 
 
+Measure = Callable[["PackedTask", TokenStore, DataLoader[list[MicroBatch]]], dict[str, float]]
+
+
 class PackedTask:
     """Token data: packs of samples, and their mean cross-entropy over the loss tokens of the global batch.
 
-    Whatever is None is built from the options.
+    Whatever is None is built from the options; `measure` returns what else evaluations measure, by name.
     """
 
     saves_asynchronously = True
@@ -90,8 +93,10 @@ class PackedTask:
         eval_dataset: Any = None,
         score_answers: ScoreAnswers | None = None,
         prepared: Prepared | None = None,
+        measure: Measure | None = None,
     ) -> None:
         check_data_kind(args, "token data")
+        self.measure = measure
         self.args, self.group, self.processing_class = args, group, tokenizer
         self.scorers: list[str | ScoreAnswers] = [*args.score_answers]
         if score_answers is not None:
@@ -133,7 +138,7 @@ class PackedTask:
         check_samples(self.train_dataset, "train_dataset")
         check_evaluations(self.args, self.eval_dataset)
         if self.args.does_evaluate and not isinstance(self.eval_dataset, dict):
-            check_metric(self.args, measured_names(self.scorers))
+            check_metric(self.args, measured_names(self.scorers) if self.measure is None else None)
 
     def train_loader(self, dataset: TokenData) -> DataLoader[list[MicroBatch]]:
         """Build the loader of this rank's share of every global batch; its sampler is an EpochSampler."""
@@ -213,9 +218,10 @@ class PackedTask:
         store = token_store(dataset)
         check_samples(store, "eval_dataset")
         check_fit(self.model, store, "eval_dataset")
+        measured = {} if self.measure is None else self.measure(self, store, loader)
         names = measured_sources(self.prepared, store)
         metrics = evaluation_loss(self.prepared, loader, self.group, self.args.label_smoothing_factor, names)
-        metrics |= self._answer(store, step)
+        metrics |= measured | self._answer(store, step)
         return {f"{prefix}_{name}": value for name, value in metrics.items()}, int(metrics["num_samples"])
 
     def num_eval_batches(self, num_samples: int) -> int:

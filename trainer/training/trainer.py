@@ -62,7 +62,7 @@ from trainer.training.metrics import nominal_tflops, now
 from trainer.training.nonfinite import CrashRecorder
 from trainer.training.osft import start
 from trainer.training.out_of_memory import Snapshot, free_cached_memory, is_out_of_memory, next_batch_size
-from trainer.training.packed_task import PackedTask
+from trainer.training.packed_task import Measure, PackedTask
 from trainer.training.process import set_up_process, write_record
 from trainer.training.run_dir import WEIGHTS, open_output_dir, sole_run
 from trainer.training.scores import ScoreAnswers
@@ -146,10 +146,13 @@ class CoreTrainer:
         self.scale = LossScale(self.events.state, is_on=False)
         self.events.emit("on_init_end")
 
-    def build_task(self, model: nn.Module | None, train_dataset: Any, eval_dataset: Any) -> Task:
-        """Build what is trained."""
+    def build_task(
+        self, model: nn.Module | None, train_dataset: Any, eval_dataset: Any, measure: Measure | None = None
+    ) -> Task:
+        """Build what is trained; `measure` returns what else evaluations measure."""
+        data = train_dataset, eval_dataset
         return PackedTask(
-            self.args, self.group, model, self.processing_class, train_dataset, eval_dataset, self.score_answers
+            self.args, self.group, model, self.processing_class, *data, self.score_answers, measure=measure
         )
 
     def display(self) -> list[TrainerCallback]:
