@@ -1,6 +1,6 @@
-"""Random mutants of core files: how many would the suite notice?
+"""Random mutants of the core: how many would the suite notice?
 
-    python -m tests.mutation [--files WORD ...] [--per-file N] [--seed N] [--report FILE]
+    python -m tests.mutation [--rooms ROOM ...] [--files WORD ...] [--per-file N] [--seed N] [--report FILE]
 
 Which tests cover a function is measured first, once; a mutant is then met by those of its own function, quickest first,
 in a fork of a process that has torch and transformers imported. Survivors are listed with file, line and change.
@@ -22,22 +22,43 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.mutants.run import ROOT, copy_tree, fork_pytest, import_heavy_libraries
+from tests.mutation_coverage import read
 
-# Core file -> the tests that are asked first whether they cover its functions.
-CORE = {
-    "trainer/training/step.py": ("tests/test_training_components.py", "tests/laws/test_accounting.py"),
-    "trainer/training/loop.py": ("tests/test_training_loop.py", "tests/laws/test_resume.py"),
-    "trainer/training/metrics.py": ("tests/test_training_components.py", "tests/laws/test_accounting.py"),
-    "trainer/optim/gradients.py": ("tests/test_training_components.py", "tests/trainer/test_trainer_precision.py"),
-    "trainer/data/order.py": ("tests/test_data_loader.py", "tests/laws/test_conservation.py"),
-    "trainer/data/packing.py": ("tests/test_batch_lengths_to_minibatches.py",),
-    "trainer/data/loader.py": ("tests/test_data_loader.py", "tests/laws/test_layout_invariance.py"),
-    "trainer/data/length.py": ("tests/test_training_loop.py", "tests/trainer/test_trainer.py", "tests/test_mixture.py"),
+# Room of trainer/ -> the tests that may cover its functions; `laws/resume` is tests/laws/test_resume.py.
+ROOMS = {
+    "data": """
+        batch_lengths_to_minibatches chat chat_templates composed_templates data_loader jsonl mixture prepare preview
+        sources store training_loop laws/conservation laws/data_is_not_code laws/layout_invariance laws/nothing_silent
+        laws/plan_is_pure trainer/trainer_data trainer/trainer_evaluation""",
+    "training": """
+        checkpoint_files checkpoint_records evaluate generate jsonl lora memory mixture nonfinite osft_runs preview
+        process_settings run_dir scores tasks trainer_inputs training_components training_loop laws/accounting
+        laws/agreement laws/determinism laws/fidelity laws/frozen laws/layout_invariance laws/no_shared_state
+        laws/nothing_silent laws/resume trainer/trainer trainer/trainer_callback trainer/trainer_checkpointing
+        trainer/trainer_data trainer/trainer_evaluation trainer/trainer_models trainer/trainer_options
+        trainer/trainer_precision trainer/trainer_reporting trainer/trainer_seq2seq""",
+    "optim": """
+        optimizers osft osft_runs schedules training_components laws/accounting laws/frozen laws/layout_invariance
+        trainer/trainer trainer/trainer_optimizers trainer/trainer_precision""",
+    "model": """
+        attention blocks doctor gpu_path lora loss memory model_files model_initialization tasks laws/data_is_not_code
+        laws/fidelity laws/frozen laws/isolation laws/layout_invariance trainer/trainer_models
+        trainer/trainer_precision""",
+    "checkpoint": """
+        checkpoint_files checkpoint_records checkpoint_storage training_components laws/data_is_not_code laws/fidelity
+        laws/resume trainer/trainer_checkpointing""",
+    "distributed": """
+        data_loader process_settings training_components laws/agreement laws/layout_invariance laws/no_shared_state
+        system/faults system/processes system/torchrun trainer/trainer_data""",
+    "config": """
+        arguments command_line laws/nothing_silent trainer/trainer_arguments trainer/trainer_options
+        trainer/trainer_surface""",
 }
 # (file, change) -> why no test could tell
 EQUIVALENT: dict[tuple[str, str], str] = {}
-LIMIT_SECONDS = 60.0  # of one mutant
+LIMIT_SECONDS = 120.0  # of one mutant
 COVERAGE_SECONDS = 1800.0
+Covering = dict[str, list[tuple[float, str]]]  # function -> seconds and name of each test
 COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
 COMPARISONS |= {ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult}
@@ -134,81 +155,91 @@ def _put(owner: ast.AST, name: str, index: int | None, node: ast.AST) -> None:
         getattr(owner, name)[index] = node
 
 
-def measure_coverage(root: Path, files: list[str]) -> dict[str, list[str]]:
-    """Return the tests that enter each function, quickest first; those that fail anyhow are left out."""
-    (root / "files.json").write_text(json.dumps(files))
-    os.environ["COVERED"] = str(root / "covered.json")
-    tests = sorted({test for file in files for test in CORE[file]})
+def measure_coverage(root: Path, room: str, files: list[str]) -> Covering:
+    """Return the tests that enter each function, with their seconds, quickest first."""
+    out = root / f"covered-{room}"
+    out.mkdir()
+    (out / "files.json").write_text(json.dumps(files))
+    os.environ["COVERED"] = str(out)
+    paths = [Path("tests") / word for word in ROOMS[room].split()]
+    tests = [str(path.with_name(f"test_{path.name}.py")) for path in paths]
     code, text = fork_pytest(["-q", "-p", "tests.mutation_coverage", *tests], root, COVERAGE_SECONDS)
-    if not (root / "covered.json").exists():
+    if code not in ("0", "1"):
         raise SystemExit(f"measuring coverage ended with {code}: {text[-1500:]}")
-    found: dict[str, list[str]] = json.loads((root / "covered.json").read_text())
-    return found
+    print("\n".join(line for line in text.splitlines() if line.startswith(("FAILED", "ERROR"))), flush=True)
+    return read(out)
 
 
-def meet(mutant: Mutant, covering: dict[str, list[str]], root: Path, most: int) -> str:
+def meet(mutant: Mutant, covering: Covering, root: Path, most_seconds: float) -> str:
     """Return what became of a mutant: killed, survived, or not covered by any test."""
-    tests = covering.get(f"{mutant.file}::{mutant.function}", [])
+    tests = _quickest(covering.get(f"{mutant.file}::{mutant.function}", []), most_seconds)
     if not tests:
         return "not covered"
     path = root / mutant.file
     healthy = path.read_text(encoding="utf-8")
     path.write_text(mutant.text, encoding="utf-8")
-    code, _ = fork_pytest(["-q", "-x", *_spread(tests, most)], root, LIMIT_SECONDS)
+    code, _ = fork_pytest(["-q", "-x", *tests], root, LIMIT_SECONDS)
     path.write_text(healthy, encoding="utf-8")
     return "survived" if code == "0" else "killed"
 
 
-def _spread(tests: list[str], most: int) -> list[str]:
-    """Return so many of the quickest tests, no function of a parametrised test more than three times."""
+def _quickest(tests: list[tuple[float, str]], most_seconds: float) -> list[str]:
+    """Return the quickest tests that fit in a time, no function of a parametrised test more than three times."""
     taken: dict[str, int] = {}
-    chosen = []
-    for test in tests:
+    chosen: list[str] = []
+    total = 0.0
+    for seconds, test in tests:
         name = test.partition("[")[0]
         taken[name] = taken.get(name, 0) + 1
-        if taken[name] <= 3:
+        if taken[name] <= 3 and (not chosen or total + seconds <= most_seconds):
             chosen.append(test)
-    return chosen[:most]
+            total += seconds
+    return chosen
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--files", nargs="*", default=[""], metavar="WORD", help="core files whose names hold a word")
+    parser.add_argument("--rooms", nargs="*", default=list(ROOMS), choices=list(ROOMS), help="rooms of trainer/")
+    parser.add_argument("--files", nargs="*", default=[""], metavar="WORD", help="files whose names hold a word")
     parser.add_argument("--per-file", type=int, default=10, metavar="N", help="mutants of each file")
-    parser.add_argument("--most-tests", type=int, default=40, metavar="N", help="tests that a mutant meets, at most")
+    parser.add_argument("--most-seconds", type=float, default=15.0, metavar="S", help="of a mutant's tests")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report", type=Path, help="write scores and survivors to this file as JSON")
     options = parser.parse_args()
-    files = [file for file in CORE if any(word in file for word in options.files)]
     score: dict[str, dict[str, int]] = {}
     survivors = []
     import_heavy_libraries()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder).resolve()
         copy_tree(root)
-        covering = measure_coverage(root, files)
-        for file in files:
-            mutants = all_mutants(file)
-            random.Random(f"{options.seed} {file}").shuffle(mutants)
-            for mutant in mutants[: options.per_file]:
+        for room in options.rooms:
+            counts = score.setdefault(room, dict.fromkeys(("killed", "survived", "not covered", "equivalent"), 0))
+            files = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "trainer" / room).glob("*.py"))]
+            files = [file for file in files if any(word in file for word in options.files)]
+            covering = measure_coverage(root, room, files)
+            for mutant in draw(files, options.seed, options.per_file):
                 started = time.monotonic()
-                verdict = meet(mutant, covering, root, options.most_tests)
-                if verdict != "killed" and (file, mutant.change) in EQUIVALENT:
-                    verdict = "equivalent"
-                room = score.setdefault(file, {})
-                room[verdict] = room.get(verdict, 0) + 1
-                seconds = time.monotonic() - started
-                print(
-                    f"{verdict:11} {seconds:5.1f} s  {file}:{mutant.line} {mutant.function}: {mutant.change}",
-                    flush=True,
-                )
+                verdict = "equivalent"
+                if (mutant.file, mutant.change) not in EQUIVALENT:
+                    verdict = meet(mutant, covering, root, options.most_seconds)
+                counts[verdict] += 1
+                told = f"{mutant.file}:{mutant.line} {mutant.function}: {mutant.change}"
+                print(f"{verdict:11} {time.monotonic() - started:5.1f} s  {told}", flush=True)
                 if verdict in ("survived", "not covered"):
-                    survivors.append({"file": file, "line": mutant.line, "change": mutant.change, "verdict": verdict})
-    for file, counts in score.items():
-        total = sum(counts.values()) - counts.get("equivalent", 0)
-        print(f"{file:36} {counts.get('killed', 0)} of {total} killed")
+                    survivors.append(told)
+    for room, counts in score.items():
+        total = sum(counts.values()) - counts["equivalent"]
+        print(f"{room:12} {counts['killed']} of {total} killed, {counts['equivalent']} equivalent")
     if options.report is not None:
         options.report.write_text(json.dumps({"score": score, "survivors": survivors}, indent=1) + "\n")
+
+
+def draw(files: list[str], seed: int, per_file: int) -> Iterator[Mutant]:
+    """Yield so many mutants of each file, the same for the same seed and code."""
+    for file in files:
+        mutants = all_mutants(file)
+        random.Random(f"{seed} {file}").shuffle(mutants)
+        yield from mutants[:per_file]
 
 
 if __name__ == "__main__":
