@@ -11,6 +11,7 @@ import pytest
 
 from tests.fixtures.ranks.launch import Launch
 from tests.fixtures.runs import as_words, chat_job, read_metrics
+from tests.fixtures.tolerances import LOSS_FP32
 from trainer.cli.main import main
 
 
@@ -30,6 +31,22 @@ def test_evaluate_gives_what_the_run_logged(run: Path, place: str, capsys: pytes
     logged = [line for line in read_metrics(run) if "eval_loss" in line][-1]
     assert measured["eval_loss"] == logged["eval_loss"]
     assert measured["eval_num_loss_tokens"] == logged["eval_num_loss_tokens"]
+
+
+@pytest.mark.parametrize("place", ["held-out", "other"])
+def test_losses_of_roles_add_up_to_the_whole(run: Path, place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--data-path", str(run.parent / "chats.jsonl")] if place == "other" else []
+    measured = {}
+    for train_on in ("all", "assistant"):
+        assert main(["evaluate", str(run), *words, "--train-on", train_on, "--json", "--use-cpu"]) == 0
+        measured[train_on] = json.loads(capsys.readouterr().out)
+    whole, of_assistant = measured["all"], measured["assistant"]
+    num_others = whole["eval_num_loss_tokens"] - of_assistant["eval_num_loss_tokens"]
+    assert num_others > 0
+    assert whole["eval_loss/assistant"] == pytest.approx(of_assistant["eval_loss"], rel=LOSS_FP32)
+    together = whole["eval_loss/assistant"] * of_assistant["eval_num_loss_tokens"]
+    together += whole["eval_loss/others"] * num_others
+    assert together / whole["eval_num_loss_tokens"] == pytest.approx(whole["eval_loss"], rel=LOSS_FP32)
 
 
 def test_evaluate_scores_answers_on_other_data(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,10 +9,16 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from trainer.cli.parse import parse_alone, positional
 from trainer.config.fields import option
 from trainer.errors import ModelError, UsageError
+
+if TYPE_CHECKING:
+    from trainer.config.arguments import TrainingArguments
+    from trainer.data.store import TokenStore
+    from trainer.distributed.group import Group
 
 FROM_RUN = (  # options that decide the numbers, taken from the run where they are not given
     *("train_on", "chat_template", "max_length", "max_tokens_per_rank", "batch_size", "packing_cost", "seed"),
@@ -26,7 +32,9 @@ class EvaluateOptions:
 
     model: str = positional("A run, a checkpoint, a Hugging Face folder or a hub name.")
     data_path: str | None = option(None, "The held-out data; by default that of the run.")
-    train_on: str | None = option(None, "Which turns count; by default as in the run, or the assistant's.")
+    train_on: str | None = option(
+        None, "Which turns count; by default as in the run, or the assistant's. With 'all' losses are told by role."
+    )
     chat_template: str | None = option(None, "A Jinja file instead of the tokenizer's chat template.")
     max_tokens_per_rank: int | None = option(None, "Token budget of a micro-batch.", above=0)
     batch_size: int | None = option(None, "Samples of a batch over all ranks.", above=0)
@@ -45,12 +53,11 @@ def run(words: Sequence[str]) -> int:
 
     from trainer.config.arguments import TrainingArguments
     from trainer.config.groups import MachineArguments
-    from trainer.data.prepare import prepare
     from trainer.distributed.group import Group
     from trainer.optim.adapters import averaged_weights
+    from trainer.training.evaluate import evaluation_loss, split_by_role
     from trainer.training.packed_task import PackedTask
     from trainer.training.saved_model import open_saved_model
-    from trainer.training.task import load_datasets
 
     with (
         Group.join(MachineArguments(use_cpu=options.use_cpu)) as group,
@@ -79,18 +86,24 @@ def run(words: Sequence[str]) -> int:
             use_cpu=options.use_cpu,
             eval_on_start=True,
         )
-        if options.data_path is not None:
-            with group.main_first():
-                store = prepare(options.data_path, saved.tokenizer, args, args.longest_sample)
-        elif run_args is not None and (run_args.validation_split or run_args.validation_data_path):
-            _, held_out = load_datasets(run_args, saved.tokenizer, group)
-            assert held_out is not None
-            store = held_out
-        else:
-            raise UsageError(f"--data-path is missing: {saved.place} is of no run with held-out data")
+        data_args = args
+        if options.data_path is None:
+            if run_args is None or not (run_args.validation_split or run_args.validation_data_path):
+                raise UsageError(f"--data-path is missing: {saved.place} is of no run with held-out data")
+            data_args = run_args
+            if options.train_on is not None:
+                data_args = TrainingArguments(**{**run_args.as_given(), "train_on": options.train_on})
+        store = _held_out(options.data_path, data_args, saved.tokenizer, group)
         task = PackedTask(args, group, None, saved.tokenizer, store, store, prepared=saved.prepared)
         with averaged_weights(saved.optimizer):
             metrics, _ = task.evaluate(store, task.eval_loader(store), 0, "eval", None)
+            if data_args.train_on == "all" and store.metadata.get("kind") == "messages":
+                of_assistant = {"train_on": "assistant", "on_untrainable": "drop"}
+                data_args = TrainingArguments(**{**data_args.as_given(), **of_assistant})
+                by_role = split_by_role(store, _held_out(options.data_path, data_args, saved.tokenizer, group))
+                for role, part in by_role.items():
+                    found = evaluation_loss(saved.prepared, task.eval_loader(part), group, args.label_smoothing_factor)
+                    metrics[f"eval_loss/{role}"] = found["loss"]
         metrics["eval_perplexity"] = math.exp(min(metrics["eval_loss"], 700))  # e^710 overflows
         if group.is_main:
             if options.json:
@@ -99,3 +112,16 @@ def run(words: Sequence[str]) -> int:
                 for name, value in metrics.items():
                     print(f"{name:<24}{value:.6g}")
     return 0
+
+
+def _held_out(data_path: str | None, args: TrainingArguments, tokenizer: Any, group: Group) -> TokenStore:
+    """Prepare the data that is named, or else the held-out data of a run with these options."""
+    from trainer.data.prepare import prepare
+    from trainer.training.task import load_datasets
+
+    if data_path is None:
+        _, held_out = load_datasets(args, tokenizer, group)
+        assert held_out is not None
+        return held_out
+    with group.main_first():
+        return prepare(data_path, tokenizer, args, args.longest_sample)

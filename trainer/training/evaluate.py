@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -21,8 +22,9 @@ from transformers.trainer_pt_utils import nested_numpify
 from trainer.config.arguments import TrainingArguments
 from trainer.config.groups import EvaluationArguments
 from trainer.data.loader import MicroBatch, to_device
+from trainer.data.store import Sample, TokenStore
 from trainer.distributed.group import Group
-from trainer.errors import NonFiniteError, UsageError
+from trainer.errors import DataError, NonFiniteError, UsageError
 from trainer.labels import IGNORE_INDEX
 from trainer.model.fsdp import inference
 from trainer.model.loss import token_loss_sum
@@ -68,6 +70,37 @@ def evaluation_loss(
         if count:
             means[f"loss/{name}"] = totals[f"loss/{name}"] / count
     return {**means, "num_loss_tokens": num_loss_tokens, "num_samples": num_samples}
+
+
+def split_by_role(whole: TokenStore, of_assistant: TokenStore) -> dict[str, TokenStore]:
+    """Share out the loss tokens of chats over `assistant` and `others`, whose parts of the loss add up to the whole.
+
+    Args:
+        whole: chats prepared with train_on=all.
+        of_assistant: the same chats, prepared with train_on=assistant.
+
+    Raises:
+        DataError: a chat has other tokens, or several samples, where only the assistant is trained.
+    """
+    places: dict[tuple[int, int], list[int]] = {}
+    for i, place in enumerate(zip(of_assistant.sources.tolist(), of_assistant.documents.tolist(), strict=True)):
+        places.setdefault(place, []).append(i)
+    parts: dict[str, list[Sample]] = {"assistant": [], "others": []}
+    for i, place in enumerate(zip(whole.sources.tolist(), whole.documents.tolist(), strict=True)):
+        sample, found = whole.sample(i), [of_assistant.sample(j) for j in places.get(place, [])]
+        length = len(found[0].input_ids) if len(found) == 1 else 0
+        if found and (not length or not np.array_equal(found[0].input_ids, sample.input_ids[:length])):
+            raise DataError(
+                f"document {place[1]}: its template writes the chat otherwise where only the assistant is trained",
+                "losses by role need one text for both: leave train_on=all out, and the assistant's loss is measured",
+            )
+        is_assistant = np.zeros(len(sample.labels), bool)
+        is_assistant[:length] = found[0].labels != IGNORE_INDEX if found else False
+        for name, chosen in (("assistant", is_assistant), ("others", ~is_assistant)):
+            labels = np.where(chosen, sample.labels, IGNORE_INDEX)
+            if (labels[1:] != IGNORE_INDEX).any():
+                parts[name].append(Sample(sample.input_ids, labels))
+    return {name: TokenStore.from_samples(samples) for name, samples in parts.items() if samples}
 
 
 def check_metric(args: EvaluationArguments, scores: Sequence[str] | None) -> None:
