@@ -155,15 +155,24 @@ def _put(owner: ast.AST, name: str, index: int | None, node: ast.AST) -> None:
         getattr(owner, name)[index] = node
 
 
+def files_of(room: str) -> list[str]:
+    """Return the files whose mutants are drawn."""
+    return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "trainer" / room).glob("*.py"))]
+
+
+def candidate_tests(room: str) -> list[str]:
+    """Return the test files that may cover a room."""
+    paths = [Path("tests") / word for word in ROOMS[room].split()]
+    return [str(path.with_name(f"test_{path.name}.py")) for path in paths]
+
+
 def measure_coverage(root: Path, room: str, files: list[str]) -> Covering:
     """Return the tests that enter each function, with their seconds, quickest first."""
     out = root / f"covered-{room}"
     out.mkdir()
     (out / "files.json").write_text(json.dumps(files))
     os.environ["COVERED"] = str(out)
-    paths = [Path("tests") / word for word in ROOMS[room].split()]
-    tests = [str(path.with_name(f"test_{path.name}.py")) for path in paths]
-    code, text = fork_pytest(["-q", "-p", "tests.mutation_coverage", *tests], root, COVERAGE_SECONDS)
+    code, text = fork_pytest(["-q", "-p", "tests.mutation_coverage", *candidate_tests(room)], root, COVERAGE_SECONDS)
     if code not in ("0", "1"):
         raise SystemExit(f"measuring coverage ended with {code}: {text[-1500:]}")
     print("\n".join(line for line in text.splitlines() if line.startswith(("FAILED", "ERROR"))), flush=True)
@@ -214,8 +223,7 @@ def main() -> None:
         copy_tree(root)
         for room in options.rooms:
             counts = score.setdefault(room, dict.fromkeys(("killed", "survived", "not covered", "equivalent"), 0))
-            files = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "trainer" / room).glob("*.py"))]
-            files = [file for file in files if any(word in file for word in options.files)]
+            files = [file for file in files_of(room) if any(word in file for word in options.files)]
             covering = measure_coverage(root, room, files)
             for mutant in draw(files, options.seed, options.per_file):
                 started = time.monotonic()
