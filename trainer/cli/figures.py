@@ -125,12 +125,15 @@ def _draw(panel: Panel, runs: Sequence[WrittenRun], x_label: str) -> str:
     for name_number, (name, marker) in enumerate(zip(panel.names, itertools.cycle(MARKERS))):
         for number, run in enumerate(runs):
             # One run has a colour for each value; several have one each, and dashes and markers tell values apart.
-            colour = COLOURS[(name_number if len(runs) == 1 else number) % len(COLOURS)]
-            value = "training" if name == LOSS else name
-            label = value if len(runs) == 1 else run.name if len(panel.names) == 1 else f"{run.name}: {value}"
+            label = "training" if name == LOSS else name
+            colour, dashes = COLOURS[name_number % len(COLOURS)], DASHES[0]
+            if len(runs) > 1:
+                colour, dashes = COLOURS[number], DASHES[name_number % len(DASHES)]
+                label = f"{run.name}: {label}"
+            if len(panel.names) == 1:
+                label = run.name
             where, values = numbers(run.steps, name)
             if values:
-                dashes = DASHES[name_number % len(DASHES)] if len(runs) > 1 else "-"
                 _draw_line(axes, where, values, colour, dashes, label)
                 said.append(f"{label}, {len(values):,} steps from {values[0]:.4g} to {values[-1]:.4g}")
             where, values = numbers(run.evaluations, name)

@@ -27,11 +27,11 @@ from trainer.errors import DataError, OutputError, UsageError
 from trainer.training.run_dir import ANSWERS, ENVIRONMENT, METRICS
 
 SECONDS_BETWEEN_LOOKS = 2.0
-X_AXES = {  # what each line of a step adds, and what stands under the axis
-    "steps": ((), "step"),
-    "tokens": (("num_tokens",), "tokens"),
-    "samples": (("num_samples",), "samples"),
-    "time": (("data_seconds", "step_seconds"), "minutes of training"),
+X_AXES: dict[str, tuple[tuple[str, ...], float, str]] = {  # what lines add, in what unit, what stands under the axis
+    "steps": ((), 1, "step"),
+    "tokens": (("num_tokens",), 1, "tokens"),
+    "samples": (("num_samples",), 1, "samples"),
+    "time": (("data_seconds", "step_seconds"), 60, "minutes of training"),
 }
 MOST_ANSWERS = 20  # of a run on the page
 
@@ -68,7 +68,7 @@ def run(words: Sequence[str]) -> int:
 
 def _write(options: ReportOptions, path: Path) -> None:
     """Read the runs and write their page."""
-    page = render_page(read_runs(options.folders, options.x), X_AXES[options.x][1], is_watched=options.watch)
+    page = render_page(read_runs(options.folders, options.x), X_AXES[options.x][2], is_watched=options.watch)
     try:
         write_page(path, page)
     except OSError as error:
@@ -134,10 +134,11 @@ def _read_run(folder: Path, name: str, x: str) -> WrittenRun:
     lines = _read_lines(metrics)
     if not lines:
         raise UsageError(f"{metrics} holds no whole line yet: wait for the first step")
-    added, total = X_AXES[x][0], 0.0
+    added, per_unit, _ = X_AXES[x]
+    total = 0.0
     for line in lines:
-        total += sum(line.get(each, 0) for each in added)
-        line[PLACE] = line.get("step", 0) if x == "steps" else total / 60 if x == "time" else total
+        total += sum(line.get(each, 0) for each in added) / per_unit
+        line[PLACE] = line.get("step", 0) if x == "steps" else total
         if "step_seconds" in line:
             line[WAITING] = waiting_share([line])
     if added and total == 0:
@@ -212,7 +213,7 @@ def render_page(runs: Sequence[WrittenRun], x_label: str = "step", *, is_watched
     parts = [
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         '<meta name="viewport" content="width=device-width">'
-        f"{REFRESH if is_watched else ''}<style>{STYLE}</style></head>\n<body><h1>{title}</h1>",
+        f"{REFRESH * is_watched}<style>{STYLE}</style></head>\n<body><h1>{title}</h1>",
         _table(summaries),
         '<div class="panels">',
         *draw_panels(runs, x_label),
