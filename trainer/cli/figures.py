@@ -129,9 +129,7 @@ def _draw(panel: Panel, runs: Sequence[WrittenRun], x_label: str) -> str:
             colour, dashes = COLOURS[name_number % len(COLOURS)], DASHES[0]
             if len(runs) > 1:
                 colour, dashes = COLOURS[number], DASHES[name_number % len(DASHES)]
-                label = f"{run.name}: {label}"
-            if len(panel.names) == 1:
-                label = run.name
+                label = f"{run.name}: {label}" if len(panel.names) > 1 else run.name
             where, values = numbers(run.steps, name)
             if values:
                 _draw_line(axes, where, values, colour, dashes, label)

@@ -137,8 +137,8 @@ def _read_run(folder: Path, name: str, x: str) -> WrittenRun:
     added, per_unit, _ = X_AXES[x]
     total = 0.0
     for line in lines:
-        total += sum(line.get(each, 0) for each in added) / per_unit
-        line[PLACE] = line.get("step", 0) if x == "steps" else total
+        total += sum(line.get(each, 0) for each in added)
+        line[PLACE] = line.get("step", 0) if x == "steps" else total / per_unit
         if "step_seconds" in line:
             line[WAITING] = waiting_share([line])
     if added and total == 0:
