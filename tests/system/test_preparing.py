@@ -5,18 +5,25 @@ from __future__ import annotations
 import fcntl
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import pytest
+import torch.distributed as dist
 
 from tests.fixtures.corpora import write_chats, write_tokens
 from tests.fixtures.ranks.faults import disk_full, kill
 from tests.fixtures.ranks.launch import Launch
 from tests.fixtures.tokenizers import build_tokenizer
+from trainer.config.arguments import TrainingArguments
 from trainer.config.groups import DataArguments
 from trainer.data.prepare import prepare
+from trainer.distributed.group import Group
 from trainer.errors import DataError
+from trainer.training.task import load_datasets
 
+T = TypeVar("T")
+NUM_FILES = 6
 AT_WRITING = [("write", 1, name) for name in ("tokens.arrow", "index.arrow", "metadata.json")]
 
 
@@ -91,3 +98,40 @@ def test_processes_that_prepare_the_same_at_once_prepare_once(
     path = write_chats(tmp_path / "c.jsonl", 50)
     stores = launch(3, prepare, path, build_tokenizer(), options, group=False).values
     assert sorted(store.metadata["cached"] for store in stores) == [False, True, True]
+
+
+def of_all(value: T) -> list[T]:
+    """What every rank has, in the order of ranks."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@pytest.mark.world_size(4)
+@pytest.mark.nodes(2)
+@pytest.mark.parametrize("is_shared", [True, False], ids=["shared disk", "local disks"])
+def test_nodes_share_the_work_where_they_share_the_cache(
+    ranks: Any, caplog: pytest.LogCaptureFixture, is_shared: bool
+) -> None:
+    data = ranks.tmp_path / "data"
+    if ranks.is_main:
+        data.mkdir()
+        for i in range(NUM_FILES):
+            write_chats(data / f"{i}.jsonl", 3, seed=i)
+    ranks.barrier()
+    cache = (ranks.tmp_path if is_shared else ranks.node_tmp_path) / "cache"
+    args = TrainingArguments(
+        model_name_or_path="unused", data_path=[str(data)], data_cache_dir=str(cache), dataset_num_proc=1, use_cpu=True
+    )
+    with caplog.at_level("DEBUG", "trainer.data.prepare"):
+        store, _ = load_datasets(args, build_tokenizer(), Group.join(args))
+    own = [record.message for record in caplog.records if record.message.startswith("prepared ")]
+    prepared = [message for rank in of_all(own) for message in rank]
+    assert len(prepared) == NUM_FILES * (1 if is_shared else ranks.num_nodes)
+    assert len(set(prepared)) == NUM_FILES
+    if ranks.local_rank > 0:
+        assert own == []
+    tokens = store.read(np.arange(len(store)))
+    first, *others = of_all((tokens.input_ids.tobytes(), tokens.labels.tobytes(), store.metadata["fingerprint"]))
+    assert len(store) == 3 * NUM_FILES
+    assert all(other == first for other in others)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,6 +32,8 @@ from trainer.data.store import StoreWriter, TokenBatch, TokenStore
 from trainer.data.tokenize import BlockCutter, Recipe, end_with_eos
 from trainer.data.workers import Broken, Task, Tokenized, TokenizerPool
 from trainer.errors import DataError, UsageError
+
+_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -298,8 +301,10 @@ def _prepare_all(
                 part.store, cached = opened
                 all_cached &= cached
                 done += part.source.num_bytes
-                if progress is not None and not cached:
-                    progress(done, total)
+                if not cached:
+                    _log.debug("prepared %s: %s samples", part.source.path, f"{len(part.store):,}")
+                    if progress is not None:
+                        progress(done, total)
     if broken.errors:
         raise broken.to_error(args.on_broken)
     stores = [part.store for part in parts if part.store is not None]
