@@ -45,7 +45,10 @@ def trained_text(tokenizer: Any, fields: dict[str, Any], **options: Any) -> list
 
 @pytest.mark.parametrize("template", ["plain", "marks", "marks_without_end", "adds_bos", "reads_clock"])
 def test_every_assistant_turn_and_its_end_are_trained(template: str) -> None:
-    assert trained_text(build_tokenizer(template), {"messages": TALK}) == ["one." + END, "two." + END]
+    tokenizer = build_tokenizer(template)
+    assert trained_text(tokenizer, {"messages": TALK}) == ["one." + END, "two." + END]
+    tokenizer.pad_token = END
+    assert trained_text(tokenizer, {"messages": TALK}) == ["one." + END, "two." + END]
 
 
 @given(

@@ -10,6 +10,7 @@ import torch
 from transformers.trainer_callback import TrainerCallback
 
 from tests.fixtures.models import tiny_llama
+from tests.fixtures.oracles import linear_schedule
 from tests.fixtures.runs import build_trainer, random_token_samples, read_metrics, weights_of
 from tests.fixtures.tolerances import CLOSED_FORM_FLOAT64
 from trainer.cli.main import EXIT_USAGE, main
@@ -107,7 +108,8 @@ def test_a_weight_that_was_bad_before_is_found(tmp_path: Path) -> None:
 @pytest.mark.world_size(1, 2)
 def test_skip_leaves_the_step_out_and_goes_on(ranks) -> None:
     watch = Watch()
-    trainer = build(ranks.tmp_path, callbacks=[watch], non_finite="skip")
+    rates = {"learning_rate": 1e-3, "warmup_steps": 2}
+    trainer = build(ranks.tmp_path, callbacks=[watch], non_finite="skip", **rates)
     result = trainer.train()
     ranks.barrier()
     lines = read_metrics(ranks.tmp_path)
@@ -116,6 +118,8 @@ def test_skip_leaves_the_step_out_and_goes_on(ranks) -> None:
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert watch.steps == [line["step"] for line in lines if line is not skipped]
     assert trainer.state.num_skipped_steps == 1
+    expected = [linear_schedule(step, 1e-3, 2, 8) for step in range(1, 9)]
+    assert [line["learning_rate"] for line in lines] == pytest.approx(expected, rel=CLOSED_FORM_FLOAT64)
     taken = [line for line in lines if line is not skipped]
     weights = sum(line["num_loss_tokens"] for line in taken)
     mean = sum(line["loss"] * line["num_loss_tokens"] for line in taken) / weights

@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 from transformers.trainer_callback import EarlyStoppingCallback, TrainerCallback
 
 from tests.fixtures.models import tiny_llama
+from tests.fixtures.oracles import linear_schedule
 from tests.fixtures.ranks.faults import flip_bit
 from tests.fixtures.runs import build_trainer, random_token_samples, read_metrics, weights_of
 from tests.trainer.trainer_test_utils import RegressionDataset, get_regression_trainer
@@ -289,6 +290,14 @@ class TestWhatMayChange:
         trainer = regression(tmp_path, lr_scheduler_type="constant", **options)
         trainer.train(resume_from_checkpoint=True)
         assert [line["learning_rate"] for line in read_metrics(tmp_path)] == [0.1] * 8 + [0.5] * 2
+
+    def test_a_schedule_with_an_allowed_peak_goes_on_by_optimizer_steps(self, tmp_path: Path) -> None:
+        options = {"max_steps": 8, "warmup_steps": 3, "lr_scheduler_type": "linear", "gradient_accumulation_steps": 2}
+        regression(tmp_path, **options).train()
+        trainer = regression(tmp_path, learning_rate=0.2, allow_change=["learning_rate"], **options)
+        trainer.train(resume_from_checkpoint=str(checkpoint(tmp_path, 4)))
+        expected = [linear_schedule(step, 0.1 if step <= 4 else 0.2, 3, 8) for step in range(1, 9)]
+        assert [line["learning_rate"] for line in read_metrics(tmp_path)] == pytest.approx(expected)
 
     @pytest.mark.parametrize(("first", "then", "sizes"), [(4, 8, [4] * 6 + [8] * 13), (8, 4, [8] * 6 + [4] * 20)])
     def test_an_allowed_batch_size_trains_each_sample_as_often(
