@@ -176,7 +176,14 @@ def trl(options: argparse.Namespace, folder: Path, samples: list[Sample], watch:
 
     masks = [[int(label != IGNORE_INDEX) for label in sample["labels"]] for sample in samples]
     rows = [{"input_ids": s["input_ids"], "completion_mask": mask} for s, mask in zip(samples, masks, strict=True)]
-    args = SFTConfig(**peers_options(options, folder), bf16=False, gradient_checkpointing=False, max_length=None)
+    # Without completion_only_loss TRL leaves the mask of tokenized rows unread, and trains every token.
+    args = SFTConfig(
+        **peers_options(options, folder),
+        bf16=False,
+        gradient_checkpointing=False,
+        max_length=None,
+        completion_only_loss=True,
+    )
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32),
         args,
