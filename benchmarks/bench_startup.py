@@ -1,7 +1,8 @@
 """From launch to the first optimizer step, beside the peers': `python benchmarks/bench_startup.py --rounds 5`.
 
 Every contender imports what it needs, builds the same model, reads the same samples and takes one step. Before that:
-how long `trainer --help` and `trainer train --help` take, the goal for the first being half a second.
+how long `trainer --help` and `trainer train --help` take, the goal for the first being half a second, and how long it
+takes to import the class of the model, which no contender can do without.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from compare import REPOSITORY, command_line, compare, report
 from step_contenders import CONTENDERS
 
 
-def help_seconds(words: Sequence[str], rounds: int) -> float:
-    """Median time of a command that only tells about itself."""
+IMPORT = "import torch; from transformers import LlamaForCausalLM"
+
+
+def seconds_of(words: Sequence[str], rounds: int) -> float:
+    """Median time of a Python process."""
     seconds = []
     for _ in range(rounds):
         started = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "trainer", *words], cwd=REPOSITORY, capture_output=True, check=True)
+        subprocess.run([sys.executable, *words], cwd=REPOSITORY, capture_output=True, check=True)
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
 
@@ -30,7 +34,8 @@ def help_seconds(words: Sequence[str], rounds: int) -> float:
 def main() -> None:
     options = command_line(__doc__, CONTENDERS).parse_args()
     for words in (["--help"], ["train", "--help"]):
-        print(f"trainer {' '.join(words)}: {help_seconds(words, options.rounds):.2f} s")
+        print(f"trainer {' '.join(words)}: {seconds_of(['-m', 'trainer', *words], options.rounds):.2f} s")
+    print(f"{IMPORT}: {seconds_of(['-c', IMPORT], options.rounds):.2f} s")
     script = str(Path(__file__).with_name("step_contenders.py"))
     model, load = ("tiny", "tiny") if options.tiny else ("small", "first-step")
     commands = {name: [script, name, "--model", model, "--load", load] for name in options.only}
