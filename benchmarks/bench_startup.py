@@ -17,7 +17,6 @@ from pathlib import Path
 from compare import REPOSITORY, command_line, compare, report
 from step_contenders import CONTENDERS
 
-
 IMPORT = "import torch; from transformers import LlamaForCausalLM"
 
 
