@@ -38,8 +38,9 @@ ROOMS = {
         trainer/trainer_data trainer/trainer_evaluation trainer/trainer_models trainer/trainer_options
         trainer/trainer_precision trainer/trainer_reporting trainer/trainer_seq2seq""",
     "optim": """
-        optimizers osft osft_runs schedules training_components laws/accounting laws/frozen laws/layout_invariance
-        trainer/trainer trainer/trainer_optimizers trainer/trainer_precision""",
+        nonfinite optimizers osft osft_runs schedules training_components laws/accounting laws/frozen
+        laws/layout_invariance trainer/trainer trainer/trainer_checkpointing trainer/trainer_optimizers
+        trainer/trainer_precision""",
     "model": """
         attention blocks doctor gpu_path lora loss memory model_files model_initialization tasks laws/data_is_not_code
         laws/fidelity laws/frozen laws/isolation laws/layout_invariance trainer/trainer_models
@@ -51,7 +52,7 @@ ROOMS = {
         data_loader process_settings training_components laws/agreement laws/layout_invariance laws/no_shared_state
         system/faults system/processes system/torchrun trainer/trainer_data""",
     "config": """
-        arguments command_line laws/nothing_silent trainer/trainer_arguments trainer/trainer_options
+        arguments command_line schedules laws/nothing_silent trainer/trainer_arguments trainer/trainer_options
         trainer/trainer_surface""",
 }
 # (file, change) -> why no test could tell

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import importlib.util
 import json
 import math
 import pickle
@@ -17,9 +18,10 @@ from hypothesis import strategies as st
 from trainer.cli.parse import parse
 from trainer.cli.train import LaunchArguments
 from trainer.config.arguments import TrainingArguments, names_free_at_resume
+from trainer.config.choices import check_choices
 from trainer.config.groups import GROUPS
 from trainer.config.suggest import nearest
-from trainer.errors import UsageError
+from trainer.errors import MissingPackageError, UsageError
 
 VALID: dict[str, Any] = {
     "data_path": "some data.jsonl",
@@ -96,6 +98,7 @@ def test_every_option_says_what_it_is_and_belongs_to_one_group() -> None:
         ({"data_path": "x", "validation_data_path": "x"}, "must not be trained on"),
         ({"eval_steps": 5}, "has no effect with eval_strategy=no"),
         ({"eval_strategy": "steps", "eval_steps": 2.5}, "eval_steps = 2.5: expected a whole number, or a share"),
+        ({"logging_steps": 1.5}, "logging_steps = 1.5: expected a whole number, or a share"),
         ({"eval_delay": 5}, "eval_delay has no effect with eval_strategy=no"),
         ({"bf16_full_eval": True, "fp16_full_eval": True}, "exclude each other"),
         ({"export_best": True}, "needs evaluations to choose by"),
@@ -122,6 +125,48 @@ def test_every_option_says_what_it_is_and_belongs_to_one_group() -> None:
 def test_what_is_wrong_is_refused_with_what_is_allowed(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         TrainingArguments(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "num_steps", "expected"),
+    [
+        ("warmup_steps", 0, None, 0),
+        ("warmup_steps", 1, None, 1),
+        ("warmup_steps", 5, 9, 5),
+        ("warmup_steps", 0.5, 9, 5),
+        ("logging_steps", 7, -1, 7),
+        ("logging_steps", 7, 9, 7),
+        ("logging_steps", 1, 9, 1),
+        ("logging_steps", 0.5, 9, 5),
+    ],
+)
+def test_below_1_steps_are_a_share(name: str, given: float, num_steps: int | None, expected: int) -> None:
+    args = TrainingArguments(**{name: given})
+    steps = args.get_warmup_steps(num_steps) if name == "warmup_steps" else args.in_steps(name, num_steps or -1)
+    assert steps == expected
+    with pytest.raises(UsageError, match="is a share of all steps"):
+        TrainingArguments(warmup_steps=0.5).get_warmup_steps(None)
+    with pytest.raises(UsageError, match="is a share of all steps, which are not known"):
+        TrainingArguments(logging_steps=0.5).in_steps(name="logging_steps", max_steps=-1)
+
+
+def test_choices_are_known_and_their_packages_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_choices("my_module:Own", "cosine", ["none", "my_tracker"], use_liger_kernels=False)
+    with pytest.raises(UsageError, match="optim = 'adamw_troch': did you mean 'adamw_torch'"):
+        check_choices("adamw_troch", "linear", [], use_liger_kernels=False)
+    with pytest.raises(UsageError, match="optim = 'zzz': expected one of"):
+        check_choices("zzz", "linear", [], use_liger_kernels=False)
+    with pytest.raises(UsageError, match="lr_scheduler_type = 'cosin': did you mean 'cosine'"):
+        check_choices("adamw_torch", "cosin", [], use_liger_kernels=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)  # nothing more is installed
+    check_choices("adamw_torch", "linear", ["none", "my_tracker"], use_liger_kernels=False)
+    for optim, extra in (("stable_adamw", "optimizers"), ("grokadamw", "research-optimizers")):
+        with pytest.raises(MissingPackageError, match=rf"optim = '{optim}' needs .*\[{extra}\]"):
+            check_choices(optim, "linear", [], use_liger_kernels=False)
+    with pytest.raises(MissingPackageError, match=r"report_to = 'wandb' needs .*\[wandb\]"):
+        check_choices("adamw_torch", "linear", ["my_tracker", "wandb"], use_liger_kernels=False)
+    with pytest.raises(MissingPackageError, match=r"use_liger_kernels needs .*\[gpu\]"):
+        check_choices("adamw_torch", "linear", [], use_liger_kernels=True)
 
 
 def test_aliases_are_understood_everywhere(tmp_path: Path) -> None:

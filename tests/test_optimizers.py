@@ -33,7 +33,7 @@ from trainer.errors import MissingPackageError, UsageError
 from trainer.optim.adapters import averaged_weights, round_at_random
 from trainer.optim.build import build_optimizer, parse_options
 from trainer.optim.gradients import global_norm, last_backward
-from trainer.optim.groups import parameter_groups
+from trainer.optim.groups import parameter_groups, split_targets, target_matrices
 from trainer.optim.registry import GONE, OPTIMIZERS, is_installed, load_class
 
 
@@ -207,6 +207,17 @@ class TestGroups:
         model.lm_head.weight.requires_grad_(False)
         held = {id(p) for group in parameter_groups(model, arguments()) for p in group["params"]}
         assert held == {id(p) for p in model.parameters()} - {id(model.lm_head.weight)}
+
+    def test_target_matrices_alone_get_the_settings_and_no_parameter_is_lost(self) -> None:
+        model = tiny_llama()
+        groups = split_targets(
+            parameter_groups(model, arguments(weight_decay=0.1)), target_matrices(model, ["q_proj"]), {"rank": 2}
+        )
+        held = [name for group in groups for name in names_of(model, group["params"])]
+        assert sorted(held) == sorted(name for name, _ in model.named_parameters())
+        (targets,) = [names_of(model, group["params"]) for group in groups if "rank" in group]
+        assert targets == {name for name, _ in model.named_parameters() if "q_proj" in name}
+        assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.1]
 
     def test_a_pattern_has_its_own_rate_and_decay(self) -> None:
         model = tiny_llama()

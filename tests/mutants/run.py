@@ -29,7 +29,17 @@ from tests.mutants.bugs import BUGS, Bug
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_SECONDS = 300  # a busy machine takes many times what an idle one does
-COPIED = ("trainer", "tests", "examples", "benchmarks", "pyproject.toml", "setup.py", "conftest.py", "README.md")
+COPIED = (
+    "trainer",
+    "tests",
+    "docs",
+    "examples",
+    "benchmarks",
+    "pyproject.toml",
+    "setup.py",
+    "conftest.py",
+    "README.md",
+)
 
 
 def mutate(bug: Bug, root: Path) -> str:

@@ -13,6 +13,7 @@ import torch
 from transformers import HfArgumentParser
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from transformers.training_args import OptimizerNames, ParallelMode
+from transformers.utils import logging as transformers_logging
 
 from tests.fixtures.datasets import RegressionDataset
 from tests.fixtures.regression import RegressionModel
@@ -223,7 +224,19 @@ class TestProcess:
         assert (args.device.type, args.n_gpu, args.place_model_on_device) == ("cpu", 0, True)
         assert args.parallel_mode == (ParallelMode.DISTRIBUTED if ranks.world_size > 1 else ParallelMode.NOT_PARALLEL)
         assert args.ddp_timeout_delta == timedelta(seconds=1800)
-        assert ranks.is_main or args.get_process_log_level() == logging.WARNING
+        before = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity(logging.DEBUG)
+        try:
+            assert args.get_process_log_level() == (logging.DEBUG if ranks.is_main else logging.WARNING)
+        finally:
+            transformers_logging.set_verbosity(before)
+
+    def test_trackers_get_every_option_as_a_plain_value(self) -> None:
+        schedule: dict[str, Any] = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0.1}}
+        args = TrainingArguments(learning_rate=0.5, **schedule)
+        shown = args.to_sanitized_dict()
+        assert shown.keys() == args.to_dict().keys()
+        assert (shown["learning_rate"], shown["lr_scheduler_kwargs"], shown["bf16"]) == (0.5, "{'min_lr': 0.1}", False)
 
     @pytest.mark.world_size(1, 2, 3)
     @pytest.mark.parametrize("local", [True, False])
