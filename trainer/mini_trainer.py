@@ -17,7 +17,7 @@ from trainer.errors import MissingPackageError, UsageError
 
 @dataclass
 class MiniTrainerFlags:
-    """Names and defaults as mini_trainer's command line has them."""
+    """Train one run, with the flags and defaults of mini_trainer's command line."""
 
     model_name_or_path: str
     data_path: str
@@ -156,7 +156,7 @@ def run(words: Sequence[str]) -> int:
     from trainer.cli.train import train
 
     with said_once():
-        flags = parse_alone("trainer.train", words, MiniTrainerFlags, "Train one run, with the flags of mini_trainer.")
+        flags = parse_alone("trainer.train", words, MiniTrainerFlags)
         args = flags.to_arguments()
         check_before_start(args)
     open_trackers(flags)

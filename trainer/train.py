@@ -7,5 +7,5 @@ from trainer.cli.main import report_errors
 from trainer.mini_trainer import run
 
 if __name__ == "__main__":
-    with display_that_may_fail(), logs_on_stderr(level_in(sys.argv[1:])):
+    with display_that_may_fail(is_result=False), logs_on_stderr(level_in(sys.argv[1:])):
         sys.exit(report_errors(run, sys.argv[1:]))

@@ -137,7 +137,10 @@ def main_with_broken_display(stdout: str | None, closes_stderr: bool, words: lis
     if closes_stderr:
         os.close(2)
         sys.stderr = None
-    return main(words)
+    try:
+        return main(words)
+    except SystemExit as ended:  # of --help
+        return int(ended.code or 0)
 
 
 def test_a_display_that_fails_ends_no_run(launch: Launch, job: Job) -> None:
@@ -156,6 +159,10 @@ def test_a_display_that_fails_ends_no_run(launch: Launch, job: Job) -> None:
     (ended,) = launch(1, main_with_broken_display, "/dev/full", False, plan, group=False)
     assert ended.value == 1
     assert note.format("No space left on device") in ended.log
+    for read_in_part in (plan, ["train", "--help"], ["report", "--help"]):
+        (ended,) = launch(1, main_with_broken_display, "pipe", False, read_in_part, group=False)
+        assert ended.value == 0
+        assert "cannot be written" not in ended.log
 
 
 def run_on_two(module: str, *words: str) -> tuple[int | None, str]:

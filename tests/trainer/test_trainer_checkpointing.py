@@ -16,6 +16,7 @@ from tests.fixtures.models import tiny_llama
 from tests.fixtures.oracles import linear_schedule
 from tests.fixtures.ranks.faults import flip_bit
 from tests.fixtures.runs import build_trainer, random_token_samples, read_metrics, weights_of
+from tests.fixtures.tolerances import CLOSED_FORM_FLOAT64
 from tests.trainer.trainer_test_utils import RegressionDataset, get_regression_trainer
 from trainer.checkpoint import manifest
 from trainer.errors import CheckpointError, UsageError
@@ -297,7 +298,9 @@ class TestWhatMayChange:
         trainer = regression(tmp_path, learning_rate=0.2, allow_change=["learning_rate"], **options)
         trainer.train(resume_from_checkpoint=str(checkpoint(tmp_path, 4)))
         expected = [linear_schedule(step, 0.1 if step <= 4 else 0.2, 3, 8) for step in range(1, 9)]
-        assert [line["learning_rate"] for line in read_metrics(tmp_path)] == pytest.approx(expected)
+        assert [line["learning_rate"] for line in read_metrics(tmp_path)] == pytest.approx(
+            expected, rel=CLOSED_FORM_FLOAT64
+        )
 
     @pytest.mark.parametrize(("first", "then", "sizes"), [(4, 8, [4] * 6 + [8] * 13), (8, 4, [8] * 6 + [4] * 20)])
     def test_an_allowed_batch_size_trains_each_sample_as_often(

@@ -38,7 +38,7 @@ KNOWN_FAULTS = (  # (package, versions up to which, what is wrong)
 
 @dataclass
 class DoctorOptions:
-    """Look at this machine."""
+    """Look at this machine: versions, speed, disk, what is wrong."""
 
     model_name_or_path: str | None = option(None, "Say which attention and kernels this model would get here, and why.")
     output_dir: str = option(".", "The folder whose disk is looked at.")
@@ -57,7 +57,7 @@ class Findings:
 
 def run(words: Sequence[str]) -> int:
     """Look, print; return 1 where something is wrong that a run would meet."""
-    options = parse_alone("trainer doctor", words, DoctorOptions, "Look at this machine.")
+    options = parse_alone("trainer doctor", words, DoctorOptions)
     from trainer.training.process import environment_record
 
     found = Findings()

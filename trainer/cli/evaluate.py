@@ -28,7 +28,7 @@ FROM_RUN = (  # options that decide the numbers, taken from the run where they a
 
 @dataclass
 class EvaluateOptions:
-    """Which model is measured on what."""
+    """Measure the loss, perplexity and scores of a run, a checkpoint or any model, on any data."""
 
     model: str = positional("A run, a checkpoint, a Hugging Face folder or a hub name.")
     data_path: str | None = option(None, "The held-out data; by default that of the run.")
@@ -49,7 +49,7 @@ class EvaluateOptions:
 
 def run(words: Sequence[str]) -> int:
     """Load, measure, print; return the exit code."""
-    options = parse_alone("trainer evaluate", words, EvaluateOptions, "Measure a model.")
+    options = parse_alone("trainer evaluate", words, EvaluateOptions)
 
     from trainer.config.arguments import TrainingArguments
     from trainer.config.groups import MachineArguments

@@ -15,7 +15,7 @@ from trainer.errors import UsageError
 
 @dataclass
 class ExportOptions:
-    """Write Hugging Face weights."""
+    """Write weights of a run or a checkpoint as a Hugging Face folder."""
 
     source: Path = positional("A run's output folder, one of its checkpoints, or a Hugging Face folder.")
     target: Path = positional("The folder to write.")
@@ -29,7 +29,7 @@ class ExportOptions:
 
 def run(words: Sequence[str]) -> int:
     """Read, convert, write; return the exit code."""
-    options = parse_alone("trainer export", words, ExportOptions, "Write Hugging Face weights.")
+    options = parse_alone("trainer export", words, ExportOptions)
     from trainer.training.saved_model import find_weights
 
     if not options.source.exists():

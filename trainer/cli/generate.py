@@ -24,7 +24,7 @@ Messages = list[dict[str, Any]]
 
 @dataclass
 class GenerateOptions:
-    """Which models answer what, and how."""
+    """Answer a prompt, the questions of a file, or in the terminal; several models one after the other."""
 
     models: list[str] = positional("A run, a checkpoint, a Hugging Face folder or a hub name; several answer in turn.")
     prompt: str | None = option(None, "The question; without it and without --data-path, a chat in the terminal.")
@@ -43,7 +43,7 @@ class GenerateOptions:
 
 def run(words: Sequence[str]) -> int:
     """Load, answer, print; return the exit code."""
-    options = parse_alone("trainer generate", words, GenerateOptions, "Generate answers.")
+    options = parse_alone("trainer generate", words, GenerateOptions)
     if not options.models:
         raise UsageError("MODELS is missing: name a run, a checkpoint, a Hugging Face folder or a hub name")
     if options.prompt is not None and options.data_path is not None:

@@ -162,7 +162,7 @@ RECIPES: dict[str, Recipe] = {
 
 @dataclass
 class InitOptions:
-    """Write a file to start from."""
+    """Write a commented YAML file to start from."""
 
     recipe: Literal["chat", "pretraining", "lora", "osft", "seq2seq"] = positional(
         "chat, pretraining, lora, osft or seq2seq."
@@ -173,7 +173,7 @@ class InitOptions:
 
 def run(words: Sequence[str]) -> int:
     """Write the file, say what to do with it; return the exit code."""
-    options = parse_alone("trainer init", words, InitOptions, "Write a commented YAML file to start from.")
+    options = parse_alone("trainer init", words, InitOptions)
     recipe = RECIPES[options.recipe]
     path = options.output or Path(f"{options.recipe}.yaml")
     if path.exists() and not options.overwrite:

@@ -17,10 +17,13 @@ from trainer.distributed.topology import Topology
 
 
 class Display:
-    """A stream of text that takes what is written after it has failed, and says once on stderr that it did."""
+    """A stream of text that takes what is written after it has failed, and says once on stderr that it did.
 
-    def __init__(self, stream: TextIO, name: str) -> None:
-        self._stream, self._name = stream, name
+    A pipe that was closed is not spoken of where what was read is the result: who closes it has seen enough.
+    """
+
+    def __init__(self, stream: TextIO, name: str, *, is_result: bool) -> None:
+        self._stream, self._name, self._is_result = stream, name, is_result
         self.error: OSError | ValueError | None = None
 
     def write(self, text: str) -> int:
@@ -48,7 +51,7 @@ class Display:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
-        if self._name != "stderr":
+        if self._name != "stderr" and not (self._is_result and isinstance(error, BrokenPipeError)):
             reason = getattr(error, "strerror", None) or error
             print(f"trainer: note: {self._name} cannot be written ({reason}): nothing more is shown", file=sys.stderr)
 
@@ -57,12 +60,16 @@ class Display:
 
 
 @contextmanager
-def display_that_may_fail() -> Iterator[Display]:
-    """Replace stdout and stderr by displays whose writes do not raise; yield that of stdout."""
+def display_that_may_fail(*, is_result: bool) -> Iterator[Display]:
+    """Replace stdout and stderr by displays whose writes do not raise; yield that of stdout.
+
+    Args:
+        is_result: what is shown is what the command is there for, unlike the progress of a run.
+    """
     _open_closed_streams()
     before = sys.stdout, sys.stderr
-    shown = Display(sys.stdout, "stdout")
-    sys.stdout, sys.stderr = shown, Display(sys.stderr, "stderr")
+    shown = Display(sys.stdout, "stdout", is_result=is_result)
+    sys.stdout, sys.stderr = shown, Display(sys.stderr, "stderr", is_result=is_result)
     try:
         yield shown
         shown.flush()
@@ -94,6 +101,11 @@ class _StderrHandler(logging.StreamHandler):
     def stream(self) -> object:
         """The present stderr."""
         return sys.stderr
+
+
+def asks_for_help(words: Sequence[str]) -> bool:
+    """Return whether options are to be listed instead of used."""
+    return any(word in ("-h", "--help", "--help-all") for word in words)
 
 
 def level_in(words: Sequence[str]) -> str:

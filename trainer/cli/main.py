@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from trainer import __version__
-from trainer.cli.logs import display_that_may_fail, level_in, logs_on_stderr
+from trainer.cli.logs import asks_for_help, display_that_may_fail, level_in, logs_on_stderr
 from trainer.config.suggest import nearest
 from trainer.distributed.orphan import end_with_launcher
 from trainer.errors import PeerError, TrainerError, UsageError
@@ -51,11 +51,12 @@ def run_command(name: str, words: list[str]) -> int:
         near = nearest(name, COMMANDS)
         advice = f"did you mean {near!r}?" if near else f"one of {', '.join(COMMANDS)}"
         return fail(f"unknown command {name!r}: {advice}", EXIT_USAGE)
-    with display_that_may_fail() as shown, logs_on_stderr(level_in(words)):
+    # What `train` does lies in its folder; of others the output is the result.
+    is_result = name != "train" or asks_for_help(words)
+    with display_that_may_fail(is_result=is_result) as shown, logs_on_stderr(level_in(words)):
         code = report_errors(lambda words: int(importlib.import_module(f"trainer.cli.{name}").run(words)), words)
         shown.flush()
         is_lost = shown.error is not None and not isinstance(shown.error, BrokenPipeError)
-        # What `train` does lies in its folder; of others the output is the result. Who closes a pipe has seen enough.
         return code or (EXIT_FAILED if is_lost and name != "train" else 0)
 
 

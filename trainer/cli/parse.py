@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from itertools import zip_longest
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
+from trainer.cli.logs import asks_for_help
 from trainer.config.arguments import TrainingArguments, read_as_options, read_yaml
 from trainer.config.fields import Scalar, as_option, check_options, default_of, is_union, option, types_of
 from trainer.config.foreign_names import ALIASES
@@ -76,7 +77,7 @@ def parse(
     ordered = [group for group in IN_ORDER_OF_USE if group in groups]
     fields = _fields_of(*ordered)
     fields_of_command = _fields_of(extra, GeneralArguments)
-    if _asks_for_help(words):
+    if asks_for_help(words):
         usage = f"trainer {command} [CONFIG.yaml] [--option value ...]"
         if "--help-all" in words:
             show_help(usage, description, [*ordered, extra, GeneralArguments])
@@ -95,16 +96,16 @@ def parse(
     return args, wanted
 
 
-def parse_alone(command: str, words: Sequence[str], kind: type[Kind], description: str) -> Kind:
-    """Parse the words of a command that has options of its own alone.
+def parse_alone(command: str, words: Sequence[str], kind: type[Kind]) -> Kind:
+    """Parse the words of a command that has options of its own alone; their docstring says what it does.
 
     Raises:
         UsageError: an option is unknown or wrong, or a word is missing.
     """
     fields = _fields_of(kind, GeneralArguments)
     places = [name.upper() for name, (field, _) in fields.items() if field.metadata.get("is_positional")]
-    if _asks_for_help(words):
-        show_help(" ".join([command, *places, "[--option value ...]"]), description, [kind, GeneralArguments])
+    if asks_for_help(words):
+        show_help(" ".join([command, *places, "[--option value ...]"]), "", [kind, GeneralArguments])
     given = read_flags(command, words, fields)
     _check_general(given)
     missing = [
@@ -289,10 +290,6 @@ def _paths(value: Any, hint: Any) -> Any:
     return [Path(str(word)) for word in value] if get_origin(hint) is list else Path(str(value))
 
 
-def _asks_for_help(words: Sequence[str]) -> bool:
-    return any(word in ("-h", "--help", "--help-all") for word in words)
-
-
 def _show_usual(command: str, usage: str, description: str, fields: Fields, num_others: int) -> None:
     print(f"usage: {usage}\n\n{description}\n")
     for name, (field, hint) in fields.items():
@@ -304,7 +301,9 @@ def _show_usual(command: str, usage: str, description: str, fields: Fields, num_
 
 def show_help(usage: str, description: str, groups: Sequence[type[Any]]) -> None:
     """Print every option by group, in the order of use, and end."""
-    print(f"usage: {usage}\n\n{description}")
+    print(f"usage: {usage}")
+    if description:
+        print(f"\n{description}")
     for group in groups:
         fields = _fields_of(group)
         if fields:

@@ -12,7 +12,7 @@ from trainer.config.fields import option
 
 @dataclass
 class ReplayOptions:
-    """Run a recorded step again."""
+    """Run a step again whose loss or gradient was not finite, and say which layer or sample made it so."""
 
     folder: Path = positional("crash/step_N of a run.")
     use_cpu: bool = option(False, "Stay on the CPU although a GPU is there.")
@@ -21,7 +21,7 @@ class ReplayOptions:
 
 def run(words: Sequence[str]) -> int:
     """Replay, say what was found, give the exit code."""
-    options = parse_alone("trainer replay", words, ReplayOptions, "Run a step again.")
+    options = parse_alone("trainer replay", words, ReplayOptions)
     from rich.console import Console
 
     from trainer.atomic import read_json

@@ -38,7 +38,7 @@ MOST_ANSWERS = 20  # of a run on the page
 
 @dataclass
 class ReportOptions:
-    """Draw runs."""
+    """Draw one run, or several over each other, as an HTML page."""
 
     folders: list[Path] = positional("The output_dir of each run.")
     output: Path | None = option(None, "The file to write; report.html in the first folder if unset.")
@@ -48,7 +48,7 @@ class ReportOptions:
 
 def run(words: Sequence[str]) -> int:
     """Read, draw, write, say where; return the exit code."""
-    options = parse_alone("trainer report", words, ReportOptions, "Draw runs.")
+    options = parse_alone("trainer report", words, ReportOptions)
     if not 1 <= len(options.folders) <= len(COLOURS):
         raise UsageError(
             f"{len(options.folders)} folders given: name the output_dir of 1 to {len(COLOURS)} runs, as many as there "

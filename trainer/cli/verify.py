@@ -12,14 +12,14 @@ from trainer.errors import CheckpointError, UsageError
 
 @dataclass
 class VerifyOptions:
-    """Check checkpoints."""
+    """Check every file of checkpoints against what was written, and say which a resume would take."""
 
     folder: Path = positional("A checkpoint, or a folder that holds some, or a run's output.")
 
 
 def run(words: Sequence[str]) -> int:
     """Check, say what was found, give the exit code: 0 if every checkpoint is whole."""
-    options = parse_alone("trainer verify", words, VerifyOptions, "Check checkpoints.")
+    options = parse_alone("trainer verify", words, VerifyOptions)
     from rich.console import Console
 
     from trainer.checkpoint.manifest import find_unlisted
