@@ -118,20 +118,27 @@ def mean_retained(outcomes: list[Outcome]) -> float:
 
 
 def plot(outcomes: list[Outcome], path: Path) -> None:
-    """Draw what is left of A against what was learned of B, and against the steps that B took."""
+    """Draw what is left of A against the learning rate, hollow where B was not learned, and against the steps of B."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.5), layout="constrained")
-    by_accuracy, by_steps = figure.subplots(1, 2, sharey=True)
-    for method in dict.fromkeys(outcome.method for outcome in outcomes):
-        runs = [runs for (name, _), runs in groups(outcomes).items() if name == method]
-        learned = [(steps, mean_retained(each)) for each in runs if (steps := mean_steps(each)) is not None]
-        accuracies = [statistics.mean(o.accuracy for o in each) for each in runs]
-        by_accuracy.plot(accuracies, [mean_retained(each) for each in runs], "o-", label=method)
-        by_steps.plot([steps for steps, _ in learned], [retained for _, retained in learned], "o-", label=method)
-    by_accuracy.set(xlabel="accuracy on B", ylabel="accuracy left on A")
-    by_steps.set(xlabel=f"steps until B reached {GOAL}", xscale="log")
-    by_accuracy.legend()
+    by_rate, by_steps = figure.subplots(1, 2, sharey=True)
+    for method, marker in zip(dict.fromkeys(outcome.method for outcome in outcomes), "osD^v", strict=False):
+        runs = {rate: runs for (name, rate), runs in groups(outcomes).items() if name == method}
+        (line,) = by_rate.plot(list(runs), [mean_retained(each) for each in runs.values()], "-", label=method)
+        learned = []
+        for rate, each in runs.items():
+            steps, retained = mean_steps(each), mean_retained(each)
+            inside = "white" if steps is None else line.get_color()
+            by_rate.plot(rate, retained, marker, color=line.get_color(), markerfacecolor=inside)
+            if steps is not None:
+                learned.append((steps, retained))
+        by_steps.plot(*zip(*sorted(learned), strict=True), f"{marker}-", alpha=0.8)
+    by_rate.set(xlabel=f"learning rate (hollow: B did not reach {GOAL})", ylabel="accuracy left on A", xscale="log")
+    by_steps.set(xlabel=f"steps until B reached {GOAL}", xscale="log", xticks=[10, 20, 50, 100, 200])
+    by_steps.xaxis.set_major_formatter("{x:g}")
+    by_steps.xaxis.set_minor_formatter("")
+    by_rate.legend(frameon=False)
     figure.savefig(path)
 
 

@@ -15,7 +15,8 @@ from typing import Any
 from compare import times_ahead
 
 COLUMNS, PANEL_INCHES = 2, (5.5, 2.2)
-TICKS = (0.5, 1, 1.5, 2, 3, 5, 7, 10, 20, 50, 100)
+LEFT_OF_ONE = 0.9  # where axes begin at the latest: a bar is read from 1
+TICKS = (0.2, 0.5, 1, 1.5, 2, 3, 5, 7, 10, 20, 50, 100)
 
 
 def draw(axes: Any, comparison: dict[str, Any]) -> None:
@@ -26,14 +27,17 @@ def draw(axes: Any, comparison: dict[str, Any]) -> None:
         ahead = times_ahead(results[first], results[name], comparison["measure"], is_cost=comparison["is_cost"])
         axes.barh(place, statistics.median(ahead) - 1, left=1, color="tab:blue", alpha=0.6)
         axes.plot(ahead, [place] * len(ahead), "k.", markersize=3)
-        axes.annotate(f" {statistics.median(ahead):.1f}", (max(ahead), place), va="center")
+        # In a column beside the frame, where no dot is.
+        axes.text(1.01, place, f"{statistics.median(ahead):.1f}", va="center", transform=axes.get_yaxis_transform())
     axes.set(title=comparison["title"], xscale="log", xlabel=f"times that {first} is ahead")
     axes.set_yticks(range(len(others)), others)
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.margins(x=0.15)
+    axes.margins(x=0.1)
     least, most = axes.get_xlim()
-    axes.set_xticks([tick for tick in TICKS if least < tick < most], minor=False)
+    axes.set_xlim(min(least, LEFT_OF_ONE), max(most, 1 / LEFT_OF_ONE))
+    least, most = axes.get_xlim()
+    axes.set_xticks([tick for tick in TICKS if least <= tick <= most], minor=False)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")
 
