@@ -110,17 +110,9 @@ def show_memory_of(
 def source_table(store: TokenStore, num_steps: int | None) -> Table:
     """Lay out what of an epoch each source gives; a step has this share of each, on average."""
     table = Table(title="sources, in an epoch")
-    for column in (
-        "source",
-        "samples",
-        "tokens",
-        "loss tokens",
-        "share of samples",
-        "share of tokens",
-        "times",
-        "steps",
-    ):
-        table.add_column(column, justify="left" if column == "source" else "right")
+    table.add_column("source", overflow="fold")
+    for column in ("samples", "tokens", "loss tokens", "share of samples", "share of tokens", "times", "steps"):
+        table.add_column(column, justify="right")
     sources, num_sources = store.sources, len(store.source_names)
     samples = np.bincount(sources, minlength=num_sources)
     tokens = np.bincount(sources, store.lengths, num_sources)
@@ -155,7 +147,7 @@ def planned_cost(args: TrainingArguments) -> CostModel:
 def epoch_table(args: TrainingArguments, epochs: dict[int, EpochForecast]) -> Table:
     """Lay out one epoch on each number of ranks."""
     table = Table(title=f"first epoch, {args.max_tokens_per_rank:,} tokens per rank")
-    for column in ("ranks", "steps", "micro-batches", "empty packs", "packing", "balance", "tokens", "loss tokens"):
+    for column in ("ranks", "steps", "micro-\nbatches", "empty packs", "packing", "balance", "tokens", "loss tokens"):
         table.add_column(column, justify="right")
     for world_size, epoch in epochs.items():
         counts = (world_size, epoch.num_steps, epoch.num_micro_batches, epoch.num_placeholders)
