@@ -26,7 +26,7 @@ from trainer.atomic import read_sealed, write_sealed
 from trainer.checkpoint.verify import find_damage
 from trainer.cli.main import main
 from trainer.config.arguments import TrainingArguments
-from trainer.errors import TrainerError, UsageError
+from trainer.errors import CheckpointError, TrainerError, UsageError
 from trainer.hf.trainer import Trainer
 
 RELEASED = sorted((Path(__file__).parent / "fixtures" / "data").glob("checkpoint_*.zip"))
@@ -120,6 +120,39 @@ def regression(folder: Path) -> Trainer:
 def damaged(whole: Path, tmp_path: Path) -> Path:
     shutil.copytree(whole, tmp_path / "checkpoints" / "step_2")
     return tmp_path / "checkpoints" / "step_2"
+
+
+class TestOtherFields:
+    def test_more_and_fewer_fields_are_read(self, damaged: Path) -> None:
+        """Records of versions that knew more, or less, than this one."""
+        about, _ = read_sealed(damaged / "manifest.json")
+        state = json.loads((damaged / "state.json").read_bytes())
+        del state["stream"], state["state"]["loss_scale"], state["state"]["log_history"]
+        state["later"] = state["state"]["later"] = about["later"] = 1
+        del about["versions"]
+        write_sealed(damaged / "manifest.json", about)
+        rewrite(damaged, "state.json", json.dumps(state).encode())
+        assert find_damage(damaged) == []
+        trainer = regression(damaged.parents[1])
+        trainer.train(resume_from_checkpoint=str(damaged))
+        assert (trainer.state.global_step, trainer.state.resumed_step, trainer.state.loss_scale) == (2, 2, 1.0)
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("schedule", []), ("should_stop", "no"), ("fingerprints", None), ("metrics_bytes", "9")]
+    )
+    def test_another_type_is_named(self, damaged: Path, name: str, value: Any) -> None:
+        state = json.loads((damaged / "state.json").read_bytes())
+        rewrite(damaged, "state.json", json.dumps(state | {name: value}).encode())
+        with pytest.raises(CheckpointError, match=rf"state.json is no record of a run \({name} = "):
+            regression(damaged.parents[1]).train(resume_from_checkpoint=str(damaged))
+
+    @pytest.mark.parametrize("value", [None, "two", 2.5])
+    def test_another_type_in_the_state_is_named(self, damaged: Path, value: Any) -> None:
+        state = json.loads((damaged / "state.json").read_bytes())
+        state["state"]["global_step"] = value
+        rewrite(damaged, "state.json", json.dumps(state).encode())
+        with pytest.raises(CheckpointError, match=f"global_step = {value!r} in the state: expected"):
+            regression(damaged.parents[1]).train(resume_from_checkpoint=str(damaged))
 
 
 class TestWhatVerifyFinds:

@@ -182,6 +182,13 @@ class TestRandomWeights:
             if theirs.std() == 0:
                 assert torch.equal(ours, theirs), parameter
 
+    def test_a_file_of_any_name_is_the_configuration(self, tmp_path):
+        build_config("llama").save_pretrained(tmp_path)
+        smaller = json.loads((tmp_path / "config.json").read_bytes()) | {"num_hidden_layers": 1}
+        (tmp_path / "smaller.json").write_text(json.dumps(smaller))
+        assert draw(tmp_path).config.num_hidden_layers > 1
+        assert len(draw(tmp_path / "smaller.json").model.layers) == 1
+
     def test_drawing_does_not_touch_the_global_random_state(self, tmp_path):
         build_config("llama").save_pretrained(tmp_path)
         torch.manual_seed(3)

@@ -40,6 +40,16 @@ def test_another_seed_is_another_run(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "first") != read_metrics(tmp_path / "second")
 
 
+def test_the_mode_in_which_a_model_arrives_does_not_matter(tmp_path: Path) -> None:
+    weights = []
+    for is_training in (True, False):  # with dropout: a model in evaluation mode would have none
+        model = tiny_llama(attention_dropout=0.1).train(is_training)
+        trainer = build_trainer(tmp_path / str(is_training), SAMPLES, model, max_steps=2)
+        trainer.train()
+        weights.append(weights_of(trainer.model))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 def exported(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "hf_format" / "samples_16" / "model.safetensors")
 

@@ -195,6 +195,8 @@ class TestResuming:
             regression(tmp_path / "elsewhere").train(resume_from_checkpoint=True)
         with pytest.raises(CheckpointError, match="Can't find a valid checkpoint at .*no_such"):
             regression(tmp_path / "elsewhere").train(resume_from_checkpoint="no_such")
+        with pytest.raises(CheckpointError, match="Can't find a valid checkpoint at .*checkpoint-7"):
+            regression(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
 
     def test_auto_passes_over_what_is_damaged_and_says_so(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -221,7 +223,9 @@ class TestResuming:
         straight = regression(tmp_path, max_steps=12)
         straight.train()
         trainer = regression(tmp_path, max_steps=12)
-        trainer.train(resume_from_checkpoint=str(checkpoint(tmp_path, 4)))
+        metrics = trainer.train(resume_from_checkpoint=str(checkpoint(tmp_path, 4))).metrics
+        assert metrics["train_steps_per_second"] * metrics["train_runtime"] == pytest.approx(8)
+        assert metrics["train_samples_per_second"] * metrics["train_runtime"] == pytest.approx(8 * 4)
         assert_same_weights(trainer, straight)
         assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 13))
         assert saved_steps(tmp_path) == [4, 8, 12]
