@@ -185,7 +185,7 @@ class TestProbe:
         with pytest.raises(IsolationError, match=f"model type '{name}' with attn_implementation 'packed_sdpa'"):
             prepare_model(build_model(name), ModelArguments(), is_packed=True)
 
-    @pytest.mark.parametrize(("size", "shift"), [(1e-8, 0.0), (1e-4, 0.0), (1.0, 0.0), (1e4, 0.0), (1.0, 1e4)])
+    @pytest.mark.parametrize(("size", "shift"), [(1e-8, 0.0), (1e-4, 0.0), (1.0, 0.0), (1e4, 0.0), (1e-2, 1e3)])
     def test_a_leak_is_refused_whatever_size_and_mean_logits_have(self, size, shift):
         leaking = build_model("gpt_oss")
         leaking.lm_head.weight.data *= size

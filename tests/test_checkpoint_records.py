@@ -146,12 +146,14 @@ class TestOtherFields:
         with pytest.raises(CheckpointError, match=rf"state.json is no record of a run \({name} = "):
             regression(damaged.parents[1]).train(resume_from_checkpoint=str(damaged))
 
-    @pytest.mark.parametrize("value", [None, "two", 2.5])
-    def test_another_type_in_the_state_is_named(self, damaged: Path, value: Any) -> None:
+    @pytest.mark.parametrize(
+        ("name", "value"), [("global_step", None), ("global_step", 2.5), ("best_metric", "0"), ("log_history", {})]
+    )
+    def test_another_type_in_the_state_is_named(self, damaged: Path, name: str, value: Any) -> None:
         state = json.loads((damaged / "state.json").read_bytes())
-        state["state"]["global_step"] = value
+        state["state"][name] = value
         rewrite(damaged, "state.json", json.dumps(state).encode())
-        with pytest.raises(CheckpointError, match=f"global_step = {value!r} in the state: expected"):
+        with pytest.raises(CheckpointError, match=f"{name} = {value!r} in the state: expected"):
             regression(damaged.parents[1]).train(resume_from_checkpoint=str(damaged))
 
 
