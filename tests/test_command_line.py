@@ -1,13 +1,16 @@
 """The command line: help, typos, exit codes, and what each command shows."""
 
 import dataclasses
+import importlib.util
 import json
 import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from tests.fixtures.corpora import write_chats, write_malformed, write_tokens
 from tests.fixtures.models import save_model
 from tests.fixtures.runs import as_words, chat_job
 from tests.fixtures.tokenizers import build_tokenizer
+from tests.shape.source import ROOT
 from trainer.cli.init import RECIPES
 from trainer.cli.logs import level_in, logs_on_stderr
 from trainer.cli.main import COMMANDS, main, report_errors
@@ -103,12 +107,57 @@ def test_a_mistake_gets_advice_and_train_and_plan_refuse_the_same(
     assert captured.err.count("\n") == 1
 
 
-def test_mistakes_are_found_before_torch_is_imported(tmp_path: Path) -> None:
-    jobs = [words for words, _ in ADVICE]
+OTHER_COMMANDS = [  # words, and what is said; a mistake that costs no look into a model
+    ("evaluate ./no", "model = './no': there is no such folder"),
+    ("evaluate Qwen/Qwen2.5-0.5B --data-path READM.md", "did you mean 'README.md'?"),
+    ("evaluate ./no --train-on user", "train_on = 'user': expected one of assistant, all, last"),
+    ("generate ./no --prompt a", "models = './no': there is no such folder"),
+    ("verify output", "folder = 'output': there is no such folder"),
+    ("export outputs/run/no merged", "source = 'outputs/run/no': there is no such folder"),
+    ("replay crash/step_9", "folder = 'crash/step_9': there is no such folder"),
+    ("prepare chats.jsonl", "chats.jsonl is data by its name, and a file of options is expected: give it as data_path"),
+]
+
+
+def errors_page() -> Any:
+    spec = importlib.util.spec_from_file_location("time_mistakes", ROOT / "docs" / "time_mistakes.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_errors_says_what_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    script = errors_page()
+    script.write_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no optional package is installed
+    assert len(script.MISTAKES) == 10
+    for mistake, command in script.MISTAKES.items():
+        code = main(shlex.split(command)[1:])
+        assert code == (1 if "package" in mistake else 2)
+        said = capsys.readouterr().err.removeprefix("trainer: error: ").strip()
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| {mistake} |")]
+        assert row.startswith(f"| {mistake} | `{command}` | ")
+        assert row.endswith(f" | {code} | {script.shortened(said)} |")
+
+
+@pytest.mark.parametrize(("words", "said"), OTHER_COMMANDS, ids=lambda value: value)
+def test_other_commands_give_advice_too(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words.split()) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_mistakes_are_found_before_torch_is_imported() -> None:
+    jobs = [["train", *words] for words, _ in ADVICE] + [words.split() for words, _ in OTHER_COMMANDS]
     code = f"""
 import sys
 from trainer.cli.main import main
-codes = {{main(["train", *words]) for words in {jobs!r}}}
+codes = {{main(words) for words in {jobs!r}}}
 print(codes, sorted({{"torch", "transformers", "tyro"}} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -45,12 +45,12 @@ def check_files(args: TrainingArguments) -> None:
     data = [(name, path) for name in ("data_path", "validation_data_path") for path in as_list(getattr(args, name))]
     data += [("data_mixture", path) for entry in args.data_mixture for path in as_list(entry.get("path"))]
     others = [(name, getattr(args, name)) for name in ("chat_template", "model_config")]
-    for name, given in [*data, *others]:
+    for name, given in data:
+        if isinstance(given, str):
+            check_data(name, given)
+    for name, given in others:
         if isinstance(given, str) and not _is_there(given):
-            advice = _similar(Path(given))
-            if not advice and name.startswith("data_") and re.fullmatch(r"[\w.-]+/[\w.-]+", given):
-                advice = f"; a data set on the hub is named hf://datasets/{given}"
-            raise UsageError(f"{name} = {given!r}: there is no such file or folder{advice}")
+            raise UsageError(f"{name} = {given!r}: there is no such file or folder{_similar(Path(given))}")
     for name in ("model_name_or_path", "tokenizer_name_or_path"):
         given = getattr(args, name)
         if isinstance(given, str):
@@ -60,11 +60,31 @@ def check_files(args: TrainingArguments) -> None:
         raise UsageError(f"resume_from_checkpoint = {resumed!r}: there is no such folder{_similar(Path(resumed))}")
 
 
+def check_place(name: str, given: str) -> None:
+    """Raise UsageError where a model is named by a path, not by a name on the hub, and nothing is there."""
+    if not Path(given).exists() and (given.startswith(_LOOKS_LIKE_A_PATH) or given.count("/") > 1):
+        raise UsageError(f"{name} = {given!r}: there is no such folder{_similar(Path(given))}")
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """Raise UsageError where a folder is not there."""
+    if not folder.is_dir():
+        raise UsageError(f"{name} = {str(folder)!r}: there is no such folder{_similar(folder)}")
+
+
+def check_data(name: str, given: str) -> None:
+    """Raise UsageError where data is named that is not there."""
+    if not _is_there(given):
+        advice = _similar(Path(given))
+        if not advice and re.fullmatch(r"[\w.-]+/[\w.-]+", given):
+            advice = f"; a data set on the hub is named hf://datasets/{given}"
+        raise UsageError(f"{name} = {given!r}: there is no such file or folder{advice}")
+
+
 def _check_model_folder(name: str, given: str) -> None:
+    check_place(name, given)
     folder = Path(given)
     if not folder.exists():
-        if given.startswith(_LOOKS_LIKE_A_PATH) or given.count("/") > 1:
-            raise UsageError(f"{name} = {given!r}: there is no such folder{_similar(folder)}")
         return
     files = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
     if not folder.is_dir() or any((folder / file).is_file() for file in files):

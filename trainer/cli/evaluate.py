@@ -9,8 +9,9 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from trainer.cli.check import check_data, check_place
 from trainer.cli.parse import parse_alone, positional
 from trainer.config.fields import option
 from trainer.errors import ModelError, UsageError
@@ -32,7 +33,7 @@ class EvaluateOptions:
 
     model: str = positional("A run, a checkpoint, a Hugging Face folder or a hub name.")
     data_path: str | None = option(None, "The held-out data; by default that of the run.")
-    train_on: str | None = option(
+    train_on: Literal["assistant", "all", "last"] | None = option(
         None, "Which turns count; by default as in the run, or the assistant's. With 'all' losses are told by role."
     )
     chat_template: str | None = option(None, "A Jinja file instead of the tokenizer's chat template.")
@@ -50,6 +51,9 @@ class EvaluateOptions:
 def run(words: Sequence[str]) -> int:
     """Load, measure, print; return the exit code."""
     options = parse_alone("trainer evaluate", words, EvaluateOptions)
+    check_place("model", options.model)
+    if options.data_path is not None:
+        check_data("data_path", options.data_path)
 
     from trainer.config.arguments import TrainingArguments
     from trainer.config.groups import MachineArguments

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from trainer.atomic import is_untouched
+from trainer.cli.check import check_folder
 from trainer.cli.parse import parse_alone, positional
 from trainer.config.fields import option
 from trainer.errors import UsageError
@@ -30,12 +31,9 @@ class ExportOptions:
 def run(words: Sequence[str]) -> int:
     """Read, convert, write; return the exit code."""
     options = parse_alone("trainer export", words, ExportOptions)
+    check_folder("source", options.source)
     from trainer.training.saved_model import find_weights
 
-    if not options.source.exists():
-        raise UsageError(
-            f"{options.source}: there is no such folder; name a run, a checkpoint or a Hugging Face folder"
-        )
     folder = Path(find_weights(options.source))
     if options.target.resolve() == folder.resolve():
         raise UsageError(f"source and target are the same folder: {folder}")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.cli.check import check_place
 from trainer.cli.parse import parse_alone, positional
 from trainer.config.fields import option
 from trainer.distributed.topology import Topology
@@ -50,6 +51,8 @@ def run(words: Sequence[str]) -> int:
         raise UsageError("--prompt and --data-path exclude each other: give one")
     if options.data_path is not None and not Path(options.data_path).is_file():
         raise UsageError(f"data_path = {options.data_path!r} is no file")
+    for place in options.models:
+        check_place("models", place)
     num_processes = Topology.from_environment().world_size
     if num_processes > 1 and options.data_path is None:
         raise UsageError(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.cli.check import check_folder
 from trainer.cli.parse import parse_alone, positional
 from trainer.config.fields import option
 
@@ -22,6 +23,7 @@ class ReplayOptions:
 def run(words: Sequence[str]) -> int:
     """Replay, say what was found, give the exit code."""
     options = parse_alone("trainer replay", words, ReplayOptions)
+    check_folder("folder", options.folder)
     from rich.console import Console
 
     from trainer.atomic import read_json

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.cli.check import check_folder
 from trainer.cli.parse import parse_alone, positional
 from trainer.errors import CheckpointError, UsageError
 
@@ -20,6 +21,7 @@ class VerifyOptions:
 def run(words: Sequence[str]) -> int:
     """Check, say what was found, give the exit code: 0 if every checkpoint is whole."""
     options = parse_alone("trainer verify", words, VerifyOptions)
+    check_folder("folder", options.folder)
     from rich.console import Console
 
     from trainer.checkpoint.manifest import find_unlisted

@@ -402,7 +402,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file of options; plain words stay Scalar, to be read as the type of their option.
 
     Raises:
-        UsageError: the file cannot be read, is not YAML, or is not a list of `name: value`.
+        UsageError: the file is data, cannot be read, is not YAML, or is not a list of `name: value`.
     """
     import yaml
 
@@ -424,6 +424,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             return super().construct_mapping(node, deep)
 
     Loader.add_constructor("tag:yaml.org,2002:str", Loader.construct_yaml_str)
+    if Path(path).suffix in (".jsonl", ".parquet", ".arrow", ".gz", ".zst"):
+        raise UsageError(f"{path} is data by its name, and a file of options is expected: give it as data_path")
     try:
         options = Loader(Path(path).read_text(encoding="utf-8")).get_single_data()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
