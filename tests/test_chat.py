@@ -180,6 +180,32 @@ def test_tool_calls_and_tools_reach_the_template() -> None:
         assert tokenizer.decode(tokenize(tokenizer, fields)[0]).startswith('<|im_start|>tools\n[{"type": "function"')
 
 
+def calls(*functions: tuple[str, Any]) -> list[dict[str, Any]]:
+    return [{"type": "function", "function": {"name": name, "arguments": given}} for name, given in functions]
+
+
+@pytest.mark.parametrize("template", ["plain", "marks", "shows_no_reasoning"])
+def test_each_of_several_tool_calls_is_trained(template: str) -> None:
+    messages = [user("x"), assistant(None, tool_calls=calls(("add", '{"a": "p"}'), ("mul", '{"b": "q"}')))]
+    said = '[call {"name": "add", "arguments": {"a": "p"}}][call {"name": "mul", "arguments": {"b": "q"}}]'
+    thought = "<think>\n\n</think>\n\n" if template == "shows_no_reasoning" else ""
+    assert trained_text(build_tokenizer(template), {"messages": messages}) == [thought + said + END]
+
+
+def test_a_template_that_loses_or_moves_the_second_tool_call_is_refused() -> None:
+    messages = [user("x"), assistant(None, tool_calls=calls(("add", {"a": "p"}), ("mul", {"b": "q"})))]
+    tokenizer = build_tokenizer("plain")
+    tokenizer.chat_template = TEMPLATES["plain"].replace("message.tool_calls or []", "(message.tool_calls or [])[:1]")
+    with pytest.raises(DataError, match="leaves out some of the tool calls"):
+        tokenize(tokenizer, {"messages": messages})
+    before = "{% for call in (message.tool_calls or [])[1:] %}[call {{ call.function | tojson }}]{% endfor %}"
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "<|im_start|>{{ message.role }}", before + "<|im_start|>{{ message.role }}"
+    )
+    with pytest.raises(DataError, match="before the place from which the model goes on"):
+        tokenize(tokenizer, {"messages": messages})
+
+
 @pytest.mark.parametrize("template", ["plain", "marks", "shows_no_reasoning"])
 @pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"training": False}], ids=str)
 def test_a_turn_that_says_so_is_not_trained(template: str, flag: dict[str, Any]) -> None:
@@ -208,6 +234,7 @@ def test_arguments_in_json_are_not_written_as_a_string_in_json(template: str) ->
     [
         assistant("a", train=False, reasoning_content="because"),
         assistant("a", function_call={"name": "add", "arguments": "{}"}),
+        assistant("add", train=False, tool_calls=[{"function": {"name": name}} for name in ("add", "mul")]),
         {"role": "developer", "content": "be brief"},
         user([{"type": "image_url", "image_url": "x"}]),
     ],
@@ -305,9 +332,14 @@ def test_turns_without_an_end_are_counted() -> None:
         "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
         "{% endgeneration %} over{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
     )
-    recipe = Recipe.build(FileKind("messages", 1), tokenizer, DataArguments(), None)
-    _, report = DocumentTokenizer(recipe).tokenize([Document("p", 1, {"messages": TALK})])
-    assert report["turns_without_end_of_turn"] == 2
+    for template, count in (
+        (tokenizer.chat_template, 2),
+        (tokenizer.chat_template.replace(" over", "{{ ' over' if 'one' in m.content }}"), 1),
+    ):
+        tokenizer.chat_template = template
+        recipe = Recipe.build(FileKind("messages", 1), tokenizer, DataArguments(), None)
+        _, report = DocumentTokenizer(recipe).tokenize([Document("p", 1, {"messages": TALK})])
+        assert report["turns_without_end_of_turn"] == count
 
 
 def test_bos_stands_once() -> None:

@@ -1,5 +1,7 @@
 """Sharded tensors on disk: saved on some ranks, read on others bit for bit; every failure is an error on all ranks."""
 
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -293,6 +295,28 @@ def test_a_save_beside_the_training_keeps_what_was(tmp_path: Path, alone: Group)
     assert writer.wait() is None
     stored = StoredTensors(tmp_path / "step_2")
     assert all(torch.equal(stored.read(name, ()), tensor) for name, tensor in before.items())
+
+
+def test_a_save_in_flight_says_how_far_it_is(tmp_path: Path, alone: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = build("adamw", 0, alone)
+    told: list[tuple[int, int, float]] = []
+    goes_on, fsync, training = threading.Event(), os.fsync, threading.current_thread()
+
+    def slow(file: int) -> None:
+        if threading.current_thread() is not training:
+            goes_on.wait()
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    writer = CheckpointWriter(tmp_path, alone, is_async=True, limit=None, report=lambda *said: told.append(said))
+    writer.save(contents_of(model, optimizer, 2))
+    assert writer.poll() is None
+    ((written, planned, _),) = told
+    assert 0 <= written <= planned
+    goes_on.set()
+    assert writer.wait() == tmp_path / "step_2"
+    assert told[-1][:2] == (planned, planned)
+    assert writer.poll() is None
 
 
 def test_a_second_save_waits_for_the_first(tmp_path: Path, alone: Group) -> None:
