@@ -1,20 +1,23 @@
-"""Write the quickstart's data: short tasks in chat form that a tiny model learns in a minute, and held-out ones.
+"""Write the data of the examples: short tasks in chat form that a tiny model learns in a minute, and held-out ones.
 
-It owns the skill (six kinds of task) and the two JSONL files beside it; it knows nothing of tokens or models.
-Invariant: the same seed gives the same bytes, and no task of the held-out file is in the training file.
+It owns the skills (six kinds of task, and a seventh for a model that knows those), plain texts for pretraining, and the
+JSONL files beside it; it knows nothing of tokens or models. Invariant: the same seed gives the same bytes, and no task
+of a held-out file is in the training file.
 
-    python examples/quickstart/make_data.py            # writes train.jsonl and heldout.jsonl beside this script
+    python examples/quickstart/make_data.py            # writes the files beside this script
 """
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 NUM_TRAIN = 16_000
 NUM_HELD_OUT_PER_KIND = 32
+NUM_NEW_TRAIN, NUM_NEW_HELD_OUT = 2_000, 64
+NUM_STORIES = 3_000
 SEED = 0
 
 CONSONANTS, VOWELS = "BDFHJLMQRSTVWYZ", "AEIOU"  # too few to spell anything rude
@@ -61,6 +64,11 @@ def following(word: str) -> str:
     return "".join(ALPHABET[(ALPHABET.index(letter) + 1) % 26] for letter in word)
 
 
+def preceding(word: str) -> str:
+    """Each letter replaced by the one before it in the alphabet; Z precedes A."""
+    return "".join(ALPHABET[ALPHABET.index(letter) - 1] for letter in word)
+
+
 WORD_OPERATIONS: dict[str, tuple[Callable[[str], str], tuple[str, ...]]] = {
     "spell": ("-".join, ("Spell {}", "Write with dashes: {}")),
     "reverse": (reverse, ("Write backwards: {}", "Reverse {}")),
@@ -98,6 +106,23 @@ def race_task(random: Random) -> Task:
     return Task("race", frozenset([("race", *names)]), system, turns)
 
 
+def new_task(random: Random) -> Task:
+    """A skill that is none of the six, asked in their words."""
+    word = made_up_word(random)
+    turns = ((f"Shift backwards: {word}", preceding(word)),)
+    return Task("new", frozenset([("new", word)]), plain_system(random), turns)
+
+
+def story(random: Random) -> str:
+    """A race told in full; its end follows from what was said."""
+    names = random.sample(NAMES, len(PLACES))
+    order = random.sample(names, len(names))
+    told = "The race of {}, {}, {} and {} ended in this order: {}, {}, {}, {}.".format(*names, *order)
+    for place in random.sample(range(len(PLACES)), 2):
+        told += f" Who came {PLACES[place]}? {order[place]}."
+    return told
+
+
 def made_up_word(random: Random) -> str:
     """Four to six letters, consonants and vowels in turn, so that it can be spoken."""
     length, start = random.randint(4, 6), random.randint(0, 1)
@@ -125,13 +150,14 @@ def held_out_tasks(seed: int) -> list[Task]:
     return tasks
 
 
-def train_tasks(seed: int, held_out: list[Task]) -> list[Task]:
-    """Tasks of all kinds in random order; none asks a question that is held out."""
+def train_tasks(
+    seed: int, held_out: list[Task], kinds: Sequence[Callable[[Random], Task]], num_tasks: int
+) -> list[Task]:
+    """Tasks of these kinds in random order; none asks a question that is held out."""
     random = Random(f"train {seed}")
     forbidden = frozenset[tuple[str, ...]]().union(*(task.keys for task in held_out))
-    kinds = list(KINDS.values())
     tasks: list[Task] = []
-    while len(tasks) < NUM_TRAIN:
+    while len(tasks) < num_tasks:
         task = random.choice(kinds)(random)
         if not task.keys & forbidden:
             tasks.append(task)
@@ -151,10 +177,19 @@ def fresh_tasks(
 
 
 def write_data(directory: Path, seed: int = SEED) -> None:
-    """Write train.jsonl and heldout.jsonl."""
+    """Write train.jsonl and heldout.jsonl, the same of the new skill, and texts.jsonl."""
     held_out = held_out_tasks(seed)
-    for name, tasks in (("train.jsonl", train_tasks(seed, held_out)), ("heldout.jsonl", held_out)):
-        (directory / name).write_text("".join(task.line() for task in tasks), encoding="utf-8", newline="\n")
+    new_held_out = list(fresh_tasks(new_task, NUM_NEW_HELD_OUT, Random(f"new held-out {seed}"), set()))
+    random = Random(f"stories {seed}")
+    files = {
+        "train.jsonl": [task.line() for task in train_tasks(seed, held_out, list(KINDS.values()), NUM_TRAIN)],
+        "heldout.jsonl": [task.line() for task in held_out],
+        "new-train.jsonl": [task.line() for task in train_tasks(seed, new_held_out, [new_task], NUM_NEW_TRAIN)],
+        "new-heldout.jsonl": [task.line() for task in new_held_out],
+        "texts.jsonl": [json.dumps({"text": story(random)}) + "\n" for _ in range(NUM_STORIES)],
+    }
+    for name, lines in files.items():
+        (directory / name).write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":
