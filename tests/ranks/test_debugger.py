@@ -2,7 +2,6 @@
 
 import os
 import pty
-import select
 import subprocess
 import sys
 import time
@@ -12,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.fixtures.terminal import IN_TERMINAL, SECONDS, Dialogue
 from tests.ranks.inner import HEADER, LOAD, ROOT
 
-SECONDS = 100  # on a busy machine; what must not happen is that a clock ends the test after one
 STOPS = """
 @pytest.mark.rank_timeout(1)
 def test_stops(ranks):
@@ -28,29 +27,6 @@ def test_fails(ranks):
     answer = 40 + ranks.rank
     assert answer == 0
 """
-# A session leader that opens a terminal by its name gets it as its controlling terminal.
-IN_TERMINAL = ("sh", "-c", 'terminal=$1; shift; exec "$@" <"$terminal" >"$terminal" 2>&1', "sh")
-
-
-class Dialogue:
-    """The person at the terminal."""
-
-    def __init__(self, terminal: int) -> None:
-        self._terminal = terminal
-        self.text = ""
-        self._answered = 0  # end of the words that were waited for last
-
-    def wait_for(self, words: str) -> None:
-        """Read until these words appear, after what was waited for before."""
-        deadline = time.monotonic() + SECONDS
-        while words not in self.text[self._answered :]:
-            assert time.monotonic() < deadline, f"no {words!r} in\n{self.text}"
-            if select.select([self._terminal], [], [], 0.1)[0]:
-                self.text += os.read(self._terminal, 1 << 16).decode()
-        self._answered = self.text.index(words, self._answered) + len(words)
-
-    def say(self, line: str) -> None:
-        os.write(self._terminal, f"{line}\n".encode())
 
 
 @contextmanager
