@@ -57,10 +57,9 @@ def test_a_core_file_has_mutants_that_change_it(file: str) -> None:
     assert healthy not in {mutant.text for mutant in mutants}
 
 
-@pytest.mark.parametrize("file", sorted({file for file, _ in EQUIVALENT}))
-def test_an_equivalent_mutant_is_one_of_the_code_as_it_is(file: str) -> None:
-    recorded = {change for recorded, change in EQUIVALENT if recorded == file}
-    assert recorded <= {mutant.change for mutant in all_mutants(file)}, "no longer there: take it out"
+def test_an_equivalent_mutant_is_one_of_the_code_as_it_is() -> None:
+    for file, change in EQUIVALENT:
+        assert change in {mutant.change for mutant in all_mutants(file)}, "no longer there: take it out"
 
 
 def test_each_room_has_files_and_tests() -> None:
