@@ -17,7 +17,7 @@ import pytest
 from tests.fixtures.runs import build_trainer, random_token_samples
 from trainer.cli.figures import MANY, numbers
 from trainer.cli.main import EXIT_FAILED, EXIT_USAGE, main
-from trainer.cli.report import read_runs
+from trainer.cli.report import SECONDS_BETWEEN_LOOKS, read_runs
 
 SAMPLES = random_token_samples([5 + i % 4 for i in range(16)])
 HELD_OUT = random_token_samples([6, 7], seed=1)
@@ -277,6 +277,9 @@ def test_a_page_is_written_anew_while_the_run_goes_on(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "waits for the first step\n"
+        (folder / "metrics.jsonl").write_text('{"step": 1')  # torn: a line is whole once it ends
+        time.sleep(2 * SECONDS_BETWEEN_LOOKS)
+        assert process.poll() is None
         for number in (1, 2):
             write_run(folder, [{"step": i, "loss": 1.0} for i in range(1, number + 1)])
             limit = time.monotonic() + 60

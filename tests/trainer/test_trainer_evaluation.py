@@ -401,7 +401,7 @@ def test_packed_samples_are_measured_as_rows_are(ranks: Any, tmp_path: Path, bud
 
     def measure(found: Any) -> dict[str, float]:
         seen.append((found.predictions, found.label_ids))
-        return {"share": float(np.mean(found.label_ids[:, 1:] != -100))}
+        return {"share": float(np.mean(found.label_ids[:, 1:] != -100)), "eval_own": 1.0}
 
     more: dict[str, Any] = {"compute_metrics": measure}
     if has_preprocess:
@@ -414,6 +414,7 @@ def test_packed_samples_are_measured_as_rows_are(ranks: Any, tmp_path: Path, bud
     by_rows = Trainer(tiny_llama(), args, eval_dataset=rows, **more).evaluate()
     (found, labels), (expected, expected_labels) = seen
     assert packed["eval_share"] == by_rows["eval_share"]
+    assert packed["eval_own"] == by_rows["eval_own"] == 1.0
     # Nothing is trained across a border: the first label of a packed sample, which no row counts either, is left out.
     assert np.array_equal(labels[:, 1:], expected_labels[:, 1:])
     assert (labels[:, 0] == -100).all()

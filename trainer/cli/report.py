@@ -77,18 +77,18 @@ def _write(options: ReportOptions, path: Path) -> None:
 
 def _watch(options: ReportOptions, path: Path) -> None:
     """Write the page whenever a run has written more, until someone interrupts."""
-    seen: list[int] | None = None
+    seen: list[int] | None = None  # whole lines of each run's metrics
     try:
         while True:
             files = [folder / METRICS for folder in options.folders]
-            sizes = [file.stat().st_size if file.is_file() else 0 for file in files]
-            if sizes != seen and 0 not in sizes:
+            counts = [file.read_bytes().count(b"\n") if file.is_file() else 0 for file in files]
+            if counts != seen and 0 not in counts:
                 _write(options, path)
                 if seen is None or 0 in seen:
                     print(f"{path}\nwritten anew as the runs go on; Ctrl-C ends this", flush=True)
-            elif sizes != seen:
+            elif counts != seen:
                 print("waits for the first step", flush=True)
-            seen = sizes
+            seen = counts
             time.sleep(SECONDS_BETWEEN_LOOKS)
     except KeyboardInterrupt:
         return

@@ -1,4 +1,4 @@
-"""Evaluation and prediction over the batches of a custom data set: what `Trainer.evaluation_loop` runs.
+"""Evaluation and prediction: what `Trainer.evaluation_loop` runs, and `compute_metrics` on token data.
 
 Each sample counts once, in the order of the data set, and a loss weighs as many labels as it is the mean of; so neither
 batch size nor padding nor the number of ranks shows in a number (law L8). The packs of token data are taken apart into
@@ -27,7 +27,7 @@ from trainer.model.fsdp import inference
 from trainer.model.precision import cast_weights
 from trainer.optim.adapters import averaged_weights
 from trainer.training.batches import GlobalModelBatch
-from trainer.training.evaluate import PADDING, Collected, gather_rows, join_rows
+from trainer.training.evaluate import PADDING, Collected, gather_rows, join_rows, prefixed
 from trainer.training.metrics import BatchMetrics
 from trainer.training.model_task import ModelTask
 from trainer.training.packed_task import PackedTask
@@ -79,10 +79,7 @@ def run_evaluation_loop(
             f"{', '.join(trainer.label_names) or '(none)'}; set label_names, or leave compute_metrics out"
         )
     metrics = denumpify_detensorize({**outcome.metrics, **outcome.loss()})
-    named = {}
-    for name, value in metrics.items():
-        named[name if name.startswith(f"{prefix}_") else f"{prefix}_{name}"] = value
-    return EvalLoopOutput(arrays["predictions"], arrays["label_ids"], named, outcome.num_samples)
+    return EvalLoopOutput(arrays["predictions"], arrays["label_ids"], prefixed(metrics, prefix), outcome.num_samples)
 
 
 def predict_batch(
@@ -155,7 +152,8 @@ def measure_packs(
             collected.add(gather_rows(joined, group, has_rows=len(own) > 0))
             collected.move_to_host()
             ids += torch.cat(group.gather(own)).tolist()
-    predictions, labels = tree_map(lambda rows: rows[np.argsort(ids)], collected.arrays())
+    order = np.argsort(ids)
+    predictions, labels = tree_map(lambda rows: rows[order], collected.arrays())
     found = trainer.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels)) or {}
     return denumpify_detensorize(found)
 

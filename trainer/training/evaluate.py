@@ -72,6 +72,14 @@ def evaluation_loss(
     return {**means, "num_loss_tokens": num_loss_tokens, "num_samples": num_samples}
 
 
+def prefixed(metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return metrics with the prefix of their evaluation before each name that does not have it already."""
+    named = {}
+    for name, value in metrics.items():
+        named[name if name.startswith(f"{prefix}_") else f"{prefix}_{name}"] = value
+    return named
+
+
 def split_by_role(whole: TokenStore, of_assistant: TokenStore) -> dict[str, TokenStore]:
     """Share out the loss tokens of chats over `assistant` and `others`, whose parts of the loss add up to the whole.
 

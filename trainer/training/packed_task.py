@@ -28,7 +28,7 @@ from trainer.model.freezing import operations_per_input
 from trainer.model.loss import token_loss_sum
 from trainer.model.prepared import Prepared
 from trainer.model.tokenizer import load_tokenizer
-from trainer.training.evaluate import check_metric, evaluation_loss
+from trainer.training.evaluate import check_metric, evaluation_loss, prefixed
 from trainer.training.generate import Answer, Question, answer_questions, check_room, end_ids, questions_of
 from trainer.training.metrics import BatchCounts
 from trainer.training.osft import build_split_model
@@ -222,7 +222,7 @@ class PackedTask:
         names = measured_sources(self.prepared, store)
         metrics = evaluation_loss(self.prepared, loader, self.group, self.args.label_smoothing_factor, names)
         metrics |= measured | self._answer(store, step)
-        return {f"{prefix}_{name}": value for name, value in metrics.items()}, int(metrics["num_samples"])
+        return prefixed(metrics, prefix), int(metrics["num_samples"])
 
     def num_eval_batches(self, num_samples: int) -> int:
         """Count the global batches that so many held-out samples make."""
