@@ -204,13 +204,17 @@ def test_a_signal_to_the_launcher_reaches_all_ranks(launch: Launch, tmp_path: Pa
     note = f"""
 import os, pathlib, signal, sys, time
 here = pathlib.Path({str(tmp_path)!r}, os.environ["RANK"])
+other = here.with_name("10"[int(here.name)])
+def wait_for(word):
+    while not other.exists() or other.read_text() != word: time.sleep(0.01)
 def end(*_):
     here.write_text("signalled")
+    wait_for("signalled")  # torchrun ends by SIGTERM who is left once one rank has ended
     os._exit({128 + number})
 signal.signal({int(number)}, end)
 here.write_text("ready")
 if here.name == "0":
-    while not (other := here.with_name("1")).exists() or other.read_text() != "ready": time.sleep(0.01)
+    wait_for("ready")
     os.kill(os.getppid(), {int(number)})
 time.sleep(60)
 """
