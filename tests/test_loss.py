@@ -23,7 +23,7 @@ from tests.fixtures.runs import gradients_of
 from trainer.errors import ModelError
 from trainer.model import cross_entropy
 from trainer.model.attention import packed_inputs
-from trainer.model.cross_entropy import HeadOutput, linear_cross_entropy_sum
+from trainer.model.cross_entropy import HeadOutput, choose_rows_per_piece, linear_cross_entropy_sum
 from trainer.model.loss import token_loss_sum, trained_positions
 
 LENGTHS = (13, 5, 1, 22, 9)
@@ -167,13 +167,20 @@ def test_pieces_equal_whole_logits_in_float64(num_positions, rows, scale, softca
     logits = head(hidden) * scale
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     whole = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(cross_entropy.LOGITS_PER_PIECE, "cpu", rows * 11)
-        pieces = linear_cross_entropy_sum(hidden, head, targets, HeadOutput(scale, softcap), label_smoothing)
+    output = HeadOutput(scale, softcap)
+    pieces = linear_cross_entropy_sum(hidden, head, targets, output, label_smoothing, rows_per_piece=rows)
     torch.testing.assert_close(pieces, whole, rtol=tolerances.LOSS_FLOAT64, atol=tolerances.LOSS_FLOAT64)
     ours, theirs = (torch.autograd.grad(loss * 3, inputs, allow_unused=True) for loss in (pieces, whole))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=tolerances.LOSS_FLOAT64, atol=tolerances.LOSS_FLOAT64)
+
+
+def test_pieces_hold_enough_rows_and_no_more_than_a_few_hundred_megabytes_of_logits():
+    for device in ("cpu", "cuda"):
+        for vocab_size in (100, 32_000, 128_256, 262_144):
+            rows = choose_rows_per_piece(device, vocab_size)
+            assert rows >= 128
+            assert rows * vocab_size * 4 <= 2**29
 
 
 def test_backward_twice_is_refused():
@@ -198,6 +205,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_no_tensor_grows_with_positions_times_vocabulary(monkeypatch):
     monkeypatch.setitem(cross_entropy.LOGITS_PER_PIECE, "cpu", 4 * 512)
+    monkeypatch.setattr(cross_entropy, "LEAST_ROWS_PER_PIECE", 1)
     prepared, pack = packed_model("llama", vocab_size=512), build_pack([60], trained_share=1.0)
     kept = []
 

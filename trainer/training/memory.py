@@ -33,7 +33,7 @@ from trainer.labels import IGNORE_INDEX
 from trainer.model.attention import attention_settings, choose_attention
 from trainer.model.borrowing import Borrowing
 from trainer.model.build import Adapt, build_on_meta, prepare_model
-from trainer.model.cross_entropy import LOGITS_PER_PIECE, HeadOutput, linear_cross_entropy_sum
+from trainer.model.cross_entropy import HeadOutput, choose_rows_per_piece, linear_cross_entropy_sum
 from trainer.model.fsdp import decoder_blocks, local_shard
 from trainer.model.lora import add_lora
 from trainer.model.osft.layers import apply_osft
@@ -336,11 +336,11 @@ def _imitate(prepared: Prepared, args: TrainingArguments, memory: LiveBytes, *, 
     attention = choose_attention(prepared.model, args.attn_implementation, torch.device(kind), prepared.compute_dtype)
     settings = [*prepared.borrowing.settings, *attention_settings(prepared.model, attention)]
 
-    def loss_in_its_phase(*inputs: Any, **options: Any) -> Tensor:
+    def loss_in_its_phase(hidden: Tensor, head: nn.Linear, *inputs: Any, **options: Any) -> Tensor:
         memory.at_loss, memory.kept_at_loss = memory.current, memory.kept()
         memory.enter(LOSS)
-        options["logits_per_piece"] = LOGITS_PER_PIECE[kind]
-        total = linear_cross_entropy_sum(*inputs, **options)
+        options["rows_per_piece"] = choose_rows_per_piece(kind, head.weight.shape[0])
+        total = linear_cross_entropy_sum(hidden, head, *inputs, **options)
         memory.enter(FORWARD)
         return total
 
