@@ -24,7 +24,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from trainer.config.groups import MachineArguments
 from trainer.distributed.failure import announce, is_loss_of_peer, name_failed_rank
 from trainer.distributed.orphan import end_with_launcher
-from trainer.distributed.topology import Topology, count_shards, current_topology, gpu_index, refuse_lone_slurm_task
+from trainer.distributed.topology import (
+    Topology,
+    count_shards,
+    current_topology,
+    gpu_index,
+    host_memory,
+    refuse_lone_slurm_task,
+)
 from trainer.errors import PeerError, RankError
 
 SECONDS_BETWEEN_BEATS = 0.25
@@ -342,7 +349,7 @@ def memory_of_rank(args: MachineArguments, topology: Topology) -> int:
     device = choose_device(args, topology)
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // topology.local_world_size
+    return host_memory() // topology.local_world_size
 
 
 @contextmanager

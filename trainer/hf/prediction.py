@@ -7,7 +7,6 @@ samples for `compute_metrics`, which sees them as if each had been a row.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, denumpify
 
 from trainer.data.loader import MicroBatch, to_device
 from trainer.data.store import TokenStore
+from trainer.distributed.topology import host_memory
 from trainer.errors import UsageError
 from trainer.model.attention import packed_forward, packed_inputs
 from trainer.model.fsdp import inference
@@ -124,13 +124,13 @@ def measure_packs(
     shorter than T end in -100. preprocess_logits_for_metrics is called for one sample at a time, (1,T,V) and (1,T).
 
     Raises:
-        UsageError: all logits together would not fit into this machine's memory.
+        UsageError: all logits together would not fit into a rank's share of this machine's memory.
     """
     assert trainer.compute_metrics is not None
     prepared, group = task.prepared, trainer.group
     preprocess = trainer.preprocess_logits_for_metrics
     if preprocess is None:
-        _check_room(store, prepared.model)
+        _check_room(store, prepared.model, host_memory() // group.topology.local_world_size)
     collected = Collected()
     ids: list[int] = []
     with prepared.in_use(), inference(prepared.model):
@@ -158,15 +158,15 @@ def measure_packs(
     return denumpify_detensorize(found)
 
 
-def _check_room(store: TokenStore, model: Any) -> None:
-    """Refuse logits of all samples that together are larger than the memory of this machine."""
+def _check_room(store: TokenStore, model: Any, memory: int) -> None:
+    """Refuse logits of all samples that together are larger than the memory of a rank: each holds all of them."""
     lengths = store.lengths
     vocab_size = model.config.get_text_config().vocab_size
     needed = len(lengths) * int(lengths.max()) * vocab_size * 4
-    if needed > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+    if needed > memory:
         raise UsageError(
-            f"compute_metrics would get logits of {len(lengths):,} samples, {needed / 2**30:,.0f} GiB, and this "
-            f"machine has {memory / 2**30:,.0f} GiB: give preprocess_logits_for_metrics, such as "
+            f"compute_metrics would get logits of {len(lengths):,} samples, {needed / 2**30:,.0f} GiB, and a "
+            f"rank of this machine has {memory / 2**30:,.0f} GiB: give preprocess_logits_for_metrics, such as "
             "lambda logits, labels: logits.argmax(-1)"
         )
 

@@ -22,6 +22,7 @@ from transformers.trainer_utils import enable_full_determinism
 from trainer import __version__
 from trainer.atomic import write_json
 from trainer.config.arguments import TrainingArguments
+from trainer.distributed.topology import host_memory
 from trainer.errors import OutputError
 from trainer.model.precision import use_tf32
 from trainer.training.run_dir import ENVIRONMENT
@@ -73,7 +74,7 @@ def environment_record(seed: int | None = None) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": host_memory(),
         "gpus": [gpu_record(i) for i in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
         "variables": variables,
