@@ -5,10 +5,15 @@ from __future__ import annotations
 import platform
 import resource
 import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.shape.source import ROOT
+from trainer import host
 from trainer.training.process import keep_freed_memory
 
 ACTIVATION_BYTES = 2**26  # glibc by itself gives the system back whatever is larger than 2**25
@@ -34,3 +39,21 @@ def pages_of_uses(keeps: bool) -> float:
 def test_memory_that_a_step_frees_is_kept_for_the_next(launch, keeps):
     share = launch(1, pages_of_uses, keeps, group=False)[0].value
     assert (share < FEW) == keeps
+
+
+def test_memory_is_that_of_the_machine_or_of_the_container_in_it(tmp_path: Path, monkeypatch) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(host, "LIMIT_OF_CONTAINER", limit)
+    of_machine = host.host_memory()
+    for text, expected in (("max\n", of_machine), (f"{2**62}\n", of_machine), ("1048576\n", 2**20)):
+        limit.write_text(text)
+        assert host.host_memory() == expected
+
+
+def test_the_peak_of_a_process_is_its_own_not_its_parents() -> None:
+    """What a launcher or a notebook held before it started the run is handed on through exec by getrusage."""
+    small = "from trainer.host import peak_resident_bytes; print(peak_resident_bytes())"
+    large = f"import subprocess, sys; held = b'x' * {2**28}; subprocess.run([sys.executable, '-c', {small!r}])"
+    command = [sys.executable, "-c", large]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert 2**20 < int(printed) < 2**27

@@ -24,7 +24,7 @@ from trainer.data.loader import MaxTokensPerRankCollator
 from trainer.data.order import epoch_order
 from trainer.distributed import failure
 from trainer.distributed.group import Group
-from trainer.distributed.topology import Topology, current_topology, gpu_index, host_memory, refuse_lone_slurm_task
+from trainer.distributed.topology import Topology, current_topology, gpu_index, refuse_lone_slurm_task
 from trainer.errors import CheckpointError, RankError, UsageError
 from trainer.model.precision import emulates_bfloat16
 from trainer.optim.build import build_optimizer
@@ -228,14 +228,6 @@ class TestTopology:
     def test_nonsense_is_refused(self, environment: dict[str, str]) -> None:
         with pytest.raises(UsageError, match="torchrun"):
             Topology.from_environment(environment)
-
-    def test_memory_is_that_of_the_machine_or_of_the_container_in_it(self, tmp_path, monkeypatch) -> None:
-        limit = tmp_path / "memory.max"
-        monkeypatch.setattr("trainer.distributed.topology.LIMIT_OF_CONTAINER", limit)
-        of_machine = host_memory()
-        for text, expected in (("max\n", of_machine), (f"{2**62}\n", of_machine), ("1048576\n", 2**20)):
-            limit.write_text(text)
-            assert host_memory() == expected
 
     def test_a_slurm_job_of_several_tasks_without_ranks_is_refused(self) -> None:
         with pytest.raises(UsageError, match=r"SLURM runs 4 tasks .*srun --ntasks-per-node=1 torchrun"):

@@ -13,6 +13,7 @@ FLOORS = {
     "errors": 0,
     "atomic": 1,
     "labels": 0,
+    "host": 0,
     "config": 1,
     "data": 3,
     "distributed": 2,

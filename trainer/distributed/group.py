@@ -29,10 +29,10 @@ from trainer.distributed.topology import (
     count_shards,
     current_topology,
     gpu_index,
-    host_memory,
     refuse_lone_slurm_task,
 )
 from trainer.errors import PeerError, RankError
+from trainer.host import host_memory
 
 SECONDS_BETWEEN_BEATS = 0.25
 SECONDS_BEFORE_TELLING = 300.0  # that other ranks are at work for so long; a disk that hangs would wait in silence

@@ -9,13 +9,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from trainer.errors import UsageError
-
-LIMIT_OF_CONTAINER = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
@@ -92,14 +88,6 @@ def current_topology(environment: Mapping[str, str] = os.environ) -> Topology:
     else:
         local_rank, local_world_size = rank, world_size
     return Topology(rank, world_size, local_rank, local_world_size, restart)
-
-
-def host_memory() -> int:
-    """Return the bytes of memory of this machine, or of the container that runs in it where that has less."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError, ValueError):  # no control groups of version 2, or "max": no limit
-        memory = min(memory, int(LIMIT_OF_CONTAINER.read_text()))
-    return memory
 
 
 def count_shards(world_size: int, replicate: int) -> int:

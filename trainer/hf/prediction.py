@@ -20,8 +20,8 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, denumpify
 
 from trainer.data.loader import MicroBatch, to_device
 from trainer.data.store import TokenStore
-from trainer.distributed.topology import host_memory
 from trainer.errors import UsageError
+from trainer.host import host_memory
 from trainer.model.attention import packed_forward, packed_inputs
 from trainer.model.fsdp import inference
 from trainer.model.precision import cast_weights

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from trainer.distributed.group import Group
+from trainer.host import peak_resident_bytes
 
 
 @dataclass
@@ -112,9 +113,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Return the most memory held so far: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_resident_bytes()
 
 
 def now() -> float:

@@ -22,8 +22,8 @@ from transformers.trainer_utils import enable_full_determinism
 from trainer import __version__
 from trainer.atomic import write_json
 from trainer.config.arguments import TrainingArguments
-from trainer.distributed.topology import host_memory
 from trainer.errors import OutputError
+from trainer.host import host_memory
 from trainer.model.precision import use_tf32
 from trainer.training.run_dir import ENVIRONMENT
 
