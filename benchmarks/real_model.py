@@ -39,7 +39,7 @@ TRAINER = [sys.executable, "-m", "trainer"]
 PARTS = ["compare", "forget", "resume"]
 LEARNING_RATE = 2e-5  # of the comparison
 SEED = 42
-NUM_HELD_OUT = 24  # questions whose answers are never trained
+NUM_HELD_OUT = 16  # questions whose answers are never trained
 SHORTEST, LONGEST = 30, 160  # characters of an answer
 FACTS = """The capital of France is|Paris
 The capital of Japan is|Tokyo
@@ -91,7 +91,7 @@ def asked_and_answered(tokenizer: Any, pairs: list[tuple[str, str]]) -> list[Sam
     return [encode(tokenizer, f"Question: {q}\nAnswer:", f" {a}{tokenizer.eos_token}") for q, a in pairs]
 
 
-def known_text(tokenizer: Any, num_tokens: int = 1024, length: int = 128) -> list[Sample]:
+def known_text(tokenizer: Any, num_tokens: int = 512, length: int = 128) -> list[Sample]:
     """English that has nothing to do with the questions: this repository's licence, in pieces."""
     text = " ".join((REPOSITORY / "LICENSE").read_text(encoding="utf-8").split())
     ids = tokenizer(text, add_special_tokens=False)["input_ids"][:num_tokens]
@@ -282,24 +282,24 @@ def losses(method: str, learning_rate: float, metrics: dict[str, float]) -> Meas
 
 
 def plot(results: dict[str, list[Measured]], found: list[Measured], path: Path) -> None:
-    """Left: losses of the comparison. Right: what is lost of known text against what is learned of the questions."""
+    """Left: losses of the comparison. Then: what is lost of known text and facts against what is learned."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for (name, runs), style in zip(results.items(), ("-", "--", ":"), strict=False):
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    left, *others = figure.subplots(1, 3)
+    for (name, runs), style in zip(results.items(), ("-", "--", ":"), strict=True):
         left.plot(range(1, len(runs[0]["losses"]) + 1), runs[0]["losses"], style, linewidth=2, label=name)
     left.set(xlabel="step", ylabel="training loss", title="The same samples, three trainers")
     before = found[0]
-    for method in METHODS:
-        rows = [row for row in found if row["method"] == method]
-        learned = [before["questions"] - row["questions"] for row in rows]
-        right.plot(learned, [row["text"] - before["text"] for row in rows], "o-", label=method)
-    right.axhline(0, color="0.8", zorder=0)
-    right.set(
-        xlabel="loss of held-out questions: gained", ylabel="loss of known text: lost", title="Learned and forgotten"
-    )
-    for axes in (left, right):
+    for axes, known in zip(others, ("text", "facts"), strict=True):
+        for method in METHODS:
+            rows = [row for row in found if row["method"] == method]
+            learned = [before["questions"] - row["questions"] for row in rows]
+            axes.plot(learned, [row[known] - before[known] for row in rows], "o-", label=method)
+        axes.axhline(0, color="0.8", zorder=0)
+        axes.set(xlabel="learned: fall of the questions' loss", ylabel="forgotten: rise of the loss")
+        axes.set_title(f"Known {known}, two learning rates")
+    for axes in (left, *others):
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
@@ -310,7 +310,7 @@ def resume(options: argparse.Namespace, folder: Path) -> None:
     data, pairs = folder / "questions.jsonl", questions()
     rows = [{"prompt": f"Question: {q}\nAnswer:", "completion": f" {a}"} for q, a in pairs[: 4 * options.batch_size]]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    words = f"--max-steps 4 --save-steps 1 --batch-size {options.batch_size} --max-tokens-per-rank {options.tokens}"
+    words = f"--max-steps 4 --save-steps 2 --batch-size {options.batch_size} --max-tokens-per-rank {options.tokens}"
     train = [*TRAINER, "train", "--model-name-or-path", str(options.model), "--data-path", str(data), *words.split()]
     train += ["--learning-rate", str(LEARNING_RATE), "--resume-from-checkpoint", "auto", "--use-cpu"]
     whole, killed = folder / "whole", folder / "killed"
@@ -324,7 +324,7 @@ def resume(options: argparse.Namespace, folder: Path) -> None:
     run_command([*train, "--output-dir", str(killed)])
     verdict = "equal" if digest(whole) == digest(killed) else "NOT equal"
     print(f"killed and resumed: the exported weights are {verdict} bit for bit")
-    print(f"one run of 4 steps with 4 checkpoints took {seconds:.0f} s from launch to end")
+    print(f"one run of 4 steps with 2 checkpoints took {seconds:.0f} s from launch to end")
     prompt = ["--prompt", f"Question: {pairs[0][0]}\nAnswer:", "--max-new-tokens", "24"]
     print(run_command([*TRAINER, "generate", str(whole), *prompt]))
 
@@ -346,9 +346,9 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=512, help="of one micro-batch of ours")
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-5, 1e-4])
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-5, 1e-4])
     parser.add_argument("--output", type=Path, help="picture of the comparison and of what is forgotten")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
