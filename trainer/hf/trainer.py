@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any, TypeAlias
 
 import torch
@@ -44,7 +45,6 @@ from trainer.optim.build import optimizer_class
 from trainer.optim.groups import MATRIX_DIMENSIONS
 from trainer.training.callbacks import RunState
 from trainer.training.evaluate import PADDING
-from trainer.training.metrics import now
 from trainer.training.model_task import ModelTask
 from trainer.training.out_of_memory import memory_tracker
 from trainer.training.scores import ScoreAnswers
@@ -329,10 +329,10 @@ class Trainer(CoreTrainer):
                 "as eval_dataset to another Trainer; token data is packed, without a row of logits for each sample"
             )
         self._memory.start()
-        started = now()
+        started = perf_counter()
         loader = self.get_test_dataloader(test_dataset)
         output = self.evaluation_loop(loader, "Prediction", None, ignore_keys, metric_key_prefix)
-        metrics = output.metrics | self.speed_metrics(metric_key_prefix, now() - started, output.num_samples)
+        metrics = output.metrics | self.speed_metrics(metric_key_prefix, perf_counter() - started, output.num_samples)
         self.events.emit("on_predict", metrics=metrics)
         self._memory.stop_and_update_metrics(metrics)
         return PredictionOutput(output.predictions, output.label_ids, metrics)

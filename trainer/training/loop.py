@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from time import perf_counter
 
 from trainer.checkpoint.run_state import generator_states
 from trainer.config.arguments import TrainingArguments
 from trainer.data.length import RunLength
 from trainer.training.callbacks import Events, RunState
 from trainer.training.checkpoints import Checkpoints
-from trainer.training.metrics import StepReport, now, peak_memory_bytes
+from trainer.training.metrics import StepReport, peak_memory_bytes
 from trainer.training.nonfinite import CrashRecorder
 from trainer.training.signals import StopRequest
 from trainer.training.step import Engine, take_step
@@ -96,7 +97,7 @@ def train_epoch(run: Run, stop: StopRequest) -> None:
     batches = iter(run.batches.epoch(epoch, state.num_epoch_samples_seen))
     try:
         while True:
-            waiting_since = now()
+            waiting_since = perf_counter()
             batch = next(batches, None)
             if batch is None and state.num_epochs_done == epoch:  # a stream ends: now its length is known
                 if state.num_epoch_samples_seen == 0:
@@ -107,7 +108,7 @@ def train_epoch(run: Run, stop: StopRequest) -> None:
                     state.end_epoch()
             if batch is None:
                 break
-            train_batch(run, batch, now() - waiting_since, stop)
+            train_batch(run, batch, perf_counter() - waiting_since, stop)
             act(run)
             if events.control.should_training_stop or events.control.should_epoch_stop or run.is_over:
                 break
@@ -124,7 +125,7 @@ def train_batch(run: Run, batch: GlobalBatch, data_seconds: float, stop: StopReq
     events, state = run.events, run.events.state
     task, device = run.engine.task, run.engine.group.device
     events.emit("on_step_begin")
-    started = now()
+    started = perf_counter()
     random = generator_states(device)  # so that a step that fails can be replayed with the same dropout
     result = take_step(run.engine, batch, stop)
     if result.problem is not None:
@@ -133,7 +134,7 @@ def train_batch(run: Run, batch: GlobalBatch, data_seconds: float, stop: StopReq
     state.advance(counts.num_samples, counts.num_loss_tokens or 0)
     state.total_flos += counts.num_operations
     state.num_input_tokens_seen += counts.num_tokens or 0
-    seconds = now() - started
+    seconds = perf_counter() - started
     tflops = counts.num_operations / seconds / run.engine.group.world_size / 1e12
     num_steps = run.length.num_steps
     report = StepReport(

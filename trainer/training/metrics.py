@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
+import re
+import resource
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from trainer.distributed.group import Group
-from trainer.host import peak_resident_bytes
+
+OWN_STATUS = Path("/proc/self/status")
 
 
 @dataclass
@@ -113,9 +117,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Return the most memory held so far: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return peak_resident_bytes()
-
-
-def now() -> float:
-    """Read the clock that durations are measured with, in seconds; the only place that reads it."""
-    return time.perf_counter()
+    with suppress(OSError):
+        if found := re.search(r"VmHWM:\s+(\d+) kB", OWN_STATUS.read_text()):
+            return int(found[1]) * 1024
+    # Where there is no /proc. Linux would hand on through exec what the parent had held.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

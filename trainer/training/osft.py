@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,7 +24,7 @@ from trainer.model.osft.layers import Osft, apply_osft
 from trainer.model.prepared import Prepared
 from trainer.training.callbacks import Events
 from trainer.training.checkpoints import read_importance
-from trainer.training.metrics import now, peak_memory_bytes
+from trainer.training.metrics import peak_memory_bytes
 from trainer.training.task import build_model
 
 
@@ -52,11 +53,13 @@ def build_split_model(
 
 def start(osft: Osft, events: Events, group: Group) -> dict[str, float]:
     """Decompose the matrices, reporting progress to callbacks; return how long it took and the most memory held."""
-    started = now()
-    num_decomposed = start_osft(osft, lambda done, total: events.tell("on_decompose", done, total, now() - started))
+    started = perf_counter()
+    num_decomposed = start_osft(
+        osft, lambda done, total: events.tell("on_decompose", done, total, perf_counter() - started)
+    )
     return {
         "osft/num_decomposed": num_decomposed,
-        "osft/start_seconds": now() - started,
+        "osft/start_seconds": perf_counter() - started,
         "osft/peak_memory_bytes": peak_memory_bytes(group.device),
         "osft/reconstruction_error": osft.reconstruction_error,
     }

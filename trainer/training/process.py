@@ -132,14 +132,9 @@ def gpu_record(index: int) -> dict[str, Any]:
 
 def git_commit(folder: Path) -> dict[str, Any] | None:
     """Return commit and whether files differ from it, of the repository that a folder is in; None without one."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
-        commit = _git(folder, "rev-parse", "HEAD")
-        is_changed = bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return {"commit": commit, "is_changed": is_changed}
-
-
-def _git(folder: Path, *words: str) -> str:
-    command = ["git", "-C", str(folder), *words]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    return {"commit": found.removesuffix("-dirty"), "is_changed": found.endswith("-dirty")}

@@ -10,6 +10,7 @@ import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ from trainer.training.checkpoints import Checkpoints, load_best_weights
 from trainer.training.evaluate import best_metric, check_best_of_several, improves, more_is_better
 from trainer.training.generate import Answer, write_answers
 from trainer.training.loop import Run, train
-from trainer.training.metrics import nominal_tflops, now
+from trainer.training.metrics import nominal_tflops
 from trainer.training.nonfinite import CrashRecorder
 from trainer.training.osft import start
 from trainer.training.out_of_memory import Snapshot, free_cached_memory, is_out_of_memory, next_batch_size
@@ -198,7 +199,7 @@ class CoreTrainer:
             with sole_run(self.args, self.group):
                 with self.group.naming_faults(lambda: "before the first step"):
                     self._open(run, asked)
-                self._run_started, self.is_in_train, self._has_trained = now(), True, True
+                self._run_started, self.is_in_train, self._has_trained = perf_counter(), True, True
                 try:
                     with self.task.prepared.in_use(), embedding_noise(self.model, self.args.neftune_noise_alpha):
                         train(run)
@@ -349,7 +350,7 @@ class CoreTrainer:
         if self.args.load_best_model_at_end:
             load_best_weights(self.model, self.create_optimizer(), self.state, self.group)
             self._exports.clear()
-        self._train_metrics = self.state.train_metrics(now() - self._run_started)
+        self._train_metrics = self.state.train_metrics(perf_counter() - self._run_started)
         self.log(self._train_metrics)
 
     def evaluate(
@@ -380,7 +381,7 @@ class CoreTrainer:
             if answers:
                 self.answers[self.state.global_step] = answers
             return metrics
-        started = now()
+        started = perf_counter()
         loader = self.get_eval_dataloader(eval_dataset)
         if isinstance(dataset, str):
             dataset = self.eval_dataset[dataset]
@@ -388,7 +389,7 @@ class CoreTrainer:
             metrics, num_samples = self.task.evaluate(
                 dataset, loader, self.state.global_step, metric_key_prefix, ignore_keys
             )
-        metrics = metrics | self.speed_metrics(metric_key_prefix, now() - started, num_samples)
+        metrics = metrics | self.speed_metrics(metric_key_prefix, perf_counter() - started, num_samples)
         self.log(metrics)
         self.events.emit("on_evaluate", metrics=metrics)
         return metrics
