@@ -57,7 +57,8 @@ ROOMS = {
 }
 # (file, change) -> why no test could tell
 EQUIVALENT: dict[tuple[str, str], str] = {}
-LIMIT_SECONDS = 240.0  # of one mutant
+LIMIT_SECONDS = 60.0  # of one mutant, beside four times what its tests took, so that one that hangs costs little
+VERDICTS = ("killed", "too slow", "survived", "not covered", "equivalent")
 COVERAGE_SECONDS = 1800.0
 COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
 COMPARISONS |= {ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}
@@ -180,22 +181,22 @@ def measure_coverage(root: Path, room: str, files: list[str]) -> Covering:
 
 
 def meet(mutant: Mutant, covering: Covering, root: Path, most_seconds: float) -> str:
-    """Return what became of a mutant: killed, survived, or not covered by any test."""
+    """Return what became of a mutant: killed, too slow (a hang, or a busy machine), survived, or not covered."""
     lines = covering[mutant.file]
     # What runs as the module is imported belongs to no test: then those of the file are asked.
-    tests = _quickest(lines.get(mutant.line) or lines[0], most_seconds)
+    tests, seconds = _quickest(lines.get(mutant.line) or lines[0], most_seconds)
     if not tests:
         return "not covered"
     path = root / mutant.file
     healthy = path.read_text(encoding="utf-8")
     path.write_text(mutant.text, encoding="utf-8")
-    code, _ = fork_pytest(["-q", "-x", *tests], root, LIMIT_SECONDS)
+    code, _ = fork_pytest(["-q", "-x", *tests], root, LIMIT_SECONDS + 4 * seconds)
     path.write_text(healthy, encoding="utf-8")
-    return "survived" if code == "0" else "killed"
+    return {"0": "survived", "too slow": "too slow"}.get(code, "killed")
 
 
-def _quickest(tests: list[tuple[float, str]], most_seconds: float) -> list[str]:
-    """Return the quickest tests that fit in a time, no function of a parametrised test more than three times."""
+def _quickest(tests: list[tuple[float, str]], most_seconds: float) -> tuple[list[str], float]:
+    """Return the quickest tests that fit in a time, and their seconds; at most three cases of one function."""
     taken: dict[str, int] = {}
     chosen: list[str] = []
     total = 0.0
@@ -205,7 +206,7 @@ def _quickest(tests: list[tuple[float, str]], most_seconds: float) -> list[str]:
         if taken[name] <= 3 and (not chosen or total + seconds <= most_seconds):
             chosen.append(test)
             total += seconds
-    return chosen
+    return chosen, total
 
 
 def main() -> None:
@@ -224,7 +225,7 @@ def main() -> None:
         root = Path(folder).resolve()
         copy_tree(root)
         for room in options.rooms:
-            counts = score.setdefault(room, dict.fromkeys(("killed", "survived", "not covered", "equivalent"), 0))
+            counts = score.setdefault(room, dict.fromkeys(VERDICTS, 0))
             files = [file for file in files_of(room) if any(word in file for word in options.files)]
             covering = measure_coverage(root, room, files)
             for mutant in draw(files, options.seed, options.per_file):
@@ -237,11 +238,13 @@ def main() -> None:
                 print(f"{verdict:11} {time.monotonic() - started:5.1f} s  {told}", flush=True)
                 if verdict in ("survived", "not covered"):
                     survivors.append(told)
+                if options.report is not None:  # after each, so that nothing is lost of a run that is stopped
+                    options.report.write_text(json.dumps({"score": score, "survivors": survivors}, indent=1) + "\n")
     for room, counts in score.items():
         total = sum(counts.values()) - counts["equivalent"]
-        print(f"{room:12} {counts['killed']} of {total} killed, {counts['equivalent']} equivalent")
-    if options.report is not None:
-        options.report.write_text(json.dumps({"score": score, "survivors": survivors}, indent=1) + "\n")
+        print(
+            f"{room:12} {counts['killed']} of {total} killed, {counts['too slow']} too slow, {counts['equivalent']} equivalent"
+        )
 
 
 def draw(files: list[str], seed: int, per_file: int) -> Iterator[Mutant]:

@@ -299,6 +299,29 @@ def test_a_turn_written_into_the_one_before_it_is_trained_behind_what_the_model_
     assert [span for _, span in trained(apart, [*chat[:-1], {**chat[-1], "train": False}])] == [" Reply one<turn|>"]
 
 
+def test_a_turn_that_would_be_trained_with_the_turn_before_it_is_refused() -> None:
+    """The prompt leaves out an assistant turn that stands last, so that the next seems to begin where that one did."""
+    finder = finder_for(
+        "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>\n{% else %}"
+        "{% if loop.previtem.role == 'user' %}<|im_start|>assistant\n{% endif %}"
+        "{% if not (loop.last and add_generation_prompt) %}{{ m.content }}"
+        "{% if loop.last or loop.nextitem.role == 'user' %}<|im_end|>\n{% endif %}{% endif %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt and messages[-1].role == 'user' %}<|im_start|>assistant\n{% endif %}"
+    )
+    chat = [*SHORT, assistant(" and three")]
+    with pytest.raises(TemplateError, match="joins an assistant turn with the message before it") as caught:
+        trained(finder, chat)
+    assert "join the two in the document" in caught.value.remedy
+    assert [span for _, span in trained(finder, SHORT)] == [ONE]
+    # A turn may say again what the one before it said: then its own words tell nothing of whose they are.
+    again = finder_for(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    repeated = [*SHORT, assistant("Reply one and three")]
+    assert [span for _, span in trained(again, repeated)] == [ONE, f"Reply one and three{END}"]
+
+
 def test_an_open_last_turn_gets_the_token_that_ends_turns_within_the_chat() -> None:
     """As Apertus and Apriel 1.6: behind a system prompt of the template, the user's header is not the chat's first."""
     finder = finder_for(

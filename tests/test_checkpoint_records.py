@@ -8,7 +8,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import pytest
 import torch
@@ -23,11 +23,14 @@ from tests.fixtures.runs import build_trainer, random_token_samples, read_metric
 from tests.fixtures.tolerances import RELEASED_FP32
 from tests.trainer.trainer_test_utils import get_regression_trainer
 from trainer.atomic import read_sealed, write_sealed
+from trainer.checkpoint.run_state import PER_PROCESS, restore_state
 from trainer.checkpoint.verify import find_damage
 from trainer.cli.main import main
 from trainer.config.arguments import TrainingArguments
+from trainer.config.fields import is_union, types_of
 from trainer.errors import CheckpointError, TrainerError, UsageError
 from trainer.hf.trainer import Trainer
+from trainer.training.callbacks import RunState
 
 RELEASED = sorted((Path(__file__).parent / "fixtures" / "data").glob("checkpoint_*.zip"))
 SAMPLES = random_token_samples([4 + i * 5 % 11 for i in range(8)])
@@ -146,15 +149,37 @@ class TestOtherFields:
         with pytest.raises(CheckpointError, match=rf"state.json is no record of a run \({name} = "):
             regression(damaged.parents[1]).train(resume_from_checkpoint=str(damaged))
 
-    @pytest.mark.parametrize(
-        ("name", "value"), [("global_step", None), ("global_step", 2.5), ("best_metric", "0"), ("log_history", {})]
-    )
-    def test_another_type_in_the_state_is_named(self, damaged: Path, name: str, value: Any) -> None:
+    def test_another_type_in_the_state_is_named(self, damaged: Path) -> None:
         state = json.loads((damaged / "state.json").read_bytes())
-        state["state"][name] = value
+        state["state"]["log_history"] = None
         rewrite(damaged, "state.json", json.dumps(state).encode())
-        with pytest.raises(CheckpointError, match=f"{name} = {value!r} in the state: expected"):
+        with pytest.raises(CheckpointError, match="log_history = None in the state: expected a list, each an object"):
             regression(damaged.parents[1]).train(resume_from_checkpoint=str(damaged))
+
+    def test_every_field_of_the_state_is_of_its_type(self) -> None:
+        """What fits no field, what fits only some, and the null that only fields allow which say so."""
+        wrong: dict[type, list[Any]] = {
+            int: [2.5, True, "2", [], {}],
+            float: ["0", False, [], {}],
+            bool: [1, 0.0, "true", []],
+            str: [1, True, []],
+            list: [{}, "x", [1], [None]],
+            dict: [[], "x", 1, {"loss": None}, {"loss": []}],
+        }
+        fresh = RunState()
+        met = set()
+        for name, hint in types_of(RunState).items():
+            if name in PER_PROCESS:
+                continue
+            parts = get_args(hint) if is_union(hint) else (hint,)
+            kind, is_optional = get_origin(parts[0]) or parts[0], type(None) in parts
+            met.add(kind)
+            for value in wrong[kind] + ([] if is_optional else [None]):
+                with pytest.raises(CheckpointError, match=f"^{name} = .* in the state: expected "):
+                    restore_state(fresh, {"global_step": 7, name: value})
+            restore_state(fresh, {name: None if is_optional else getattr(fresh, name)})
+        assert met == set(wrong)
+        assert fresh == RunState()  # nothing was set beside what was refused
 
 
 class TestWhatVerifyFinds:

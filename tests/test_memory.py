@@ -2,14 +2,18 @@
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import LlamaConfig
+from transformers import LlamaConfig, TrainerCallback
 
+from tests.fixtures.oracles import count_loss_tokens
+from tests.fixtures.runs import build_trainer, random_token_samples
 from tests.fixtures.tolerances import MEMORY_ESTIMATE, MEMORY_STEP_COUNTERS
 from trainer.cli.memory import foretell_memory, parse_bytes
 from trainer.config.arguments import TrainingArguments
@@ -170,3 +174,44 @@ def test_a_run_warns_before_it_starts_where_memory_is_too_small(tmp_path, capsys
     assert "more than there is" in capsys.readouterr().out
     foretell_memory(args, 1, 2**40)
     assert "roughly" in capsys.readouterr().out
+
+
+def test_a_run_holds_what_was_foretold_and_no_more_with_every_step(tmp_path: Path) -> None:
+    """Gradients, activations and micro-batches of a step are gone with it; the peak is that of the estimate."""
+    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+    held_before: list[int] = []
+
+    class Profiled(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+            if state.global_step == 1:  # the optimizer has its state
+                states = [part for parts in trainer.optimizer.state.values() for part in parts.values()]
+                tensors = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None), *states]
+                held_before.append(sum(tensor.nbytes for tensor in tensors))
+                profiler.start()
+            if state.global_step:
+                with record_function(f"before step {state.global_step + 1}"):
+                    pass
+            if state.global_step == 3:
+                profiler.stop()
+
+    config, samples = small(num_hidden_layers=1), random_token_samples([50] * 32)
+    options = {"batch_size": 8, "max_tokens_per_rank": 400, "callbacks": [Profiled()]}
+    trainer = build_trainer(tmp_path, samples, model_of(config), **options)
+    trainer.train()
+    events = profiler.profiler.kineto_results.events()
+    starts = sorted(event.start_ns() for event in events if event.name().startswith("before step"))
+    assert len(starts) == 3
+    num_loss_tokens = count_loss_tokens(samples) // 4
+    load = Load(400, 50, num_loss_tokens, accumulates=False)
+    estimate = estimate_memory(trainer.args, config, load, is_sharded=False, on_gpu=False)
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    for step in (2, 3):
+        held = peak = 0
+        for time, change in changes:
+            if starts[step - 2] <= time < starts[step - 1]:
+                held += change
+                peak = max(peak, held)
+        assert held == 0, f"L7 accounting: step {step} left {held} bytes behind"
+        assert held_before[0] + peak == pytest.approx(estimate.peak, rel=MEMORY_ESTIMATE), (
+            f"L7 accounting: the peak of step {step}"
+        )

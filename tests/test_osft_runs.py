@@ -57,14 +57,27 @@ def test_every_step_reports_what_osft_does(tmp_path: Path) -> None:
 
 
 def test_a_run_moves_what_is_free_and_nothing_else(tmp_path: Path) -> None:
+    """After every step; the run's own guard is off."""
     before = weights_of(tiny_llama())
-    trainer = osft_trainer(tmp_path, num_train_epochs=4, export_final=True)
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+            for name, layer in osft_layers(model).items():
+                weight = before[f"{name}.weight"]
+                change = merged_weight(layer).double() - weight.double()
+                share = protected_share(change, weight, math.ceil(min(weight.shape) / 4))
+                assert share < OSFT_LEAK[torch.float32], (
+                    f"L9 frozen stays frozen: after step {state.global_step} {name} has moved in protected directions "
+                    f"({share:.2g} of its change)"
+                )
+
+    trainer = osft_trainer(tmp_path, num_train_epochs=4, export_final=True, osft_leak_limit=1e9, callbacks=[Look()])
     trainer.train()
-    after = AutoModelForCausalLM.from_pretrained(trainer.save_model(), dtype=torch.float32)
     split = {f"{name}.weight" for name in osft_layers(trainer.model)}
-    for name, weight in weights_of(after).items():
+    after = weights_of(AutoModelForCausalLM.from_pretrained(trainer.save_model(), dtype=torch.float32))
+    for name, weight in after.items():
         if name not in split:
-            assert torch.equal(weight, before[name])
+            assert torch.equal(weight, before[name]), f"L9 frozen stays frozen: {name} has moved"
             continue
         change = weight.double() - before[name].double()
         assert protected_share(change, before[name], math.ceil(min(weight.shape) / 4)) < OSFT_LEAK[torch.float32]
@@ -108,7 +121,7 @@ def test_a_leak_ends_the_run(tmp_path: Path) -> None:
                 next(iter(osft_layers(model).values())).osft_protected.data.mul_(1.1)
 
     trainer = osft_trainer(tmp_path, callbacks=[Push()])
-    with pytest.raises(LeakError, match=r"osft/leak is .* the limit 0.0001 \(osft_leak_limit\)"):
+    with pytest.raises(LeakError, match=r"osft/leak is .* in model\.layers\.0\..*, the limit 0.0001"):
         trainer.train()
     assert len(step_lines(tmp_path)) == 1
 

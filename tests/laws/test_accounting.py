@@ -1,16 +1,28 @@
 """L7: what is logged is what a recomputation by hand gives; what the plan predicts is what the run does."""
 
 import functools
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import TrainerCallback
 
 from tests.fixtures.models import tiny_llama
 from tests.fixtures.oracles import count_loss_tokens, global_norm, gradients, linear_schedule, mean_loss
 from tests.fixtures.ranks.context import Ranks
-from tests.fixtures.runs import build_store, build_trainer, random_token_samples, read_metrics, step_lines
-from tests.fixtures.tolerances import CLOSED_FORM_FLOAT64, LAYOUT_FLOAT64
+from tests.fixtures.runs import (
+    build_store,
+    build_trainer,
+    gradients_of,
+    random_token_samples,
+    read_metrics,
+    step_lines,
+    weights_of,
+)
+from tests.fixtures.tolerances import CLOSED_FORM_FLOAT64, LAYOUT_FLOAT64, RESIDENT_COUNTED, UPDATE_FP32
 from trainer.data.length import Layout, forecast
 from trainer.data.order import epoch_order
 from trainer.data.packing import TOKENS
@@ -107,3 +119,49 @@ def test_evaluation_does_not_depend_on_the_number_of_ranks(ranks, tmp_path: Path
     trainer = build_trainer(tmp_path, SAMPLES, tiny_llama().double(), held_out)
     expected = ranks.once(lambda: mean_loss(tiny_llama().double(), held_out).item())
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=LAYOUT_FLOAT64)
+
+
+@pytest.mark.world_size(1, 2)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_updates_too_small_for_bf16_are_kept(ranks: Ranks, tmp_path: Path, stored: torch.dtype) -> None:
+    """Weights are held and updated in float32 while the model computes in bf16, tensor by tensor, step by step."""
+
+    class ByHand(TrainerCallback):
+        """What SGD makes of each weight in float32."""
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+            assert trainer.optimizer is not None
+            rate = trainer.optimizer.param_groups[0]["lr"]
+            held, grown = weights_of(model), gradients_of(model)
+            self.expected = {name: weight - rate * grown[name] for name, weight in held.items()}
+            self.moved = {name: rate * grown[name].abs().max() / weight.abs().max() for name, weight in held.items()}
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+            for name, weight in weights_of(model).items():
+                where = f"L7 accounting: step {state.global_step + 1}, {name}"
+                assert 0 < self.moved[name] < torch.finfo(torch.bfloat16).eps / 2, f"{where}: the update is too large"
+                assert weight.dtype == torch.float32, f"{where} is held in {weight.dtype}"
+                error = ((weight - self.expected[name]).abs() / weight.abs()).nan_to_num().max()
+                assert error < UPDATE_FP32, f"{where}: {error:.2g} from what SGD in float32 makes of it"
+
+    options: dict[str, Any] = {"bf16": True, "optim": "sgd", "learning_rate": 1e-4, "max_grad_norm": 0.0}
+    trainer = build_trainer(tmp_path, SAMPLES, tiny_llama(dtype=stored), **options, max_steps=2, callbacks=[ByHand()])
+    trainer.train()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="Linux says there how much a process holds")
+def test_the_logged_peak_of_memory_counts_what_was_given_back(tmp_path: Path) -> None:
+    class Holds(TrainerCallback):
+        resident = 0
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            block = torch.ones(2**24)  # 64 MiB, for a moment
+            status = Path("/proc/self/status").read_text().split()
+            self.resident = max(self.resident, 1024 * int(status[status.index("VmRSS:") + 1]), 4 * len(block))
+
+    holds = Holds()
+    build_trainer(tmp_path, SAMPLES, max_steps=2, callbacks=[holds]).train()
+    all_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()):
+        peak = line.get("peak_memory_bytes", holds.resident)
+        assert RESIDENT_COUNTED * holds.resident < peak <= all_memory, f"L7 accounting: step {line['step']}: {peak}"

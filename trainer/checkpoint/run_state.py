@@ -84,9 +84,7 @@ def restore_state(state: TrainerState, saved: dict[str, Any]) -> None:
         if each.name not in saved or each.name in PER_PROCESS:
             continue
         value = values[each.name] = saved[each.name]
-        # A field may start as None whatever its annotation says: transformers' `log_history` does.
-        is_unset = value is None and each.default is None
-        if not (is_unset or fits(value, hints[each.name])):
+        if not fits(value, hints[each.name]):
             raise CheckpointError(f"{each.name} = {value!r} in the state: expected {describe(hints[each.name])}")
     for name, value in values.items():
         setattr(state, name, value)

@@ -105,7 +105,8 @@ def describe(hint: Any) -> str:
     if get_origin(hint) is list:
         return f"a list, each {describe(get_args(hint)[0])}"
     if get_origin(hint) is dict:
-        return "an object of names and values"
+        value = get_args(hint)[1]
+        return "an object of names and values" if value is Any else f"an object of names, each with {describe(value)}"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
 
 
@@ -225,6 +226,8 @@ def fits(value: Any, hint: Any) -> bool:
         return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in get_args(hint))
     if origin is list:
         return isinstance(value, list | tuple) and all(fits(item, get_args(hint)[0]) for item in value)
+    if origin is dict and get_args(hint):
+        return isinstance(value, dict) and all(fits(item, get_args(hint)[1]) for item in value.values())
     if origin in (int, float) and isinstance(value, bool):
         return False
     return origin is Any or isinstance(value, (int, float) if origin is float else origin)

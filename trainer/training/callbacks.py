@@ -28,6 +28,7 @@ class RunState(TrainerState):
     The position in the data is two integers, `num_epochs_done` and `num_epoch_samples_seen`.
     """
 
+    log_history: list[dict[str, Any]] = field(default_factory=list)
     num_samples_seen: int = 0  # since the start
     num_loss_tokens_seen: int = 0
     num_epochs_done: int = 0

@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from functools import cached_property
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +116,6 @@ class Osft:
         self.importance = importance  # of each block, by which the model was split; None: one ratio for all
         self.reconstruction_error = math.nan  # not measured yet
         self._removed: list[Tensor] = []  # squared norms: removed from the gradients, left of them
-        self._leaked: list[Tensor] = []  # squared norms, layer by layer: leaked, of the whole update
 
     @cached_property
     def layers(self) -> list[OsftLinear]:
@@ -137,24 +135,27 @@ class Osft:
 
     @torch.no_grad()
     def project_updates(self) -> None:
-        """Take the protected directions out of the factors, and measure what is left of them there."""
+        """Take the protected directions out of the factors."""
         for layer in self.layers:
             remove(layer.osft_update, layer.osft_protected)
-        leaked = [coefficients(layer.osft_update, layer.osft_protected).square().sum() for layer in self.layers]
-        sizes = [_square_sum(layer.osft_update) for layer in self.layers]
-        self._leaked = [torch.stack(leaked), self._whole_sums(sizes)]
 
+    @torch.no_grad()
     def report(self) -> dict[str, float]:
-        """The metrics of the step that was just taken.
+        """The metrics of the step that was just taken: measured here, whoever moved the factors.
 
         Raises:
             LeakError: more of some update lies in the protected directions than the limit allows.
         """
-        leak, limit = _largest_share(*self._leaked), self.args.osft_leak_limit
+        leaked = [coefficients(layer.osft_update, layer.osft_protected).square().sum() for layer in self.layers]
+        sizes = self._whole_sums([_square_sum(layer.osft_update) for layer in self.layers])
+        shares = torch.where(sizes > 0, torch.stack(leaked) / sizes, 0.0)  # 0 where nothing moved
+        leak, limit = shares.max().sqrt().item(), self.args.osft_leak_limit
         if not leak <= limit:
+            worst = self.layers[int(shares.argmax())]
+            name = next(name for name, layer in osft_layers(self.model).items() if layer is worst)
             raise LeakError(
-                f"osft/leak is {leak:.3g}, the limit {limit:.3g} (osft_leak_limit): something besides the optimizer's "
-                "step moves the weights, or multiplies matrices in less than float32 (TF32)"
+                f"osft/leak is {leak:.3g} in {name}, the limit {limit:.3g} (osft_leak_limit): something besides the "
+                "optimizer's step moves the weights, or multiplies matrices in less than float32 (TF32)"
             )
         removed, left = (float(part.sum()) for part in self._removed) if self._removed else (0.0, 0.0)
         return {
@@ -169,12 +170,6 @@ class Osft:
 
 def _square_sum(tensor: Tensor) -> Tensor:
     return local_shard(tensor).square().sum()
-
-
-def _largest_share(parts: Tensor, wholes: Tensor) -> float:
-    """The largest of the norms of parts, each relative to its whole; 0 where nothing moved."""
-    shares = torch.where(wholes > 0, parts / wholes, torch.zeros_like(parts))
-    return cast(float, shares.max().sqrt().item())
 
 
 SPLITTABLE = (nn.Linear, Conv1D)
