@@ -242,9 +242,8 @@ def main() -> None:
                     options.report.write_text(json.dumps({"score": score, "survivors": survivors}, indent=1) + "\n")
     for room, counts in score.items():
         total = sum(counts.values()) - counts["equivalent"]
-        print(
-            f"{room:12} {counts['killed']} of {total} killed, {counts['too slow']} too slow, {counts['equivalent']} equivalent"
-        )
+        told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
+        print(f"{room:12} {counts['killed'] + counts['too slow']} of {total} noticed: {told}")
 
 
 def draw(files: list[str], seed: int, per_file: int) -> Iterator[Mutant]:

@@ -205,6 +205,9 @@ def test_a_run_holds_what_was_foretold_and_no_more_with_every_step(tmp_path: Pat
     load = Load(400, 50, num_loss_tokens, accumulates=False)
     estimate = estimate_memory(trainer.args, config, load, is_sharded=False, on_gpu=False)
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    held_by_state = estimate.weights + estimate.optimizer_state
+    message = "L7 accounting: between steps weights and optimizer state are held, and nothing else"
+    assert held_before[0] == pytest.approx(held_by_state, rel=MEMORY_STEP_COUNTERS), message
     for step in (2, 3):
         held = peak = 0
         for time, change in changes:
