@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from tests.fixtures.runs import build_trainer, random_token_samples
 from trainer.cli import doctor
 from trainer.cli.main import main
+from trainer.training.process import git_commit
 
 
 @pytest.fixture(autouse=True)
@@ -46,3 +48,15 @@ def test_a_run_records_where_it_happened(tmp_path: Path) -> None:
     assert record["seed"] == 7
     assert record["packages"]["torch"] == torch.__version__
     assert record["command"]
+
+
+def test_the_commit_of_a_folder_is_that_of_its_repository(tmp_path: Path) -> None:
+    assert git_commit(tmp_path) is None
+    (tmp_path / "file").write_text("1")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=me", "-c", "user.email=me@localhost"]
+    for words in (["init", "-q"], ["add", "file"], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *words], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert git_commit(tmp_path) == {"commit": head, "is_changed": False}
+    (tmp_path / "file").write_text("2")
+    assert git_commit(tmp_path) == {"commit": head, "is_changed": True}

@@ -18,7 +18,7 @@ from trainer.distributed.group import Group
 from trainer.errors import UsageError
 from trainer.hf.trainer import Trainer
 from trainer.model.prepared import Prepared
-from trainer.training.generate import Answer, Question, answer_questions, end_ids, generate, questions_of
+from trainer.training.generate import Answer, Question, answer_questions, end_ids, generate, prompt_of, questions_of
 
 NUM_NEW = 5
 VOCABULARY_SIZE = 320
@@ -129,6 +129,20 @@ def test_an_answer_ends_with_the_turn_by_the_template_and_by_the_model(tmp_path:
             Prepared.as_it_is(model), tokenizer, [Question("", prompts[0], "")], group, NUM_NEW, [first]
         )
     assert answer.answer == ""
+
+
+def test_a_template_that_is_given_counts_where_the_tokenizer_has_none(tmp_path: Path) -> None:
+    """Of both, and of neither: then the last message is gone on with as it stands."""
+    own, none, model = build_tokenizer(), build_tokenizer(None), tiny_llama(vocab_size=VOCABULARY_SIZE)
+    none.eos_token = own.eos_token = TEXT_END
+    model.generation_config.eos_token_id = None
+    chat, end = [{"role": "user", "content": "one"}], own.convert_tokens_to_ids(END)
+    (path := tmp_path / "template.jinja").write_text(own.chat_template)
+    for tokenizer, template in ((own, None), (none, str(path)), (own, str(path))):
+        assert end in end_ids(model, tokenizer, template)
+        assert own.decode(prompt_of(tokenizer, chat, template)).endswith("assistant\n")
+    assert end_ids(model, none, None) == [none.eos_token_id]
+    assert prompt_of(none, chat, None) == none("one")["input_ids"]
 
 
 def test_samples_that_were_no_chats_have_no_questions() -> None:

@@ -28,6 +28,7 @@ from trainer.training.scores import SCORERS, find_function, measured_names, scor
         ("numeric", "about 1,000", "1000", 1),
         ("numeric", "from 7 to 8", "7", 0),
         ("numeric", "none", "7", 0),
+        ("numeric", "7", "none", 0),
         ("numeric", "-3", "3", 0),
         ("json_equal", '{"b": 1, "a": [2]}', '{"a":[2],"b":1}', 1),
         ("json_equal", '{"a": 1', '{"a": 1}', 0),

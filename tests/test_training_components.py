@@ -1,6 +1,7 @@
 """The parts of a step and what surrounds them: gradients, metrics, optimizer, schedule, ranks, output folder."""
 
 import json
+import logging
 import math
 import os
 import signal
@@ -18,14 +19,17 @@ from tests.fixtures.models import tiny_llama
 from tests.fixtures.ranks.launch import Launch
 from tests.fixtures.runs import build_arguments, build_trainer, random_token_samples
 from tests.fixtures.tolerances import CLIPPED_NORM, LAYOUT_FLOAT64
+from trainer.config.arguments import TrainingArguments
 from trainer.config.groups import MachineArguments, OptimizerArguments, ScheduleArguments
 from trainer.data.length import run_length
 from trainer.data.loader import MaxTokensPerRankCollator
 from trainer.data.order import epoch_order
+from trainer.data.packing import TOKENS, cost_model_from_config
 from trainer.distributed import failure
 from trainer.distributed.group import Group
 from trainer.distributed.topology import Topology, current_topology, gpu_index, refuse_lone_slurm_task
 from trainer.errors import CheckpointError, RankError, UsageError
+from trainer.hf.trainer import Trainer
 from trainer.model.precision import emulates_bfloat16
 from trainer.optim.build import build_optimizer
 from trainer.optim.gradients import clip, global_norm, last_backward
@@ -36,6 +40,7 @@ from trainer.training.metrics import BatchMetrics
 from trainer.training.run_dir import open_output_dir, sole_run
 from trainer.training.signals import SIGNALS, StopRequest
 from trainer.training.step import find_non_finite
+from trainer.training.task import build_cost
 
 
 def one_process() -> Group:
@@ -414,6 +419,31 @@ class TestEvery:
 
     def test_no_interval_is_never_due(self) -> None:
         assert not Every(None).is_due(10**9)
+
+
+def test_packing_balances_what_the_options_say() -> None:
+    model = tiny_llama()
+    assert build_cost(TrainingArguments(packing_cost="tokens"), model) == TOKENS
+    of_model = build_cost(TrainingArguments(packing_cost="attention"), model)
+    assert of_model == cost_model_from_config(model.config) != TOKENS
+
+
+def test_a_name_that_is_not_there_is_refused_as_the_trainer_is_built(tmp_path: Path) -> None:
+    """Also one that was assigned since the options were built."""
+    for name, value, message in (("score_answers", ["nowhere:scorer"], "nowhere"), ("optim", "adamw_nowhere", "optim")):
+        trainer = build_trainer(tmp_path, random_token_samples((5, 6)))
+        setattr(trainer.args, name, value)
+        with pytest.raises(UsageError, match=message):
+            Trainer(tiny_llama(), trainer.args, train_dataset=trainer.train_dataset)
+
+
+def test_the_log_says_from_where_a_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "async_save": False, "batch_size": 1}
+    with caplog.at_level(logging.INFO):
+        build_trainer(tmp_path, random_token_samples((5, 6)), **options, max_steps=1).train()
+        assert "resumes from" not in caplog.text
+        build_trainer(tmp_path, random_token_samples((5, 6)), **options, max_steps=1).train(resume_from_checkpoint=True)
+    assert f"resumes from {tmp_path / 'checkpoints' / 'step_1'}, after step 1" in caplog.text
 
 
 class TestPrecision:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from tests.fixtures.models import tiny_llama
@@ -38,6 +38,7 @@ def test_the_last_checkpoint_is_found_loaded_and_resumed(tmp_path: Path) -> None
     assert get_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-6")
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (2, 4, 6)]
     assert_loads_as(tmp_path / "checkpoint-6", straight)
+    assert TrainerState.load_from_json(str(tmp_path / "checkpoint-6" / "trainer_state.json")).global_step == 6
     for asked in (str(tmp_path / "checkpoint-2"), True):
         resumed = train(tmp_path, resume=asked)
         assert resumed.state.global_step == 6

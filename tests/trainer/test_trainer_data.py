@@ -454,3 +454,24 @@ class TestLabels:
 
     def test_the_loader_is_ours(self, tmp_path: Path) -> None:
         assert isinstance(get_regression_trainer(output_dir=tmp_path).get_train_dataloader(), BatchedLoader)
+
+
+def test_samples_of_a_loader_of_ones_own_are_counted_as_they_come(tmp_path: Path) -> None:
+    """It deals other sizes than the options say."""
+
+    class Own(Trainer):
+        def get_train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(self.train_dataset, batch_size=3)
+
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=2, num_train_epochs=1, export_final=False)
+    Own(RegressionModel(), args, train_dataset=RegressionDataset(length=8)).train()
+    assert [line["num_samples"] for line in step_lines(tmp_path)] == [3, 3, 2]
+
+
+def test_samples_that_a_collator_makes_one_row_of_are_counted_as_they_were_dealt(tmp_path: Path) -> None:
+    def one_row(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return {name: torch.tensor([[float(row[name]) for row in rows]]) for name in ("input_x", "labels")}
+
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=3, num_train_epochs=1, export_final=False)
+    Trainer(RegressionModel(), args, one_row, train_dataset=RegressionDataset(length=8)).train()
+    assert [line["num_samples"] for line in step_lines(tmp_path)] == [3, 3, 2]

@@ -30,6 +30,7 @@ from tests.trainer.trainer_test_utils import (
 from trainer.config.arguments import TrainingArguments
 from trainer.errors import ModelError, UsageError
 from trainer.hf.trainer import Trainer
+from trainer.training.out_of_memory import is_out_of_memory, next_batch_size
 
 
 class Recomputing(TrainerCallback):
@@ -172,6 +173,14 @@ class TestOptions:
         options = {"auto_find_batch_size": True, "per_device_train_batch_size": 2}
         with pytest.raises(UsageError, match="not even one sample fits"):
             get_regression_trainer(output_dir=tmp_path / "on", callbacks=[OutOfMemory], **options).train()
+
+    def test_memory_ran_out_where_an_error_says_so_and_one_sample_is_the_last_try(self) -> None:
+        says = {RuntimeError("CUDA out of memory."): True, RuntimeError("no such device"): False}
+        says |= {ValueError("out of memory"): False, torch.OutOfMemoryError("full"): True}
+        assert {error: is_out_of_memory(error) for error in says} == says
+        assert [next_batch_size(size) for size in (16, 10, 3, 2)] == [14, 9, 2, 1]
+        with pytest.raises(UsageError, match="not even one sample fits"):
+            next_batch_size(1)
 
     @pytest.mark.world_size(1, 2)
     @pytest.mark.parametrize("kind", ["all", "non_padding"])
