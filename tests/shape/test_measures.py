@@ -13,10 +13,10 @@ from tests.shape.source import PACKAGE, ROOT
 
 # measure -> (reached, goal); lower a number that was reached as soon as the code allows it
 DENSITY = {
-    "any_annotations": (32.5, 12),  # per 1,000 lines, as the next two
-    "comprehensions": (34.0, 20),
+    "any_annotations": (31.5, 12),  # per 1,000 lines, as the next two
+    "comprehensions": (33.5, 20),
     "conditional_expressions": (20.5, 12),
-    "single_use": (15.0, 10),  # private functions used once, percent of all functions
+    "single_use": (14.5, 10),  # private functions used once, percent of all functions
 }
 FUNCTIONS = {"build": (515, 220), "step": (113, 70), "save": (88, 50), "restore": (60, 45)}
 FILES = {"build": (75, 40), "step": (25, 16), "save": (23, 12), "restore": (14, 12)}
