@@ -58,6 +58,8 @@ ROOMS = {
 }
 # (file, change) -> why no test could tell
 EQUIVALENT: dict[tuple[str, str], str] = {
+    ("trainer/distributed/failure.py", "time.sleep(0.05) -> pass"): "it asks again at once, to the same deadline",
+    ("trainer/distributed/launch.py", "failure.exitcode < 0 -> failure.exitcode <= 0"): "a failure never exits with 0",
     ("trainer/training/packed_task.py", "return [] -> return None"): "its callers ask only whether there are any",
 }
 LIMIT_SECONDS = 60.0  # of one mutant, beside four times what its tests took, so that one that hangs costs little

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -11,9 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from tests.shape.source import ROOT
 from trainer import host
+from trainer.distributed import launch as launch_module
+from trainer.distributed.group import imagined_mesh
+from trainer.distributed.launch import run_on_ranks
+from trainer.errors import RankError
 from trainer.training.process import keep_freed_memory
 
 ACTIVATION_BYTES = 2**26  # glibc by itself gives the system back whatever is larger than 2**25
@@ -57,3 +65,31 @@ def test_the_peak_of_a_process_is_its_own_not_its_parents() -> None:
     command = [sys.executable, "-c", large]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert 2**20 < int(printed) < 2**30
+
+
+def test_a_job_ends_with_the_code_of_what_ended_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended_by(error: BaseException) -> None:
+        def torchrun(_: list[str]) -> None:
+            raise error
+
+        monkeypatch.setattr(launch_module, "torchrun", torchrun)
+
+    def failed(exitcode: int) -> ChildFailedError:
+        return ChildFailedError("train", {1: ProcessFailure(1, 4242, exitcode, "none")})
+
+    for error, code in ((SignalException("", signal.SIGTERM), 128 + signal.SIGTERM), (failed(1), 1), (failed(3), 3)):
+        ended_by(error)
+        assert run_on_ranks(2, "module", []) == code
+    ended_by(failed(-signal.SIGKILL))
+    with pytest.raises(RankError, match=r"rank 1 \(pid 4242\) was killed by SIGKILL"):
+        run_on_ranks(2, "module", [])
+
+
+def test_a_mesh_that_is_imagined_has_its_ranks_and_ends(launch) -> None:
+    assert launch(1, ranks_of_imagined_mesh, group=False)[0].value == (64, "fake", False)
+
+
+def ranks_of_imagined_mesh() -> tuple[int, str, bool]:
+    with imagined_mesh(64, torch.device("cpu")) as mesh:
+        found = mesh.size(), dist.get_backend()
+    return *found, dist.is_initialized()

@@ -111,6 +111,14 @@ class TestOverwriting:
         assert (tmp_path / "hf_format.1" / "mine" / "weights").read_text() == "x"
         assert (tmp_path / "checkpoints.1" / "step_4" / "adapter.bin").read_text() == "x"
 
+    def test_a_checkpoint_that_was_being_written_goes_with_its_run(self, tmp_path: Path) -> None:
+        run(tmp_path).train()
+        half = tmp_path / "checkpoints" / f".step_8.writing-{read_run_id(tmp_path)}"
+        half.mkdir()
+        run(tmp_path, overwrite_output_dir=True).train()
+        assert not half.exists()
+        assert not (tmp_path / "checkpoints.1").exists()
+
 
 class TestExports:
     def test_a_folder_with_a_config_and_sources_is_refused(self, tmp_path: Path) -> None:
