@@ -227,6 +227,14 @@ def test_a_run_of_commands(tmp_path: Path, dtype: torch.dtype, capsys: pytest.Ca
     assert "--merge has no effect" in capsys.readouterr().err
 
 
+def test_adapters_of_a_model_that_a_script_built_are_exported_by_that_script(tmp_path: Path) -> None:
+    lora_trainer(tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1).train()
+    from trainer.training.saved_model import open_saved_model
+
+    with pytest.raises(CheckpointError, match="holds adapters of a model that a script built: load it there"):
+        open_saved_model(tmp_path / "run")
+
+
 def test_a_checkpoint_is_of_the_base_that_was_trained_on(tmp_path: Path) -> None:
     job = model_job(tmp_path) | {"save_strategy": "steps", "save_steps": 2, "export_final": False}
     Trainer(args=TrainingArguments(str(tmp_path / "run"), **job)).train()

@@ -8,6 +8,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from tests.shape.source import ROOT
 from trainer import host
+from trainer.distributed import failure
 from trainer.distributed import launch as launch_module
 from trainer.distributed.group import imagined_mesh
 from trainer.distributed.launch import run_on_ranks
+from trainer.distributed.orphan import end_with_launcher
 from trainer.errors import RankError
 from trainer.training.process import keep_freed_memory
 
@@ -93,3 +96,26 @@ def ranks_of_imagined_mesh() -> tuple[int, str, bool]:
     with imagined_mesh(64, torch.device("cpu")) as mesh:
         found = mesh.size(), dist.get_backend()
     return *found, dist.is_initialized()
+
+
+def test_a_rank_of_torchrun_watches_its_launcher_once(launch) -> None:
+    assert launch(1, numbers_of_watchers, group=False)[0].value == [0, 1, 1]
+
+
+def numbers_of_watchers() -> list[int]:
+    found = []
+    for environment in ({}, {"TORCHELASTIC_RUN_ID": "a"}, {"TORCHELASTIC_RUN_ID": "a"}):
+        end_with_launcher(environment)
+        found.append([thread.name for thread in threading.enumerate()].count("trainer-launcher"))
+    return found
+
+
+def test_ranks_that_announce_nothing_are_named(launch) -> None:
+    said = launch(1, words_of_silent_ranks)[0].value
+    assert said == "rank 1, 2 died or hangs: it did not answer within 1 s"
+
+
+def words_of_silent_ranks() -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(failure, "SECONDS_TO_SPEAK", 0.6)
+        return failure.name_failed_rank(0, 3, 99)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.fixtures.models import tiny_llama
 from tests.fixtures.ranks.launch import Launch
-from tests.fixtures.runs import build_arguments, build_trainer, random_token_samples
+from tests.fixtures.runs import build_arguments, build_trainer, chat_job, random_token_samples
 from tests.fixtures.tolerances import CLIPPED_NORM, LAYOUT_FLOAT64
 from trainer.config.arguments import TrainingArguments
 from trainer.config.groups import MachineArguments, OptimizerArguments, ScheduleArguments
@@ -444,6 +444,16 @@ def test_the_log_says_from_where_a_run_goes_on(tmp_path: Path, caplog: pytest.Lo
         assert "resumes from" not in caplog.text
         build_trainer(tmp_path, random_token_samples((5, 6)), **options, max_steps=1).train(resume_from_checkpoint=True)
     assert f"resumes from {tmp_path / 'checkpoints' / 'step_1'}, after step 1" in caplog.text
+
+
+def test_the_log_says_what_is_unusual_of_the_data(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    job = chat_job(tmp_path)
+    chats = Path(job["data_path"])
+    chats.write_text(chats.read_text() + chats.read_text().splitlines()[0] + "\n")
+    Trainer(args=TrainingArguments(str(tmp_path / "run"), **job))
+    assert (
+        "exact duplicates: 1" in [record.getMessage() for record in caplog.records if record.levelname == "WARNING"][0]
+    )
 
 
 class TestPrecision:
