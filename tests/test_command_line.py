@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,15 @@ def test_the_log_level_is_that_of_the_package(words: list[str], level: int, caps
         logger.debug("what is not")
     assert "ERROR what is wrong\n" in capsys.readouterr().err
     assert (logger.level, list(logger.handlers)) == before
+
+
+def test_what_packages_tell_each_other_is_not_told_to_whoever_runs_a_command(recwarn: pytest.WarningsRecorder) -> None:
+    with logs_on_stderr("info"):
+        warnings.warn("`is_gradient_checkpointing` is deprecated and will be removed", FutureWarning, stacklevel=1)
+        warnings.warn("`dtype` is deprecated", FutureWarning, stacklevel=1)
+    warnings.warn("`is_gradient_checkpointing` is deprecated, elsewhere", UserWarning, stacklevel=1)
+    told = [str(each.message) for each in recwarn]
+    assert told == ["`dtype` is deprecated", "`is_gradient_checkpointing` is deprecated, elsewhere"]
 
 
 def test_a_typo_in_a_file_gets_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import zip_longest
@@ -131,7 +132,10 @@ def logs_on_stderr(level: str) -> Iterator[None]:
     logger.addHandler(handler)
     logger.setLevel(wanted if rank == 0 else max(wanted, logging.WARNING))
     try:
-        yield
+        with warnings.catch_warnings():
+            # PEFT asks transformers for a name that is to be removed: nothing that whoever runs a command can change.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
