@@ -12,6 +12,7 @@ from tests.shape.source import imports, modules, name_of, of_each, tree
 FLOORS = {
     "errors": 0,
     "atomic": 1,
+    "download": 1,
     "labels": 0,
     "host": 0,
     "config": 1,

@@ -24,6 +24,7 @@ from typing import IO, Any, Literal, NamedTuple, Self
 
 import pyarrow as pa
 
+from trainer.download import WITHOUT_HUB, why_unreachable
 from trainer.errors import DataError, MissingPackageError, UsageError
 
 Form = Literal["lines", "gzip", "zstd", "array", "parquet", "arrow", "dataset"]
@@ -434,9 +435,13 @@ def _load_from_disk(place: Path, split: str | None) -> Any:
 
 
 def _load_from_hub(name: str, split: str | None, revision: str | None) -> Any:
-    repository = name.removeprefix(HUB_PREFIX)
+    repository, datasets = name.removeprefix(HUB_PREFIX), _datasets()
+    unreachable = why_unreachable(repository, "dataset")
+    # Where `datasets` keeps what it fetched; it finds that by itself, also without the hub.
+    if unreachable is not None and not Path(datasets.config.HF_DATASETS_CACHE, repository.replace("/", "___")).exists():
+        raise DataError(f"was not downloaded before, and {unreachable}", WITHOUT_HUB, name)
     try:
-        return _datasets().load_dataset(repository, split=split or "train", revision=revision)
+        return datasets.load_dataset(repository, split=split or "train", revision=revision)
     except MissingPackageError:
         raise
     except Exception as error:  # noqa: BLE001  of many kinds: network, login, unknown names, scripts

@@ -27,6 +27,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.config.groups import LoraArguments, ModelArguments
+from trainer.download import WITHOUT_HUB, why_unreachable
 from trainer.errors import ModelError, UsageError, named_error
 from trainer.model.attention import attention_settings, choose_attention, configurations
 from trainer.model.borrowing import Borrowing, Setting, settings_made_by
@@ -124,10 +125,19 @@ def find_model(args: ModelArguments) -> Path:
         if path.is_file() and path.suffix == ".json":
             return path.parent
         raise ModelError(f"no model at {place!r}; give a folder with a config.json, or the file itself")
+    unreachable = why_unreachable(place, "model")
     try:
-        return Path(snapshot_download(place, allow_patterns=HUB_PATTERNS))
+        found = snapshot_download(place, allow_patterns=HUB_PATTERNS, local_files_only=unreachable is not None)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if unreachable is not None:
+            raise ModelError(
+                f"no folder {place!r} here, no model of that name was downloaded before, and {unreachable}: "
+                f"{WITHOUT_HUB}"
+            ) from error
         raise ModelError(f"no folder {place!r} here, and the hub does not give it: {error}") from error
+    if unreachable is not None:
+        _log.warning("%s: %s; what was downloaded before is used", place, unreachable)
+    return Path(found)
 
 
 def read_config(args: ModelArguments, folder: Path) -> Any:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.config.groups import ModelArguments
+from trainer.download import WITHOUT_HUB, why_unreachable
 from trainer.errors import ModelError, UsageError, named_error
 from trainer.model.borrowing import Setting
 
@@ -32,11 +33,17 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
         raise UsageError("model_name_or_path is missing: name the model to fine-tune, or give model_config")
     if place is None:
         raise UsageError("tokenizer_name_or_path: needed with model_config, a config has no tokenizer of its own")
+    unreachable = None if os.path.exists(place) else why_unreachable(place, "model")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            place, trust_remote_code=args.trust_remote_code
+            place, trust_remote_code=args.trust_remote_code, local_files_only=unreachable is not None
         )
     except Exception as error:  # noqa: BLE001  a malformed file makes transformers raise anything
+        if unreachable is not None:
+            raise ModelError(
+                f"no tokenizer could be loaded from {place!r}: it is no folder here, no tokenizer of that name was "
+                f"downloaded before, and {unreachable}: {WITHOUT_HUB}"
+            ) from error
         absent = "" if os.path.exists(place) else ", which is no folder here"
         raise ModelError(f"no tokenizer could be loaded from {place!r}{absent}: {named_error(error)}") from error
     return tokenizer
