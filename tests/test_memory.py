@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import LlamaConfig, TrainerCallback
 
+from tests.fixtures.models import build_model
 from tests.fixtures.oracles import count_loss_tokens
 from tests.fixtures.runs import build_trainer, random_token_samples
 from tests.fixtures.tolerances import MEMORY_ESTIMATE, MEMORY_STEP_COUNTERS
@@ -101,6 +102,19 @@ def test_estimated_bytes_are_those_of_a_real_step(
 ) -> None:
     config = small(hidden_size=hidden, num_hidden_layers=layers, vocab_size=vocabulary, tie_word_embeddings=is_tied)
     args, load = TrainingArguments(**options), Load(tokens, longest, tokens // 2, accumulates=False)
+    estimate = estimate_memory(args, config, load, is_sharded=False, on_gpu=False)
+    peak, kept = measured_bytes(args, config, load)
+    assert estimate.peak == pytest.approx(peak, rel=MEMORY_ESTIMATE)
+    assert estimate.kept == pytest.approx(kept, rel=MEMORY_ESTIMATE)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_experts_in_float32_take_what_is_foretold(kind) -> None:
+    config, args, load = (
+        build_model(kind).config,
+        TrainingArguments(use_cpu=True),
+        Load(400, 100, 200, accumulates=False),
+    )
     estimate = estimate_memory(args, config, load, is_sharded=False, on_gpu=False)
     peak, kept = measured_bytes(args, config, load)
     assert estimate.peak == pytest.approx(peak, rel=MEMORY_ESTIMATE)

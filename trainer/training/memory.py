@@ -46,6 +46,7 @@ from trainer.training.packed_task import pack_loss
 FORWARD, LOSS, BACKWARD, STEP = "forward pass", "loss", "backward pass", "optimizer step"
 IMAGINED_RANKS = 2  # with which sharding is tried; what other numbers change are the sizes of shards alone
 ROUNDING, MOST_TOKENS = 256, 2**20  # of the largest budget: what it is a multiple of, and where the search ends
+_GROUPED_PRODUCT = torch.ops.aten._grouped_mm.default
 _COLLECTIVES = ("c10d", "fsdp")  # operations whose tensors FSDP2 frees by resizing their storages
 
 
@@ -293,7 +294,12 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and count what it made."""
-        outputs = func(*args, **(kwargs or {}))
+        if func is _GROUPED_PRODUCT and args[0].dtype == torch.float32:
+            # Of experts. A CPU multiplies float32 too, but torch tells shapes of bfloat16 alone.
+            first, second, *others = args
+            outputs = func(first.bfloat16(), second.bfloat16(), *others, **(kwargs or {})).float()
+        else:
+            outputs = func(*args, **(kwargs or {}))
         if func.namespace in ("prim", "profiler"):
             return outputs
         is_collective = func.namespace in _COLLECTIVES
