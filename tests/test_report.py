@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.fixtures.runs import build_trainer, random_token_samples
+from tests.fixtures.terminal import INTERRUPTIBLE
 from trainer.cli.figures import MANY, numbers
 from trainer.cli.main import EXIT_FAILED, EXIT_USAGE, main
 from trainer.cli.report import SECONDS_BETWEEN_LOOKS, read_runs
@@ -273,7 +274,7 @@ def test_where_runs_ran_is_shown_and_what_differs_is_set_off(tmp_path: Path) -> 
 
 def test_a_page_is_written_anew_while_the_run_goes_on(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", [])
-    command = [sys.executable, "-m", "trainer", "report", str(folder), "--watch"]
+    command = [*INTERRUPTIBLE, sys.executable, "-m", "trainer", "report", str(folder), "--watch"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "waits for the first step\n"
