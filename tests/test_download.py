@@ -6,7 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
@@ -14,6 +14,7 @@ import pytest
 import transformers
 from huggingface_hub import constants
 
+from tests.fixtures.hub import HubAnswers
 from tests.fixtures.models import save_model
 from tests.fixtures.tokenizers import build_tokenizer
 from trainer.config.arguments import TrainingArguments
@@ -35,7 +36,7 @@ class Hub(ThreadingHTTPServer):
         self.folder = folder
 
 
-class Answer(BaseHTTPRequestHandler):
+class Answer(HubAnswers):
     server: Hub
 
     def do_GET(self) -> None:
@@ -51,11 +52,11 @@ class Answer(BaseHTTPRequestHandler):
             self.answer(401, b"", {MARK: "RepoNotFound", "X-Error-Message": "Repository not found"})
         elif rest[:1] == ["tree"]:
             tree = [{"type": "file", "oid": COMMIT, "size": len(data), "path": path} for path, data in files.items()]
-            self.answer(200, json.dumps(tree).encode(), {})
+            self.answer(200, json.dumps(tree).encode())
         elif rest[:1] != ["resolve"]:
             siblings = [{"rfilename": path} for path in files]
             about = {"id": f"me/{name}", "sha": COMMIT, "siblings": siblings, "private": False, "tags": []}
-            self.answer(200, json.dumps({**about, "downloads": 0, "likes": 0}).encode(), {})
+            self.answer(200, json.dumps({**about, "downloads": 0, "likes": 0}).encode())
         elif name == "gated":
             self.answer(403, b"", {MARK: "GatedRepo", "X-Error-Message": "Access to model me/gated is restricted"})
         elif rest[-1] in files:
@@ -64,17 +65,6 @@ class Answer(BaseHTTPRequestHandler):
             self.answer(404, b"", {MARK: "EntryNotFound"})
 
     do_HEAD = do_GET
-
-    def answer(self, status: int, body: bytes, marks: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), "Content-Type": "application/json", **marks}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 @pytest.fixture

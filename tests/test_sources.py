@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.fixtures.corpora import assistant, chat, random_chats, user, write_jsonl, write_tokens
+from tests.fixtures.hub import HubAnswers
 from tests.fixtures.tokenizers import build_tokenizer
 from trainer.config.groups import DataArguments
 from trainer.data.cache import cache_home
@@ -493,7 +494,7 @@ print(json.dumps([rows(None, None), rows("test", None), rows(None, "next"), told
 """
 
 
-class HubOfData(BaseHTTPRequestHandler):
+class HubOfData(HubAnswers):
     """Answers as the hub does where `datasets` asks for a data set, its revisions and files."""
 
     def do_GET(self) -> None:
@@ -503,11 +504,11 @@ class HubOfData(BaseHTTPRequestHandler):
                 commit = REVISIONS[rest[1] if rest else "main"]
                 files = [{"rfilename": name} for revision, name in HUB_ROWS if revision == commit]
                 about = {"id": "me/chats", "sha": commit, "siblings": files, "private": False, "tags": []}
-                self.answer(200, json.dumps({**about, "downloads": 0, "likes": 0}).encode(), {})
+                self.answer(200, json.dumps({**about, "downloads": 0, "likes": 0}).encode())
             case ["api", "datasets", "me", "chats", "tree", commit]:
                 found = [(name, lines_of(rows)) for (revision, name), rows in HUB_ROWS.items() if revision == commit]
                 tree = [{"type": "file", "oid": commit, "size": len(data), "path": name} for name, data in found]
-                self.answer(200, json.dumps(tree).encode(), {})
+                self.answer(200, json.dumps(tree).encode())
             case ["datasets", "me", "chats", "resolve", revision, name] if (REVISIONS[revision], name) in HUB_ROWS:
                 commit = REVISIONS[revision]
                 marks = {"ETag": f'"{commit}{name}"', "X-Repo-Commit": commit}
@@ -516,17 +517,6 @@ class HubOfData(BaseHTTPRequestHandler):
                 self.answer(*missing)
 
     do_HEAD = do_GET
-
-    def answer(self, status: int, body: bytes, marks: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), "Content-Type": "application/json", **marks}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None:
-        pass
 
 
 def test_a_data_set_of_the_hub_is_read_in_its_split_and_revision(tmp_path: Path) -> None:

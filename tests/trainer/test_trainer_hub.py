@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load
 
+from tests.fixtures.hub import HubAnswers
 from tests.fixtures.runs import Calls
 from tests.fixtures.tolerances import REGRESSION_FP32
 from tests.trainer.trainer_test_utils import get_regression_trainer, line_of
@@ -44,7 +45,7 @@ class Hub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
 
-class Answer(BaseHTTPRequestHandler):
+class Answer(HubAnswers):
     server: Hub
 
     def do_POST(self) -> None:
@@ -52,7 +53,7 @@ class Answer(BaseHTTPRequestHandler):
         _, _, *place = self.path.split("?")[0].split("/")
         (kind,) = set(ANSWERS) & set(place)
         if kind != "validate-yaml" and self.headers["Authorization"] != f"Bearer {TOKEN}":
-            self.answer(401, {"error": "who are you?"})
+            self.answer(401, b'{"error": "who are you?"}')
             return
         said = json.loads(body) if kind != "commit" else {}
         if kind == "create":
@@ -61,23 +62,12 @@ class Answer(BaseHTTPRequestHandler):
             header, *files = (json.loads(line)["value"] for line in body.splitlines())
             content = {file["path"]: base64.b64decode(file["content"]) for file in files}
             self.server.commits.append(("/".join(place), header["summary"], content))
-        self.answer(200, ANSWERS[kind](said))
+        self.answer(200, json.dumps(ANSWERS[kind](said)).encode())
 
     def do_GET(self) -> None:
-        self.answer(404, {"error": "not here"})
+        self.answer(404, b'{"error": "not here"}')
 
     do_HEAD = do_GET
-
-    def answer(self, status: int, words: Any) -> None:
-        text = json.dumps(words).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(text)
-
-    def log_message(self, *_: Any) -> None:
-        pass
 
 
 @pytest.fixture
