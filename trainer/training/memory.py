@@ -294,12 +294,11 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and count what it made."""
-        if func is _GROUPED_PRODUCT and args[0].dtype == torch.float32:
-            # Of experts. A CPU multiplies float32 too, but torch tells shapes of bfloat16 alone.
-            first, second, *others = args
-            outputs = func(first.bfloat16(), second.bfloat16(), *others, **(kwargs or {})).float()
-        else:
-            outputs = func(*args, **(kwargs or {}))
+        if is_of_experts := func is _GROUPED_PRODUCT and args[0].dtype == torch.float32:
+            # A CPU multiplies float32 too, but torch tells shapes of bfloat16 alone.
+            args = (args[0].bfloat16(), args[1].bfloat16(), *args[2:])
+        outputs = func(*args, **(kwargs or {}))
+        outputs = outputs.float() if is_of_experts else outputs
         if func.namespace in ("prim", "profiler"):
             return outputs
         is_collective = func.namespace in _COLLECTIVES
@@ -394,11 +393,8 @@ def _step(
         osft.project_gradients()
     norm = global_norm(model.parameters(), optimizer)
     clip(model.parameters(), norm, args.max_grad_norm)
-    gradients = []  # when their storage came to be, and their bytes
-    for parameter in trained:
-        if parameter.grad is not None:
-            local = local_shard(parameter.grad)
-            gradients.append((memory.birth(local), local.nbytes))
+    shards = [local_shard(parameter.grad) for parameter in trained if parameter.grad is not None]
+    gradients = [(memory.birth(shard), shard.nbytes) for shard in shards]  # when their storage came to be, and bytes
     optimizer.step()
     if osft is not None:
         osft.project_updates()
@@ -438,9 +434,8 @@ def _with_state(
     try:
         optimizer.step()
     except Exception as error:  # noqa: BLE001  an optimizer that looks at values can raise anything
-        notes.append(
-            f"{type(optimizer).__name__} looks at values ({type(error).__name__}), so AdamW's memory is counted for it"
-        )
+        name, kind = type(optimizer).__name__, type(error).__name__
+        notes.append(f"{name} looks at values ({kind}), so AdamW's memory is counted for it")
         optimizer = torch.optim.AdamW(trained)
         optimizer.step()
     return optimizer, memory.current - before
