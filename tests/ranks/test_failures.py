@@ -1,10 +1,13 @@
 """Every kind of failure, each followed by a test that must pass: what the report says about it."""
 
+import json
 import re
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
-from tests.ranks.inner import run_once
+from tests.ranks.inner import run, run_once
 
 FAILURES = """
 from torch.distributed.device_mesh import init_device_mesh
@@ -312,3 +315,43 @@ def test_the_next_test_always_passes(failures):
     names = re.findall(r"::(test_after_\w+\[\w+-\d\]) PASSED", failures.text)
     assert len(names) == len(re.findall(r"def test_after_", FAILURES))
     assert failures.outcome("test_group_destroyed[gloo-2]") == "passed"
+
+
+def timeline_of(failures, name):
+    """The events that a failure's timeline has, by rank and row."""
+    (path,) = re.findall(r"^timeline: (\S+) \(open it in", failures.block(name), re.M)
+    trace = json.loads(Path(path).read_text())
+    rows = {(e["pid"], e["tid"]): e["args"]["name"] for e in trace["traceEvents"] if e["name"] == "thread_name"}
+    found = defaultdict(list)
+    for event in trace["traceEvents"]:
+        if event["ph"] == "X":
+            found[event["pid"], rows[event["pid"], event["tid"]]].append(event)
+    return found
+
+
+def test_a_failure_names_its_timeline(failures):
+    events = timeline_of(failures, "test_one_asserts[gloo-2]")
+    assert [event["name"] for event in events[1, "test"]] == ["setup", "call", "teardown"]
+    (issued,), (wait,) = events[0, "collectives and messages"], events[0, "waits"]
+    assert issued["name"] == "all_reduce #1 [[2]]"
+    assert issued["ts"] <= wait["ts"]
+    assert wait["ts"] + wait["dur"] == pytest.approx(issued["ts"] + issued["dur"])
+    assert wait["dur"] > 1000  # microseconds: as long as it took the harness to release it
+    assert (1, "waits") not in events
+
+
+def test_the_timeline_of_a_deadlock_shows_who_waits(failures):
+    events = timeline_of(failures, "test_deadlock[gloo-3]")
+    issued = {rank: [event["name"] for event in events[rank, "collectives and messages"]] for rank in range(3)}
+    assert issued == {0: ["all_reduce #1 [[2]]", "all_reduce #2 [[2]]"], 1: issued[0], 2: ["all_reduce #1 [[2]]"]}
+    assert [max(event["dur"] for event in events[rank, "waits"]) > 1e6 for rank in range(3)] == [True, True, False]
+    (message,) = timeline_of(failures, "test_crossed[gloo-2]")[0, "collectives and messages"]
+    assert message["name"] == "recv #1 [[3]] from rank 1"
+
+
+def test_timelines_are_written_of_passing_tests_where_asked(launch, tmp_path):
+    run(launch, tmp_path, "def test_x(ranks): reduce()", "--rank-timeline=seen")
+    (path,) = (tmp_path / "seen").iterdir()
+    assert path.name == "test_inner.py_test_x_gloo-2.json"
+    names = {event["name"] for event in json.loads(path.read_text())["traceEvents"]}
+    assert {"setup", "call", "teardown", "wait", "all_reduce #1 [[2]]"} <= names
