@@ -21,7 +21,7 @@ def why_unreachable(name: str, kind: Literal["model", "dataset"]) -> str | None:
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     # The client library is httpx until huggingface_hub 2, then httpx2: the base of the hub's own error is that of both.
-    http_error = HfHubHTTPError.__mro__[1]
+    http_error: type[Exception] = HfHubHTTPError.__mro__[1]
     try:
         HfApi().repo_info(name, repo_type=kind, timeout=ANSWERS_WITHIN)
     except OfflineModeIsEnabled:
